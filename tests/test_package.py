@@ -1,0 +1,178 @@
+"""The package as a whole: what it imports, what it exports, what it ships, and who may import whom."""
+
+import ast
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+import torchcam
+
+ROOT = Path(torchcam.__file__).parent
+HEAVY = {"torch", "torchvision", "torchmetrics", "matplotlib", "numpy", "PIL"}
+
+# A room imports only from the floors below it.
+FLOORS = {
+    "__init__": 0,
+    "_tensors": 0,
+    "_passes": 1,
+    "layout": 1,
+    "targets": 1,
+    "utils": 1,
+    "layers": 2,
+    "methods": 3,
+    "demo": 4,
+    "explain": 4,
+    "metrics": 4,
+    "__main__": 6,
+    "cli": 5,
+    "monitor": 5,
+}
+# The rooms that are run, not imported.
+COMMANDS = {"cli"}
+
+
+def run_python(code: str) -> str:
+    """Run code in a fresh interpreter and return what it prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def rooms() -> set[str]:
+    """The public modules and packages of the source tree."""
+    files = {path.stem for path in ROOT.glob("*.py")}
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    return {name for name in files | packages if not name.startswith("_")} - COMMANDS
+
+
+def module_name(path: Path) -> str:
+    parts = ["torchcam", *path.relative_to(ROOT).with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES = {module_name(path): path for path in ROOT.rglob("*.py")}
+
+
+def imports(tree: ast.AST, importer: str, *, is_package: bool) -> Iterator[str]:
+    """Yield the full name of every module that a piece of code imports, relative imports resolved."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = importer.split(".")
+                keep = len(parents) - node.level + is_package
+                base = ".".join([*parents[:keep], *filter(None, [base])])
+            for alias in node.names:
+                submodule = f"{base}.{alias.name}"
+                yield submodule if submodule in SOURCES else base
+
+
+def imports_of(module: str) -> set[str]:
+    path = SOURCES[module]
+    return set(imports(ast.parse(path.read_text(encoding="utf-8")), module, is_package=path.stem == "__init__"))
+
+
+def room_of(module: str) -> str:
+    """The room that a module of the package is in: `torchcam.methods.core` is in `methods`."""
+    _, _, rest = module.partition(".")
+    return rest.split(".")[0] or "__init__"
+
+
+class TestImport:
+    def test_alone_loads_nothing_heavy(self) -> None:
+        loaded = run_python("import sys, torchcam; print(*{name.split('.')[0] for name in sys.modules})")
+        assert not HEAVY & set(loaded.split())
+
+    def test_pictures_load_neither_torch_nor_matplotlib(self) -> None:
+        loaded = set(run_python("import sys, torchcam.utils; print(*sys.modules)").split())
+        assert "PIL.Image" in loaded
+        assert not {"torch", "torchvision", "matplotlib"} & loaded
+
+    def test_version_without_torch_is_that_of_the_installed_package(self) -> None:
+        printed = run_python("import sys, torchcam; print(torchcam.__version__, 'torch' in sys.modules)")
+        assert printed == f"{version('torchcam')} False"
+
+    @pytest.mark.parametrize("name", sorted(rooms()))
+    def test_attribute_loads_the_module(self, name: str) -> None:
+        code = (
+            f"import sys, torchcam; before = 'torchcam.{name}' in sys.modules; print(before, torchcam.{name}.__name__)"
+        )
+        assert run_python(code) == f"False torchcam.{name}"
+
+    def test_unknown_attribute(self) -> None:
+        with pytest.raises(AttributeError, match="module 'torchcam' has no attribute 'method'"):
+            _ = torchcam.method
+
+    def test_missing_module_behind_a_submodule_is_not_an_attribute_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delattr(torchcam, "utils", raising=False)
+        monkeypatch.setitem(sys.modules, "torchcam.utils", None)
+        with pytest.raises(ModuleNotFoundError, match=r"torchcam\.utils"):
+            _ = torchcam.utils
+
+
+class TestNames:
+    def test_dir_lists_the_documented_names(self) -> None:
+        assert {"__version__", "explain", "methods", "metrics", "utils"} <= set(dir(torchcam))
+
+    def test_every_room_is_exported(self) -> None:
+        assert rooms() <= set(torchcam.__all__)
+        assert set(torchcam.__all__) <= set(dir(torchcam))
+
+
+class TestHouse:
+    def test_every_room_has_a_floor(self) -> None:
+        assert {room_of(module) for module in SOURCES} <= set(FLOORS)
+
+    @pytest.mark.parametrize("module", sorted(SOURCES.keys() - {"torchcam"}))
+    def test_imports_come_from_floors_below(self, module: str) -> None:
+        room = room_of(module)
+        inside = {name for name in imports_of(module) if name.split(".")[0] == "torchcam"}
+        wrong = {name for name in inside if room_of(name) != room and FLOORS[room_of(name)] >= FLOORS[room]}
+        assert not wrong, f"{module} is on floor {FLOORS[room]} and imports {sorted(wrong)}"
+
+    def test_no_circles(self) -> None:
+        waiting = {module: imports_of(module) & SOURCES.keys() - {module} for module in SOURCES.keys() - {"torchcam"}}
+        while ready := {module for module, needs in waiting.items() if not needs & waiting.keys()}:
+            waiting = {module: needs for module, needs in waiting.items() if module not in ready}
+        assert not waiting, f"modules that import each other: {waiting}"
+
+    @pytest.mark.parametrize("module", sorted(SOURCES))
+    def test_drawing_and_torchvision_are_imported_where_they_are_used(self, module: str) -> None:
+        tree = ast.parse(SOURCES[module].read_text(encoding="utf-8"))
+        statements = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        top = set(imports(ast.Module(statements, []), module, is_package=False))
+        assert not {"matplotlib", "torchvision"} & {name.split(".")[0] for name in top}
+
+    def test_relative_and_absolute_imports_are_understood(self) -> None:
+        code = "from . import core\nfrom ..utils import overlay_mask\nfrom torchcam import utils\nimport torch.nn\n"
+        found = list(imports(ast.parse(code), "torchcam.methods.gradient", is_package=False))
+        assert found == ["torchcam.methods.core", "torchcam.utils", "torchcam.utils", "torch.nn"]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """The names of the files in a wheel built from the source tree."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    done = subprocess.run(command, cwd=ROOT.parent, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (path,) = folder.glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        return set(archive.namelist())
+
+
+class TestWheel:
+    def test_holds_the_package_and_nothing_else(self, wheel: set[str]) -> None:
+        assert {name.split("/")[0] for name in wheel} == {"torchcam", f"torchcam-{torchcam.__version__}.dist-info"}
+
+    def test_holds_every_file_of_the_package(self, wheel: set[str]) -> None:
+        files = {path for path in ROOT.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+        assert {path.relative_to(ROOT.parent).as_posix() for path in files} <= wheel
+        assert "torchcam/py.typed" in wheel

@@ -1,0 +1,132 @@
+"""Tensors and structures of tensors: what every room above needs and none owns."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "gaussian_blur",
+    "is_constant",
+    "map_structure",
+    "map_tensors",
+    "min_max",
+    "resize",
+    "tensors_in",
+    "to_float",
+]
+
+_INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a structure of tuples, lists, mappings and dataclasses, in their order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from tensors_in(getattr(value, field.name))
+
+
+def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """Rebuild a structure of tuples, lists, mappings and dataclasses with ``function`` applied to each tensor.
+
+    Whatever is not such a structure is handed through as it is. The argument itself is never modified.
+    """
+    return map_structure(lambda item: function(item) if isinstance(item, Tensor) else NotImplemented, value)
+
+
+def map_structure(function: Callable[[Any], Any], value: Any) -> Any:
+    """Rebuild a structure with each part replaced by what ``function`` makes of it.
+
+    A part for which it gives ``NotImplemented`` is gone into, or, where it holds no parts, handed through as it is.
+    """
+    replaced = function(value)
+    if replaced is not NotImplemented:
+        return replaced
+    if isinstance(value, Mapping):
+        items = {key: map_structure(function, item) for key, item in value.items()}
+        if type(value) is dict:
+            return items
+        rebuilt: Any = copy.copy(value)  # an output class of transformers is a mapping and a dataclass at once
+        for key, item in items.items():
+            rebuilt[key] = item
+        return rebuilt
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_structure(function, item) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(map_structure(function, item) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        rebuilt = copy.copy(value)
+        for field in dataclasses.fields(value):
+            object.__setattr__(rebuilt, field.name, map_structure(function, getattr(value, field.name)))
+        return rebuilt
+    return value
+
+
+def to_float(tensor: Tensor) -> Tensor:
+    """Cast to the float type that maps are computed in: float32, or float64 for a float64 tensor."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def resize(maps: Tensor, shape: Sequence[int]) -> Tensor:
+    """Interpolate ``(N, C, *spatial)`` (bi/tri)linearly to ``(N, C, *shape)``, corners not aligned.
+
+    Raises:
+        ValueError: if ``shape`` has another number of dimensions than ``maps``, or one that is not 1, 2 or 3
+    """
+    size = tuple(int(side) for side in shape)
+    if maps.ndim - 2 != len(size) or len(size) not in _INTERPOLATION:
+        raise ValueError(
+            f"maps of spatial shape {tuple(maps.shape[2:])} cannot be resized to {size}: "
+            "both need the same number of dimensions, 1, 2 or 3"
+        )
+    if maps.shape[2:] == size:
+        return maps
+    return F.interpolate(maps, size=size, mode=_INTERPOLATION[len(size)], align_corners=False)
+
+
+def gaussian_blur(maps: Tensor, size: int, sigma: float) -> Tensor:
+    """Blur ``(N, C, *spatial)`` with a Gaussian of ``size`` positions a side, an odd number; borders are mirrored."""
+    offsets = torch.arange(size, device=maps.device) - size // 2
+    kernel = torch.exp(-0.5 * (offsets.to(maps.dtype) / sigma) ** 2)
+    kernel = kernel / kernel.sum()
+    for axis in range(2, maps.ndim):
+        side = maps.shape[axis]
+        period = max(2 * (side - 1), 1)
+        sources = (torch.arange(side, device=maps.device).unsqueeze(1) + offsets) % period
+        sources = torch.minimum(sources, period - sources)  # (side, size)
+        matrix = maps.new_zeros(side, side).scatter_add_(1, sources, kernel.expand(side, -1))
+        maps = torch.movedim(maps.movedim(axis, -1) @ matrix.mT, -1, axis)
+    return maps
+
+
+def is_constant(lowest: Tensor, highest: Tensor) -> Tensor:
+    """Tell where the range from ``lowest`` to ``highest`` is no wider than float rounding makes it."""
+    scale = torch.maximum(lowest.abs(), highest.abs())
+    return highest - lowest <= 4 * torch.finfo(lowest.dtype).eps * scale
+
+
+def min_max(maps: Tensor, start_dim: int = 1) -> Tensor:
+    r"""Scale to [0, 1] over all dimensions from ``start_dim`` on: :math:`(m - \min m) / (\max m - \min m)`.
+
+    The result does not depend on the scale of ``maps``: tiny values reach 1 as well. What is constant up to float
+    rounding becomes zero. NaN stays NaN.
+    """
+    flat = maps.flatten(start_dim)
+    lowest, highest = flat.amin(-1, keepdim=True), flat.amax(-1, keepdim=True)
+    constant = is_constant(lowest, highest)
+    scaled = (flat - lowest) / torch.where(constant, 1.0, highest - lowest)
+    return torch.where(constant, 0.0, scaled).reshape(maps.shape)

@@ -1,0 +1,281 @@
+"""Which layer to look at."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._passes import find_image, image_shape, model_device, untouched
+from ._tensors import map_tensors, tensors_in
+from .layout import Layout, find_layout, first_tensor, has_consistent_stride, replace_tensors
+from .targets import read_logits
+
+__all__ = ["Candidate", "Candidates", "TargetLayer", "automatic_layer", "candidates", "layer_name", "layer_names"]
+
+TargetLayer = nn.Module | str
+
+
+def layer_names(model: nn.Module, target_layer: TargetLayer | Sequence[TargetLayer]) -> list[str]:
+    """Turn any way to name target layers into a list of module names.
+
+    Raises:
+        TypeError: if a layer is neither a module nor a string
+        ValueError: if a layer is not a module of ``model``, or none is given
+    """
+    layers = list(target_layer) if isinstance(target_layer, (list, tuple)) else [target_layer]
+    if not layers:
+        raise ValueError("`target_layer` is an empty list: name at least one layer")
+    return [layer_name(model, layer) for layer in layers]
+
+
+def layer_name(model: nn.Module, layer: Any, argument: str = "target_layer") -> str:
+    """Give the name of one module of ``model``, itself named or handed over.
+
+    Raises:
+        TypeError: if ``layer`` is neither a module nor a string
+        ValueError: if it is not a module of ``model``
+    """
+    modules: dict[str, nn.Module] = dict(model.named_modules())
+    if isinstance(layer, nn.Module):
+        for name, module in modules.items():
+            if module is layer:
+                return name
+        raise ValueError(f"`{argument}` {type(layer).__name__}(...) is not a module of this {type(model).__name__}")
+    if not isinstance(layer, str):
+        raise TypeError(f"`{argument}` must be a module or its name, got {layer!r} of type {type(layer).__name__}")
+    if layer not in modules:
+        closest = get_close_matches(layer, modules, n=3, cutoff=0.4)
+        known = closest or [name for name, _ in model.named_children()]
+        raise ValueError(
+            f"`{argument}` '{layer}' is not a module of {type(model).__name__}; "
+            f"{'closest' if closest else 'its children are'}: " + ", ".join(f"'{name}'" for name in known)
+        )
+    return layer
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A module that a map can be made from.
+
+    Attributes:
+        name: its name in the model
+        type: its class
+        layout: how its output is laid out
+        channels: the number of channels
+        influence: the share of the grid's positions that the score depends on
+        calls: how often it was called in one forward pass (its last output counts)
+        fits: whether the grid divides the input at a consistent stride
+        is_stage: whether it is more than a projection within a layer, or the layer that makes the scores
+    """
+
+    name: str
+    type: str
+    layout: Layout
+    channels: int
+    influence: float
+    calls: int
+    fits: bool
+    is_stage: bool
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """The shape of the grid in its output."""
+        return self.layout.grid
+
+    @property
+    def depends(self) -> bool:
+        """Whether the score depends on enough of the grid for a map: attention rows and class tokens do not suffice."""
+        return self.influence >= 0.25
+
+
+class Candidates(Sequence[Candidate]):
+    """The modules that a map can be made from, in the order in which they finish. Prints as a table."""
+
+    _HEAD = ("layer", "type", "grid", "channels", "influence", "calls")
+
+    def __init__(self, items: Sequence[Candidate]) -> None:
+        self._items = tuple(items)
+
+    def __getitem__(self, index: Any) -> Any:
+        return Candidates(self._items[index]) if isinstance(index, slice) else self._items[index]
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @property
+    def choice(self) -> str | None:
+        """The layer that extractors take by default: the last of the best kind there is."""
+        wanted = [c for c in self if c.depends and math.prod(c.grid) > 1]
+        for kind in (
+            [c for c in wanted if c.fits and c.is_stage],
+            [c for c in wanted if c.fits],
+            [c for c in wanted if c.is_stage],
+            wanted,
+        ):
+            if kind:
+                return kind[-1].name
+        return None
+
+    def _rows(self) -> Iterator[tuple[str, ...]]:
+        for c in self:
+            mark = "  <- default" if c.name == self.choice else ""
+            grid = " x ".join(map(str, c.grid))
+            yield c.name, c.type, grid, str(c.channels), f"{c.influence:.0%}", f"{c.calls}{mark}"
+
+    def __repr__(self) -> str:
+        rows = [self._HEAD, *self._rows()]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(self._HEAD))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{cell}</th>" for cell in self._HEAD)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in self._rows()
+        )
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def candidates(model: nn.Module, *inputs: Any, **kwargs: Any) -> Candidates:
+    """List the modules that a map can be made from, by looking at one pass over an input.
+
+    The score that the modules are checked against is a random sum of the model's scores, and parameters that are all
+    zero (a head that is yet to be trained, say) are replaced with random ones for this pass, so that nothing is hidden
+    by chance. The model is left as it was.
+
+    Args:
+        model: the model
+        inputs: what it is called with; at least one argument must be an image-like tensor (N, C, *spatial)
+        kwargs: its keyword arguments
+
+    Returns:
+        the candidates, in the order in which the modules finish; their ``choice`` is the default layer
+
+    Example:
+        >>> from torchvision.models import resnet18
+        >>> candidates(resnet18(), torch.rand(1, 3, 64, 64)).choice
+        'layer4'
+    """
+    shape = image_shape(find_image(inputs, kwargs))
+    outputs: dict[str, Tensor] = {}
+    calls: Counter[str] = Counter()
+
+    def inspect(name: str, _module: nn.Module, _args: Any, output: Any) -> Any:
+        tensor = first_tensor(output)
+        if tensor is None or not tensor.is_floating_point():
+            return None
+        # As an extractor does, hand on a copy: what counts is whether the score depends on what is handed on.
+        outputs.pop(name, None)
+        outputs[name] = copied = tensor.clone()
+        calls[name] += 1
+        return replace_tensors(output, [(tensor, copied)])
+
+    modules = {name: module for name, module in model.named_modules() if name}
+    handles = [module.register_forward_hook(partial(inspect, name)) for name, module in modules.items()]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with untouched(model), torch.inference_mode(False), torch.enable_grad():
+            result = _call_probed(model, inputs, kwargs, generator)
+            gradients = _influences(result, list(outputs.values()), generator)
+    finally:
+        for handle in handles:
+            handle.remove()
+    scores = _dense_scores(result)
+    found = []
+    for (name, tensor), gradient in zip(outputs.items(), gradients, strict=True):
+        try:
+            layout = find_layout(tuple(tensor.shape), shape, name)
+        except ValueError:
+            continue
+        grid = layout.to_grid(tensor.detach())
+        found.append(
+            Candidate(
+                name,
+                type(modules[name]).__name__,
+                layout,
+                grid.shape[1],
+                _share(layout, gradient),
+                calls[name],
+                shape is None or has_consistent_stride(layout.grid, shape[2:]),
+                not isinstance(modules[name], nn.Linear) and (scores is None or grid.shape[1] != scores.shape[1]),
+            )
+        )
+    return Candidates(found)
+
+
+def _call_probed(model: nn.Module, inputs: Any, kwargs: Any, generator: torch.Generator) -> Any:
+    """Call a model on copies of the inputs that carry a graph, with random numbers for all-zero parameters."""
+
+    def prepared(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach().clone()
+        return tensor.requires_grad_().clone() if tensor.is_floating_point() else tensor
+
+    inputs, kwargs = map_tensors(prepared, (inputs, kwargs))
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        return model(*inputs, **kwargs)
+    parameters = {}
+    for name, parameter in model.named_parameters():
+        value = parameter.detach()
+        if value.is_floating_point() and value.numel() and not value.any():
+            value = torch.randn(value.shape, generator=generator).mul_(0.02).to(value)
+        parameters[name] = value
+    return torch.func.functional_call(model, parameters, inputs, kwargs)
+
+
+def _influences(result: Any, tensors: list[Tensor], generator: torch.Generator) -> list[Tensor | None]:
+    """Differentiate a random sum of a model's scores with respect to tensors; None where there is no connection."""
+    try:
+        outputs = [read_logits(result)]
+    except TypeError:
+        outputs = []
+    outputs = [t for t in outputs or tensors_in(result) if t.requires_grad]
+    score = [(torch.randn(t.shape, generator=generator).to(t) * t).sum() for t in outputs]
+    watched = [tensor for tensor in tensors if tensor.requires_grad]
+    if not score or not watched:
+        return [None] * len(tensors)
+    found = iter(torch.autograd.grad(torch.stack(score).sum(), watched, allow_unused=True))
+    return [next(found) if tensor.requires_grad else None for tensor in tensors]
+
+
+def _dense_scores(result: Any) -> Tensor | None:
+    """Give the class scores of a model that has some for every position, as in segmentation."""
+    try:
+        scores = read_logits(result)
+    except TypeError:
+        return None
+    return scores if scores.ndim > 2 else None
+
+
+def _share(layout: Layout, gradient: Tensor | None) -> float:
+    """Give the share of a grid's positions with a gradient, 0 unless half of the channels have one somewhere."""
+    if gradient is None:
+        return 0.0
+    moved = layout.to_grid(gradient) != 0
+    if moved.flatten(2).any(-1).float().mean() < 0.5:
+        return 0.0
+    return float(moved.any(1).float().mean())
+
+
+def automatic_layer(model: nn.Module, input_shape: Sequence[int]) -> str | None:
+    """Find the default layer of a model that takes one image, by one pass over noise.
+
+    Args:
+        model: the model, left as it was
+        input_shape: shape of its input without the batch dimension
+
+    Returns:
+        the name of the layer, or None if there is none
+    """
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+    dtype = torch.get_default_dtype() if parameter is None else parameter.dtype
+    noise = torch.randn((1, *input_shape), generator=torch.Generator().manual_seed(0))
+    return candidates(model, noise.to(model_device(model), dtype)).choice

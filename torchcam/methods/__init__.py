@@ -1,0 +1,45 @@
+"""Class activation map extractors, one class per method."""
+
+from .activation import CAM, FEM, ISCAM, SSCAM, AblationCAM, GroupCAM, MeanActivation, RandomCAM, ReciproCAM, ScoreCAM
+from .attention import LeGrad
+from .composite import SESS, AugmentedCAM, EigenSmoothedCAM, FinerCAM, RefineCAM
+from .core import OutputTarget
+from .decomposition import KPCACAM, DeepFeatureFactorization, EigenCAM, EigenGradCAM, SegEigenCAM
+from .gradient import GradCAM, GradCAMElementWise, GradCAMpp, HiResCAM, LayerCAM, ShapleyCAM, SmoothGradCAMpp, XGradCAM
+from .pixel import FullGrad, GuidedBackprop, GuidedGradCAM
+
+__all__ = [
+    "CAM",
+    "FEM",
+    "ISCAM",
+    "KPCACAM",
+    "SESS",
+    "SSCAM",
+    "AblationCAM",
+    "AugmentedCAM",
+    "DeepFeatureFactorization",
+    "EigenCAM",
+    "EigenGradCAM",
+    "EigenSmoothedCAM",
+    "FinerCAM",
+    "FullGrad",
+    "GradCAM",
+    "GradCAMElementWise",
+    "GradCAMpp",
+    "GroupCAM",
+    "GuidedBackprop",
+    "GuidedGradCAM",
+    "HiResCAM",
+    "LayerCAM",
+    "LeGrad",
+    "MeanActivation",
+    "OutputTarget",
+    "RandomCAM",
+    "ReciproCAM",
+    "RefineCAM",
+    "ScoreCAM",
+    "SegEigenCAM",
+    "ShapleyCAM",
+    "SmoothGradCAMpp",
+    "XGradCAM",
+]

@@ -1,0 +1,294 @@
+"""Methods of input resolution."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+from torch.overrides import TorchFunctionMode
+
+from torchcam._passes import Call, find_image, paused, untouched
+from torchcam._tensors import map_tensors, min_max, resize, to_float
+from torchcam.targets import ClassIndex, OutputTarget, Selector
+
+from .core import _CAM
+from .gradient import GradCAM
+
+__all__ = ["FullGrad", "GuidedBackprop", "GuidedGradCAM"]
+
+
+class _PixelCAM(_CAM):
+    """What the methods share that look at the model's input in place of a layer's output.
+
+    The recorded call is repeated when the maps are computed, with gradients down to the input and in evaluation mode;
+    so the user's pass may run with gradients on or off. ``hook_a`` is the input, ``hook_g`` its gradient.
+    """
+
+    _uses_input = True
+    _options = ()
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target_layer: None = None,
+        input_shape: tuple[int, ...] = (3, 224, 224),
+        **kwargs: Any,
+    ) -> None:
+        if target_layer is not None:
+            raise ValueError(f"{type(self).__name__} looks at the input, not at a `target_layer`: got {target_layer!r}")
+        super().__init__(model, model, input_shape, **kwargs)
+        self.target_names = ["input"]  # the hooks are on the model itself
+
+    def _record_layer(self, index: int, _args: Any, _output: Any) -> None:
+        call = self._record.call
+        image = None if call is None else find_image(call.args, call.kwargs, call.wanted)
+        if image is not None:
+            self._record.keep(index, {"": image if isinstance(image, Tensor) else torch.stack(image)})
+
+    def _to_grid(self, tensor: Tensor, name: str) -> Tensor:  # noqa: ARG002 - there is one
+        return to_float(tensor.detach())
+
+
+class GuidedBackprop(_PixelCAM):
+    r"""Guided backpropagation (Springenberg et al. 2015, arXiv:1412.6806): the input's gradient through positive paths.
+
+    .. math::
+        M = \frac{\partial Y}{\partial X} \quad \text{with} \quad
+        \frac{\partial Y}{\partial z} = \mathrm{ReLU}\Big(\sigma'(z)\,
+        \mathrm{ReLU}\Big(\frac{\partial Y}{\partial \sigma(z)}\Big)\Big)
+
+    at every rectifier :math:`\sigma`: ReLU, and those that take its place, of which the paper does not speak (ReLU6,
+    leaky ReLU, ELU, CELU, SELU, GELU, SiLU, Mish, Hardswish), whether a module or a function applies it. The model
+    itself is not changed: it is the graph of a repeated pass that is edited. Activation functions that a model composes
+    of other operations are not recognised.
+
+    The map has the input's shape, (N, C, *spatial), and values of both signs; scaled to [0, 1] over a sample's
+    channels and positions together if it is ``normalized``.
+
+    Cost: the user's forward pass, another one and a backward pass to the input.
+
+    Args:
+        model: the model to explain
+        target_layer: None; there so that every method is made alike
+        input_shape: not used
+        kwargs: arguments of the base class
+
+    Raises:
+        ValueError: if there is a ``target_layer``
+    """
+
+    def _raw_maps(
+        self,
+        class_idx: ClassIndex | None,
+        scores: Any,  # noqa: ARG002 - the repeated pass has scores of its own
+        targets: OutputTarget | Sequence[OutputTarget] | Selector | None = None,
+    ) -> list[Tensor]:
+        select = self._selector(class_idx, targets)
+        gradient = _guided_gradient(self.model, self._recorded_call(), select)
+        self._record.gradients = [gradient]
+        return [gradient]
+
+
+class GuidedGradCAM(GradCAM):
+    r"""Guided Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391): guided backpropagation where Grad-CAM looks.
+
+    .. math::
+        M = U\Big(\mathrm{ReLU}\Big(\sum_k w_k A_k\Big)\Big) \odot \mathrm{GuidedBackprop}(X)
+
+    with :math:`U` the upsampling of the Grad-CAM map to the input's size. As for guided backpropagation, the map has
+    the input's shape and values of both signs.
+
+    Cost: the user's forward pass, a backward pass to the target layer, another forward pass and a backward pass to the
+    input.
+    """
+
+    _relu = False
+    _uses_input = True
+    _explains_many = False
+
+    def _raw_maps(
+        self,
+        class_idx: ClassIndex | None,
+        scores: Any,
+        retain_graph: bool = False,
+        targets: OutputTarget | Sequence[OutputTarget] | Selector | None = None,
+    ) -> list[Tensor]:
+        cams = super()._raw_maps(class_idx, scores, retain_graph=retain_graph, targets=targets)
+        gradient = _guided_gradient(self.model, self._recorded_call(), self._selector(class_idx, targets))
+        return [resize(cam.relu().unsqueeze(1), gradient.shape[2:]) * gradient for cam in cams]
+
+
+class FullGrad(_PixelCAM):
+    r"""FullGrad (Srinivas & Fleuret 2019, arXiv:1905.00780): the input's and every bias's share of the score.
+
+    .. math::
+        M = \sum_c \psi\Big(X \odot \frac{\partial Y}{\partial X}\Big)
+        + \sum_l \sum_c \psi\Big(b_l \odot \frac{\partial Y}{\partial z_l}\Big), \qquad
+        \psi(t) = U(\mathrm{minmax}(|t|))
+
+    with :math:`z_l` the output of a convolution, linear layer or batch normalisation, :math:`b_l` its bias (for batch
+    normalisation :math:`\beta - \mu\gamma/\sigma`), min-max per sample and layer, and :math:`U` the resizing to the
+    input's size. Layers without positions do not appear in the map. Without :math:`\psi`, the terms of a network of
+    such layers and (leaky) ReLUs or max-pooling sum up to the score; other functions hold shares that have no term.
+
+    Cost: the user's forward pass, another one and a backward pass to the input.
+
+    Args:
+        model: the model to explain
+        target_layer: None; there so that every method is made alike
+        input_shape: not used
+        kwargs: arguments of the base class
+
+    Raises:
+        ValueError: if there is a ``target_layer``
+    """
+
+    def _raw_maps(
+        self,
+        class_idx: ClassIndex | None,
+        scores: Any,  # noqa: ARG002 - the repeated pass has scores of its own
+        targets: OutputTarget | Sequence[OutputTarget] | Selector | None = None,
+    ) -> list[Tensor]:
+        first, *others = self._terms(self._selector(class_idx, targets))
+        terms = [first, *(term for term in others if term.ndim == first.ndim and len(term) == len(first))]
+        return [torch.stack([resize(min_max(term.abs()), first.shape[2:]).sum(1) for term in terms]).sum(0)]
+
+    def _terms(self, select: Selector) -> list[Tensor]:
+        """Give the input's share of the score, (N, C, *spatial), and those of the biases, channels first as well."""
+        with _Biases() as biases, _repeated(self.model, self._recorded_call(), select) as (image, score):
+            gradient, *others = _gradients(score, [image, *(layer.output for layer in biases.found)])
+        self._record.gradients = [gradient]
+        terms = [to_float(image.detach() * gradient)]
+        for layer, other in zip(biases.found, others, strict=True):
+            other = to_float(other).movedim(layer.channels, 1)
+            terms.append(other * layer.bias.reshape(-1, *[1] * (other.ndim - 2)))
+        return terms
+
+
+@contextmanager
+def _repeated(model: nn.Module, call: Call, select: Selector) -> Iterator[tuple[Tensor, Tensor]]:
+    """Repeat a recorded call quietly, with a graph down to its image-like input: that input, and the scores (N,)."""
+    with torch.inference_mode(False), torch.enable_grad(), untouched(model), paused(model), call.as_recorded():
+        image = call.image.detach().clone().requires_grad_()
+        args, kwargs = call.with_image(image.clone(), torch.arange(len(image), device=image.device))
+        args, kwargs = map_tensors(lambda t: t.clone() if t.is_inference() else t, (args, kwargs))
+        yield image, select(model(*args, **kwargs))
+
+
+def _gradients(score: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Differentiate scores (N,) with respect to the input, on which they must depend, and other tensors."""
+    gradients: Sequence[Tensor | None] = [None]
+    if score.requires_grad:
+        gradients = torch.autograd.grad(score.sum(), list(tensors), allow_unused=True)
+    if gradients[0] is None:
+        raise RuntimeError(
+            "the explained score is not connected to every target layer: it does not depend on the input"
+        )
+    return [
+        torch.zeros_like(tensor) if gradient is None else gradient
+        for gradient, tensor in zip(gradients, tensors, strict=True)
+    ]
+
+
+def _guided_gradient(model: nn.Module, call: Call, select: Selector) -> Tensor:
+    """Differentiate the score with respect to the input, through positive paths alone: (N, C, *spatial)."""
+    with _repeated(model, call, select) as (image, score), _clipped_at(_RECTIFIERS, score):
+        (gradient,) = _gradients(score, [image])
+    return to_float(gradient)
+
+
+# The nodes that these functions leave in a graph. ReLU6 is a hard tanh.
+_RECTIFIERS = re.compile(r"(Relu|Hardtanh|LeakyRelu|Elu|Celu|Gelu|Silu|Mish|Hardswish)(WithSelf)?Backward\d*")
+
+
+@contextmanager
+def _clipped_at(names: re.Pattern[str], score: Tensor) -> Iterator[None]:
+    """Set negative gradients to 0 before and after each node of these names in the graph of a score."""
+
+    def clip(gradients: Sequence[Tensor | None], *_: Any) -> tuple[Tensor | None, ...]:
+        return tuple(None if gradient is None else gradient.relu() for gradient in gradients)
+
+    nodes = [node for node in _graph(score) if names.fullmatch(node.name())]
+    handles = [register(clip) for node in nodes for register in (node.register_prehook, node.register_hook)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _graph(score: Tensor) -> Iterator[Node]:
+    """Go through the nodes of the graph of a score."""
+    seen: set[Node | None] = {None}
+    ahead = [score.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            ahead += [following for following, _ in node.next_functions]
+
+
+class _Bias(NamedTuple):
+    """A bias that was added, what the function returned that added it, and which of its dimensions is the channels'."""
+
+    bias: Tensor
+    output: Tensor
+    channels: int
+
+
+# Their third argument is the bias.
+_BIASED = {F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
+
+
+class _Biases(TorchFunctionMode):
+    """Takes note of the biases that are added inside the block, by modules as by functions.
+
+    Attributes:
+        found: the biases
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[_Bias] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call a function of torch."""
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if func is F.batch_norm:
+            bias = _implicit_bias(*args, **kwargs)
+        elif func in _BIASED:
+            bias = args[2] if len(args) > 2 else kwargs.get("bias")
+        else:
+            return output
+        if bias is None or not output.requires_grad or output.ndim < 2:
+            return output
+        self.found.append(_Bias(bias.detach(), output, -1 if func is F.linear else 1))
+        return output.clone()  # an operation in place must not change what is differentiated for
+
+
+def _implicit_bias(
+    _input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,  # noqa: ARG001 - the function that is called has it
+    eps: float = 1e-5,
+) -> Tensor | None:
+    """Give what batch normalisation with these arguments adds to a multiple of its input."""
+    if training or running_mean is None or running_var is None:
+        return bias
+    scale = (running_var + eps).rsqrt()
+    scale = scale if weight is None else scale * weight
+    return -running_mean * scale if bias is None else bias - running_mean * scale

@@ -1,0 +1,463 @@
+"""From a model's output to one score per sample."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._tensors import map_tensors, tensors_in
+
+__all__ = [
+    "BinaryLogit",
+    "BoxScores",
+    "ClassIndex",
+    "ClassLogit",
+    "ClassProbability",
+    "Contrast",
+    "Difference",
+    "OutputTarget",
+    "RawScore",
+    "ReST",
+    "Segmentation",
+    "Selector",
+    "Similarity",
+    "read_logits",
+]
+
+OutputTarget = Callable[[Any], Tensor]
+ClassIndex = int | Sequence[int] | Sequence[Sequence[int]] | Tensor
+
+
+def read_logits(output: Any) -> Tensor:
+    """Read the class scores out of a model's output.
+
+    A tensor is taken as it is. Of an output class or a mapping the entry ``logits``, else ``logits_per_image`` (CLIP),
+    else ``out`` (torchvision's segmentation models), else the first floating-point tensor is meant; of a tuple or list
+    the first such tensor.
+
+    Raises:
+        TypeError: if the output holds no floating-point tensor
+    """
+    if isinstance(output, Tensor):
+        return output
+    for name in ("logits", "logits_per_image", "out"):
+        entry = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        if isinstance(entry, Tensor):
+            return entry
+    logits = next((tensor for tensor in tensors_in(output) if tensor.is_floating_point()), None)
+    if logits is None:
+        raise TypeError(
+            f"no class scores found in an output of type {type(output).__name__}: "
+            "pass `targets`, a callable from one sample's output to a scalar"
+        )
+    return logits
+
+
+def sample_of(output: Any, index: int, batch_size: int) -> Any:
+    """Give one sample's part of a batched output.
+
+    Tensors lose their batch dimension; a list with one entry per sample (as detectors return) gives that entry.
+    """
+    if isinstance(output, list) and len(output) == batch_size:
+        return output[index]
+    return map_tensors(lambda t: t[index] if t.ndim and t.shape[0] == batch_size else t, output)
+
+
+def as_class_indices(class_idx: ClassIndex, batch_size: int, num_classes: int, device: torch.device) -> Tensor:
+    """Turn any way to name classes into a long tensor on ``device``: (N,), or (N, K) for several of each sample.
+
+    Raises:
+        TypeError: if an index is not an integer (a ``bool`` is not)
+        ValueError: if an index is negative or too large, or if there is not one per sample
+    """
+    if isinstance(class_idx, Tensor):
+        if class_idx.dtype.is_floating_point or class_idx.dtype.is_complex or class_idx.dtype == torch.bool:
+            raise TypeError(f"`class_idx` must hold integers, got a tensor of {class_idx.dtype}")
+        indices = class_idx.detach().to(device=device, dtype=torch.long)
+        if indices.is_inference():  # a graph can not hold on to it
+            indices = indices.clone()
+        lowest, highest = (indices.amin(), indices.amax()) if indices.numel() else (0, 0)
+    elif isinstance(class_idx, (str, bytes)) or not (hasattr(class_idx, "__iter__") and hasattr(class_idx, "__len__")):
+        lowest = highest = _as_integer(class_idx)
+        indices = torch.tensor(lowest, device=device)
+    else:
+        rows = [list(row) if isinstance(row, (list, tuple)) else [row] for row in class_idx]
+        values = [_as_integer(index) for row in rows for index in row]
+        lowest, highest = (min(values), max(values)) if values else (0, 0)
+        several = any(isinstance(row, (list, tuple)) for row in class_idx)
+        if len({len(row) for row in rows}) > 1:
+            raise ValueError(f"`class_idx` must name as many classes for each sample, got {class_idx!r}")
+        indices = torch.tensor(values, dtype=torch.long, device=device)
+        indices = indices.reshape(len(rows), -1) if several else indices
+    if indices.ndim > 2 or (indices.ndim and len(indices) != batch_size):
+        raise ValueError(
+            f"`class_idx` must be one integer, one per sample, or as many for each sample: got shape "
+            f"{tuple(indices.shape)} for a batch of {batch_size}"
+        )
+    if lowest < 0 or highest >= num_classes:
+        raise ValueError(
+            f"`class_idx` must lie between 0 and {num_classes - 1} for a model with {num_classes} classes, "
+            f"got {class_idx!r}"
+        )
+    return indices.expand(batch_size) if indices.ndim < 2 else indices
+
+
+def _as_integer(index: Any) -> int:
+    if isinstance(index, bool) or getattr(getattr(index, "dtype", None), "kind", "i") == "b":
+        raise TypeError(f"`class_idx` must be an integer, got the boolean {index!r}")
+    try:
+        return operator.index(index)
+    except TypeError:
+        raise TypeError(f"`class_idx` must be an integer, got {index!r} of type {type(index).__name__}") from None
+
+
+class Selector:
+    """The score that is explained: one scalar per sample, read from any output of the model.
+
+    Args:
+        class_idx: one class for the whole batch, one per sample, or K per sample
+        targets: one callable from a sample's output to a scalar for the whole batch, one per sample, or K per sample
+        batch_size: the number of samples N
+
+    Raises:
+        ValueError: unless exactly one of ``class_idx`` and ``targets`` is given, and if there is not one per sample
+        TypeError: if a target is not callable
+    """
+
+    def __init__(
+        self,
+        class_idx: ClassIndex | None,
+        targets: OutputTarget | Sequence[OutputTarget] | None,
+        batch_size: int,
+    ) -> None:
+        check_one_of(class_idx, targets)
+        self.class_idx = class_idx
+        self.batch_size = batch_size
+        self._indices: Tensor | None = None
+        self._samples: Tensor | None = None
+        self._sign = 1
+        self.targets: list[OutputTarget] = []
+        if targets is not None:
+            self.targets = [targets] * batch_size if callable(targets) else list(targets)
+            if len(self.targets) != batch_size:
+                raise ValueError(
+                    f"`targets` must be one callable or one per sample: got {len(self.targets)} "
+                    f"for a batch of {batch_size}"
+                )
+            self.targets = [_as_one_target(target) for target in self.targets]
+
+    def __call__(self, output: Any, samples: Tensor | None = None) -> Tensor:
+        """Score the rows of an output.
+
+        Args:
+            output: what the model returned for B rows
+            samples: the sample of the explained batch that each row stands for, (B,); by default row i is sample i
+
+        Returns:
+            the scores, (B,), or (B, K) for several of each sample
+        """
+        samples = self._samples if samples is None else samples
+        score = self.by_target(output, samples) if self.targets else self.by_class(read_logits(output), samples)
+        return self._sign * score
+
+    def negative(self) -> Selector:
+        """Give the selection of the negative scores."""
+        selector = copy.copy(self)
+        selector._sign = -self._sign
+        return selector
+
+    def of(self, samples: Tensor) -> Selector:
+        """Give the same selection for outputs whose rows stand for ``samples``, (B,)."""
+        selector = copy.copy(self)
+        selector._samples = samples
+        return selector
+
+    def arguments(self, output: Any, samples: Tensor) -> dict[str, Any]:
+        """Give the arguments of a call that asks the same of an output whose rows stand for ``samples``, (B,)."""
+        if self.targets:
+            return {"targets": [self.targets[owner] for owner in samples.tolist()]}
+        return {"class_idx": self.indices(read_logits(output))[samples]}
+
+    def by_class(self, logits: Tensor, samples: Tensor | None) -> Tensor:
+        """Pick each row's class score from logits ``(B, K)``; ``(B, K, *S)`` is summed over positions."""
+        logits = logits.reshape(-1, 1) if logits.ndim < 2 else logits
+        indices = self.indices(logits)
+        indices = indices if samples is None else indices[samples]
+        if len(indices) != len(logits):
+            raise ValueError(f"the model gave scores of shape {tuple(logits.shape)} for {len(indices)} samples")
+        rows = torch.arange(len(logits), device=logits.device).reshape(-1, *[1] * (indices.ndim - 1))
+        scores = logits[rows, indices]
+        return scores.flatten(indices.ndim).sum(-1) if scores.ndim > indices.ndim else scores
+
+    def indices(self, logits: Tensor) -> Tensor:
+        """Give the classes as a ``(N,)`` long tensor, checked against logits ``(B, K, ...)`` or ``(B,)``."""
+        if self._indices is None:
+            assert self.class_idx is not None  # noqa: S101 - for the type checker: __init__ has seen to it
+            num_classes = logits.shape[1] if logits.ndim > 1 else 1
+            self._indices = as_class_indices(self.class_idx, self.batch_size, num_classes, logits.device)
+        return self._indices
+
+    def by_target(self, output: Any, samples: Tensor | None) -> Tensor:
+        """Let each row's target score that row's part of the output."""
+        owners = range(self.batch_size) if samples is None else samples.tolist()
+        return torch.stack(
+            [self.targets[owner](sample_of(output, row, len(owners))) for row, owner in enumerate(owners)]
+        )
+
+
+def _as_one_target(target: Any) -> OutputTarget:
+    """Check a target and let it return a scalar; make a list of K targets one that returns (K,).
+
+    Raises:
+        TypeError: if it is not callable
+    """
+    if isinstance(target, (list, tuple)):
+        several = [_as_one_target(one) for one in target]
+        return lambda output: torch.stack([one(output) for one in several])
+    if not callable(target):
+        raise TypeError(f"`targets` must be callable, got {target!r} of type {type(target).__name__}")
+
+    def scalar(output: Any) -> Tensor:
+        score = target(output)
+        if not isinstance(score, Tensor) or score.numel() != 1:
+            found = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
+            raise ValueError(f"`targets` must return one scalar tensor per sample, got {found}")
+        return score.reshape(())
+
+    return scalar
+
+
+def class_columns(class_idx: Any, targets: Any) -> list[dict[str, Any]] | None:
+    """Split K classes or targets of each sample into K choices of one per sample; None where there is one anyway.
+
+    Raises:
+        ValueError: if there are not as many for each sample
+    """
+    for name, value in (("class_idx", class_idx), ("targets", targets)):
+        if isinstance(value, Tensor):
+            if value.ndim == 2:
+                return [{name: column} for column in value.unbind(1)]
+        elif isinstance(value, (list, tuple)) and any(isinstance(row, (list, tuple)) for row in value):
+            if not all(isinstance(row, (list, tuple)) for row in value) or len({len(row) for row in value}) != 1:
+                raise ValueError(f"`{name}` must name as many for each sample, got {value!r}")
+            return [{name: list(column)} for column in zip(*value, strict=True)]
+    return None
+
+
+def check_one_of(class_idx: object, targets: object) -> None:
+    """Raise a ``ValueError`` unless exactly one of the two is given."""
+    if (class_idx is None) == (targets is None):
+        raise ValueError(
+            "provide exactly one of class_idx or targets, got " + ("neither" if class_idx is None else "both")
+        )
+
+
+@dataclass(frozen=True)
+class ClassLogit:
+    """The score :math:`y_c` of a class; of scores (K, *S) the sum over positions.
+
+    Attributes:
+        class_idx: the class c
+    """
+
+    class_idx: int
+
+    def __call__(self, output: Any) -> Tensor:
+        """Score one sample's output."""
+        return _class_scores(output, self.class_idx).sum()
+
+
+@dataclass(frozen=True)
+class ClassProbability:
+    """The probability :math:`p_c = softmax(y)_c` of a class; of scores (K, *S) the sum over positions.
+
+    Attributes:
+        class_idx: the class c
+    """
+
+    class_idx: int
+
+    def __call__(self, output: Any) -> Tensor:
+        """Score one sample's output."""
+        return _class_scores(read_logits(output).softmax(0), self.class_idx).sum()
+
+
+@dataclass(frozen=True)
+class ReST:
+    r"""The score :math:`y_c + \log p_c` that ShapleyCAM explains (Cai 2025, arXiv:2501.06261).
+
+    Attributes:
+        class_idx: the class c
+    """
+
+    class_idx: int
+
+    def __call__(self, output: Any) -> Tensor:
+        """Score one sample's output."""
+        logits = read_logits(output)
+        return (_class_scores(logits, self.class_idx) + _class_scores(logits.log_softmax(0), self.class_idx)).sum()
+
+
+@dataclass(frozen=True)
+class BinaryLogit:
+    """The only score of a binary classifier, or its negative.
+
+    Attributes:
+        positive: whether the positive class is explained
+    """
+
+    positive: bool = True
+
+    def __call__(self, output: Any) -> Tensor:
+        """Score one sample's output, a tensor of one element."""
+        score = RawScore()(output)
+        return score if self.positive else -score
+
+
+@dataclass(frozen=True)
+class RawScore:
+    """The output itself, where it is one number: a regression."""
+
+    def __call__(self, output: Any) -> Tensor:
+        """Score one sample's output, a tensor of one element."""
+        score = read_logits(output)
+        if score.numel() != 1:
+            raise ValueError(f"the output has {score.numel()} scores for each sample, not one: name a class of them")
+        return score.reshape(())
+
+
+@dataclass(frozen=True)
+class Contrast:
+    r"""What tells a class from others (Finer-CAM, arXiv:2501.11309): :math:`y_c - \gamma \operatorname{mean}_d y_d`.
+
+    Attributes:
+        class_idx: the class c
+        others: the classes d it is compared with
+        gamma: the strength of the comparison
+    """
+
+    class_idx: int
+    others: Sequence[int]
+    gamma: float = 0.6
+
+    def __call__(self, output: Any) -> Tensor:
+        """Score one sample's output."""
+        logits = read_logits(output)
+        others = torch.stack([_class_scores(logits, other) for other in self.others]).mean(0)
+        return (_class_scores(logits, self.class_idx) - self.gamma * others).sum()
+
+
+@dataclass(frozen=True, eq=False)
+class Segmentation:
+    """The scores of a class summed over the pixels of a mask.
+
+    Attributes:
+        class_idx: the class c
+        mask: the pixels (*S), as booleans or weights, shaped as the model's scores (K, *S) are; by default all
+    """
+
+    class_idx: int
+    mask: Tensor | None = None
+
+    def __call__(self, output: Any) -> Tensor:
+        """Score one sample's output, (K, *S)."""
+        scores = _class_scores(read_logits(output), self.class_idx)
+        if self.mask is None:
+            return scores.sum()
+        if self.mask.shape != scores.shape:
+            raise ValueError(
+                f"`mask` has shape {tuple(self.mask.shape)}, but the scores of a class have {tuple(scores.shape)}"
+            )
+        return (scores * self.mask.to(scores)).sum()
+
+
+@dataclass(frozen=True, eq=False)
+class BoxScores:
+    """How well a detector finds given boxes: the overlap (IoU) and the score of the detection that fits each best.
+
+    Only detections with the box's label and an overlap above ``iou_threshold`` count; a box without one adds 0.
+
+    Attributes:
+        labels: the labels of the B boxes
+        boxes: the boxes, (B, 4), as (x1, y1, x2, y2) in pixels of the input
+        iou_threshold: the overlap that a detection must exceed
+    """
+
+    labels: Sequence[int] | Tensor
+    boxes: Sequence[Sequence[float]] | Tensor
+    iou_threshold: float = 0.5
+
+    def __call__(self, output: Any) -> Tensor:
+        """Score one sample's output: a mapping with ``boxes`` (D, 4), ``labels`` (D,) and ``scores`` (D,)."""
+        from torchvision.ops import box_iou
+
+        found, labels, scores = output["boxes"], output["labels"], output["scores"]
+        nothing: Tensor = scores.sum() * 0 + found.sum() * 0  # keeps the graph where no detection counts
+        if not len(found):
+            return nothing
+        boxes = torch.as_tensor(self.boxes, dtype=found.dtype, device=found.device).reshape(-1, 4)
+        wanted = torch.as_tensor(self.labels, device=labels.device).reshape(-1, 1)
+        overlap = box_iou(boxes, found).masked_fill(wanted != labels, 0.0)  # (B, D)
+        best, index = overlap.max(1)
+        counted: Tensor = torch.where(best > self.iou_threshold, best + scores[index], 0.0).sum()
+        return nothing + counted
+
+
+@dataclass(frozen=True, eq=False)
+class Similarity:
+    """The cosine between the model's embedding of the sample and a given one.
+
+    Attributes:
+        embedding: the embedding to compare with, (D,)
+    """
+
+    embedding: Tensor
+
+    def __call__(self, output: Any) -> Tensor:
+        """Score one sample's output, an embedding (D,)."""
+        embedding = _read_embedding(output)
+        if embedding.numel() != self.embedding.numel():
+            raise ValueError(
+                f"`embedding` has {self.embedding.numel()} dimensions, but the model's has {embedding.numel()}"
+            )
+        cosine: Tensor = F.cosine_similarity(embedding.flatten(), self.embedding.to(embedding).flatten(), dim=0)
+        return cosine
+
+
+@dataclass(frozen=True, eq=False)
+class Difference:
+    """One minus the cosine between the model's embedding of the sample and a given one.
+
+    Attributes:
+        embedding: the embedding to compare with, (D,)
+    """
+
+    embedding: Tensor
+
+    def __call__(self, output: Any) -> Tensor:
+        """Score one sample's output, an embedding (D,)."""
+        return 1 - Similarity(self.embedding)(output)
+
+
+def _class_scores(scores: Any, class_idx: int) -> Tensor:
+    """Give a class's entry of one sample's scores (K, *S)."""
+    logits = read_logits(scores)
+    if not 0 <= _as_integer(class_idx) < len(logits):
+        raise ValueError(f"`class_idx` must lie between 0 and {len(logits) - 1}, got {class_idx}")
+    return logits[class_idx]
+
+
+def _read_embedding(output: Any) -> Tensor:
+    """Read an embedding out of one sample's output: what transformers calls so, else its first tensor."""
+    for name in ("image_embeds", "pooler_output"):
+        entry = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        if isinstance(entry, Tensor):
+            return entry
+    return read_logits(output)

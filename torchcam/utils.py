@@ -1,0 +1,128 @@
+"""Pictures: what turns a map into something to look at."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from numbers import Real
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+if TYPE_CHECKING:
+    from matplotlib.colors import Colormap
+    from numpy.typing import NDArray
+
+__all__ = ["overlay_mask"]
+
+# The value of full intensity, for each greyscale mode of Pillow that has one meaning.
+_FULL_SCALE = {"1": 1, "L": 255, "F": 1, "I;16": 65535, "I;16L": 65535, "I;16B": 65535, "I;16N": 65535}
+# Older versions of Pillow open 16-bit files as 32-bit integers.
+_BACKGROUND_FULL_SCALE = {**_FULL_SCALE, "I": 65535}
+
+
+def overlay_mask(
+    img: Image.Image, mask: Image.Image, colormap: str | Colormap = "jet", alpha: float = 0.7
+) -> Image.Image:
+    """Draw a map over an image.
+
+    The mask is resized to the image (bicubic) and mapped linearly to the colormap. Each pixel of the result is
+    `alpha * img + (1 - alpha) * color`, rounded.
+
+    Where the mask is undefined (NaN or infinite, possible in mode `F`), and wherever else the colormap is transparent,
+    the image shows through unchanged. Undefined values do not spread: their neighbours are resized without them. A
+    colormap with a colour for bad values (`Colormap.set_bad`) shows them in that colour.
+
+    Example:
+        >>> from PIL import Image
+        >>> from torchcam.utils import overlay_mask
+        >>> image = Image.new("RGB", (4, 2), "black")
+        >>> mask = Image.new("L", (2, 1), 255)
+        >>> overlay_mask(image, mask, colormap="gray", alpha=0.5).getpixel((0, 0))
+        (128, 128, 128)
+
+    Args:
+        img: the image below. RGB, a palette without transparency (`P`), or greyscale: `L`, `1`, 16-bit integers
+            (`I;16` and its variants, or `I`, with values in [0, 65535]), or `F` with values in [0, 1].
+        mask: the map, of any size. The colormap covers [0, 255] in mode `L`, [0, 65535] in mode `I;16` and its
+            variants, and [0, 1] in modes `F` and `1`; values outside take the nearest end.
+        colormap: a matplotlib colormap, or the name of one.
+        alpha: the opacity of `img`, in [0, 1).
+
+    Returns:
+        An RGB image of the size of `img`.
+
+    Raises:
+        TypeError: if `img` or `mask` is not a PIL image, or `colormap` neither a name nor a colormap.
+        ValueError: if `alpha` is not a number in [0, 1), a mode is not one of the above, a value of `img` is outside
+            its range, or no colormap has that name.
+    """
+    for name, image in (("img", img), ("mask", mask)):
+        if not isinstance(image, Image.Image):
+            raise TypeError(f"`{name}` must be a PIL image, got {type(image).__name__}")
+    if not isinstance(alpha, Real) or isinstance(alpha, bool) or not 0 <= alpha < 1:
+        raise ValueError(f"`alpha` must be a number in [0, 1), got {alpha!r}")
+
+    background = _read_background(img)  # (H, W, 3)
+    values = _resize(_read_mask(mask), img.size)  # (H, W)
+    colors = _ensure_colormap(colormap)(values).astype(np.float32)  # (H, W, 4), in [0, 1]
+    opacity = (1 - float(alpha)) * colors[..., 3:]
+    blend = background + opacity * (255 * colors[..., :3] - background)
+    return Image.fromarray(np.rint(blend).astype(np.uint8))
+
+
+def _ensure_colormap(colormap: str | Colormap) -> Colormap:
+    """Look a colormap up by name, or return it as it is."""
+    import matplotlib
+    from matplotlib.colors import Colormap
+
+    if isinstance(colormap, Colormap):
+        return colormap
+    if not isinstance(colormap, str):
+        raise TypeError(f"`colormap` must be a name or a matplotlib Colormap, got {type(colormap).__name__}")
+    if colormap not in matplotlib.colormaps:
+        closest = ", ".join(map(repr, get_close_matches(colormap, matplotlib.colormaps, cutoff=0.5)))
+        hint = f"closest: {closest}" if closest else "`matplotlib.colormaps` lists them"
+        raise ValueError(f"`colormap` {colormap!r} is not a matplotlib colormap; {hint}")
+    return matplotlib.colormaps[colormap]
+
+
+def _read_background(img: Image.Image) -> NDArray[np.float32]:
+    """Read an opaque image as RGB in [0, 255], of shape `(H, W, 3)`."""
+    if img.mode in _BACKGROUND_FULL_SCALE:
+        full_scale = _BACKGROUND_FULL_SCALE[img.mode]
+        grey = np.asarray(img, dtype=np.float32)
+        if not ((grey >= 0) & (grey <= full_scale)).all():
+            raise ValueError(
+                f"`img` has mode {img.mode!r} and values in [{grey.min()}, {grey.max()}]; this mode needs "
+                f"[0, {full_scale}]: rescale the values, or pass an `L` or `RGB` image"
+            )
+        return np.repeat((grey * np.float32(255 / full_scale))[..., None], 3, axis=-1)
+    if img.mode == "RGB" or (img.mode == "P" and not img.has_transparency_data):
+        return np.asarray(img.convert("RGB"), dtype=np.float32)
+    what = "a palette with transparency" if img.mode == "P" else f"mode {img.mode!r}"
+    raise ValueError(
+        f'`img` must be a greyscale or RGB image without transparency, got {what}: pass `img.convert("RGB")`'
+    )
+
+
+def _read_mask(mask: Image.Image) -> NDArray[np.float32]:
+    """Read a mask so that [0, 1] is its full range, of shape `(H, W)`."""
+    if mask.mode not in _FULL_SCALE:
+        raise ValueError(f"`mask` has mode {mask.mode!r}; expected one of {', '.join(map(repr, _FULL_SCALE))}")
+    return np.asarray(mask, dtype=np.float32) / np.float32(_FULL_SCALE[mask.mode])
+
+
+def _resize(values: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
+    """Resize to `size` (width, height), clipped to [0, 1]; undefined values stay undefined and leave the rest alone."""
+    defined = np.isfinite(values)
+    resized = _bicubic(np.where(defined, values, 0), size)
+    if not defined.all():
+        share = _bicubic(defined, size)
+        resized = np.where(share >= 0.5, resized / np.maximum(share, 0.5), np.nan)
+    return np.clip(resized, 0, 1)
+
+
+def _bicubic(values: NDArray[np.generic], size: tuple[int, int]) -> NDArray[np.float32]:
+    """Resize an array to `size` (width, height)."""
+    return np.asarray(Image.fromarray(values.astype(np.float32)).resize(size, Image.Resampling.BICUBIC))
