@@ -203,6 +203,7 @@ GRADIENT = {"resnet": ["layer4", "layer3", "layer2"], "demo": ["layer4", "layer3
 MASKED = {"resnet": ["layer1"], "demo": ["layer4", "layer2"]}
 INPUT = {"resnet": ["input"], "demo": ["input"]}
 EIGEN = "has the sign that the decomposition gives"
+CHANNELS = "scales every channel by itself"
 CASES = [
     Case("GradCAM", "GradCAM", GRADIENT),
     Case("GradCAMpp", "GradCAMPlusPlus", GRADIENT, {}, "adds 1e-6 to alpha's denominator", padded_grad_cam_pp),

@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ class Entry:
 
     library: str
     name: str
-    build: Callable[[], nn.Module]
+    build: Callable[[], Any]
     side: int
 
 
@@ -59,9 +60,7 @@ def torchvision_models() -> Iterator[Entry]:
     for name in torchvision.models.list_models(module=torchvision.models):
         options = {"init_weights": False} if name in {"googlenet", "inception_v3"} else {}
         side = {"inception_v3": 299, "vit_h_14": 224}.get(name, 224)
-        yield Entry(
-            "torchvision", name, lambda n=name, o=options: torchvision.models.get_model(n, weights=None, **o), side
-        )
+        yield Entry("torchvision", name, partial(torchvision.models.get_model, name, weights=None, **options), side)
 
 
 def timm_models() -> Iterator[Entry]:
@@ -78,7 +77,7 @@ def timm_models() -> Iterator[Entry]:
         # Sizes of models are not listed, but names tell: the shortest of the telling words comes first.
         ranked = sorted(sizes, key=lambda name: (_size_rank(name), sizes[name], len(name), name))
         if ranked:
-            yield Entry("timm", ranked[0], lambda n=ranked[0]: timm.create_model(n), sizes[ranked[0]])
+            yield Entry("timm", ranked[0], partial(timm.create_model, ranked[0]), sizes[ranked[0]])
 
 
 def _size_rank(name: str) -> int:
@@ -128,28 +127,71 @@ def transformers_models() -> Iterator[Entry]:
         "CLIP": ("CLIPForImageClassification", {"vision_config": vit}),
         "Swin": ("SwinForImageClassification", stages | {"patch_size": 4}),
         "Swinv2": ("Swinv2ForImageClassification", stages | {"patch_size": 4}),
-        "Focalnet": ("FocalNetForImageClassification", {"embed_dim": 16, "depths": [1, 1, 2], "image_size": 64, "focal_levels": [2, 2, 2], "focal_windows": [3, 3, 3]}),
+        "Focalnet": (
+            "FocalNetForImageClassification",
+            {
+                "embed_dim": 16,
+                "depths": [1, 1, 2],
+                "image_size": 64,
+                "focal_levels": [2, 2, 2],
+                "focal_windows": [3, 3, 3],
+            },
+        ),
         "ConvNext": ("ConvNextForImageClassification", conv | {"depths": [1, 1, 2]}),
         "ConvNextV2": ("ConvNextV2ForImageClassification", conv),
-        "ResNet": ("ResNetForImageClassification", {"embedding_size": 16, "hidden_sizes": [16, 32, 64], "depths": [1, 1, 2], "layer_type": "basic"}),
-        "RegNet": ("RegNetForImageClassification", {"embedding_size": 16, "hidden_sizes": [16, 32, 64, 64], "depths": [1, 1, 2, 1], "groups_width": 16}),
+        "ResNet": (
+            "ResNetForImageClassification",
+            {"embedding_size": 16, "hidden_sizes": [16, 32, 64], "depths": [1, 1, 2], "layer_type": "basic"},
+        ),
+        "RegNet": (
+            "RegNetForImageClassification",
+            {"embedding_size": 16, "hidden_sizes": [16, 32, 64, 64], "depths": [1, 1, 2, 1], "groups_width": 16},
+        ),
         "MobileNetV1": ("MobileNetV1ForImageClassification", {"image_size": 224}),
         "MobileNetV2": ("MobileNetV2ForImageClassification", {"image_size": 224}),
-        "MobileViT": ("MobileViTForImageClassification", {"image_size": 256, "hidden_sizes": [16, 32, 32], "neck_hidden_sizes": [8, 8, 16, 16, 32, 32, 64]}),
+        "MobileViT": (
+            "MobileViTForImageClassification",
+            {"image_size": 256, "hidden_sizes": [16, 32, 32], "neck_hidden_sizes": [8, 8, 16, 16, 32, 32, 64]},
+        ),
         "MobileViTV2": ("MobileViTV2ForImageClassification", {"image_size": 256}),
-        "EfficientNet": ("EfficientNetForImageClassification", {"image_size": 224, "width_coefficient": 0.5, "depth_coefficient": 0.5, "hidden_dim": 640}),
-        "PVT": ("PvtForImageClassification", {"image_size": 64, "hidden_sizes": [16, 32, 32, 64], "depths": [1, 1, 1, 2], "num_attention_heads": [1, 2, 2, 4]}),
-        "PVTv2": ("PvtV2ForImageClassification", {"image_size": 64, "hidden_sizes": [16, 32, 32, 64], "depths": [1, 1, 1, 2], "num_attention_heads": [1, 2, 2, 4]}),
-        "SegFormer": ("SegformerForImageClassification", {"hidden_sizes": [16, 32, 32, 64], "depths": [1, 1, 1, 2], "num_attention_heads": [1, 2, 2, 4]}),
+        "EfficientNet": (
+            "EfficientNetForImageClassification",
+            {"image_size": 224, "width_coefficient": 0.5, "depth_coefficient": 0.5, "hidden_dim": 640},
+        ),
+        "PVT": (
+            "PvtForImageClassification",
+            {
+                "image_size": 64,
+                "hidden_sizes": [16, 32, 32, 64],
+                "depths": [1, 1, 1, 2],
+                "num_attention_heads": [1, 2, 2, 4],
+            },
+        ),
+        "PVTv2": (
+            "PvtV2ForImageClassification",
+            {
+                "image_size": 64,
+                "hidden_sizes": [16, 32, 32, 64],
+                "depths": [1, 1, 1, 2],
+                "num_attention_heads": [1, 2, 2, 4],
+            },
+        ),
+        "SegFormer": (
+            "SegformerForImageClassification",
+            {"hidden_sizes": [16, 32, 32, 64], "depths": [1, 1, 1, 2], "num_attention_heads": [1, 2, 2, 4]},
+        ),
         "LeViT": ("LevitForImageClassification", {"image_size": 64}),
         "PoolFormer": ("PoolFormerForImageClassification", {"hidden_sizes": [16, 32, 32, 64], "depths": [1, 1, 1, 2]}),
         "CvT": ("CvtForImageClassification", {}),
         "SwiftFormer": ("SwiftFormerForImageClassification", {"image_size": 64}),
-        "BiT": ("BitForImageClassification", {"embedding_size": 16, "hidden_sizes": [32, 64, 64, 128], "depths": [1, 1, 2, 1], "num_groups": 8}),
+        "BiT": (
+            "BitForImageClassification",
+            {"embedding_size": 16, "hidden_sizes": [32, 64, 64, 128], "depths": [1, 1, 2, 1], "num_groups": 8},
+        ),
         "HGNetV2": ("HGNetV2ForImageClassification", {}),
         "EfficientFormer": ("EfficientFormerForImageClassification", {}),
         "TextNet": ("TextNetForImageClassification", {}),
-    }  # fmt: skip
+    }
     for name, (architecture, options) in configs.items():
         model_class = getattr(hf, architecture, None)
         if model_class is None:
@@ -169,6 +211,23 @@ def image(height: int, width: int) -> Tensor:
     """Make an image of smooth noise, always the same."""
     noise = torch.randn((1, 3, height // 8, width // 8), generator=torch.Generator().manual_seed(0))
     return nn.functional.interpolate(noise, (height, width), mode="bilinear") * 1.5
+
+
+def settle(model: nn.Module, x: Tensor) -> None:
+    """Make random weights behave: some for layers that start as zeros, and a batch for batch normalisation to see.
+
+    A head of zeros has no evidence for anything; and without statistics the signal of a deep network dies out.
+    """
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point() and parameter.ndim > 1 and not parameter.any():
+                parameter.normal_(std=0.02)
+        normalisations = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        if normalisations:
+            for module in normalisations:
+                module.momentum = 1.0
+            model.train()(torch.cat([x, -x]))
+            model.eval()
 
 
 def maps_of(model: nn.Module, x: Tensor) -> tuple[str, tuple[int, ...]]:
@@ -200,8 +259,9 @@ def extractor_layer(extractor: Any) -> str:
 
 
 def placed(model: nn.Module, layer: str, x: Tensor) -> bool:
-    """Tell whether a patch of the input that changes is where the layer's grid changes most, for three patches."""
+    """Tell whether a patch of the input that changes is where the layer's grid changes most, for two patches."""
     outputs: list[Tensor] = []
+    generator = torch.Generator().manual_seed(0)
 
     def keep(_module: nn.Module, _args: Any, output: Any) -> None:
         tensor = first_tensor(output)
@@ -215,22 +275,25 @@ def placed(model: nn.Module, layer: str, x: Tensor) -> bool:
             layout = find_layout(tuple(outputs[-1].shape), tuple(x.shape), layer)
             before = layout.to_grid(outputs[-1])
             rows, columns = layout.grid
-            for row, column in [
-                (rows // 3, columns - 1 - columns // 4),
-                (rows - 1 - rows // 4, columns // 5),
-                (0, columns // 2),
-            ]:
-                top, bottom = (round(edge * x.shape[2] / rows) for edge in (row, row + 1))
-                left, right = (round(edge * x.shape[3] / columns) for edge in (column, column + 1))
-                changed = x.repeat(4, 1, 1, 1)
+            block = (
+                max(1, rows // 7),
+                max(1, columns // 7),
+            )  # cells; in a fine grid, a single one is smaller than a kernel
+            for place in [(rows // 3, columns - 1 - columns // 4), (rows - 1 - rows // 4, columns // 5)]:
+                first = [cell // size * size for cell, size in zip(place, block, strict=True)]
+                top, bottom = (round(edge * x.shape[2] / rows) for edge in (first[0], first[0] + block[0]))
+                left, right = (round(edge * x.shape[3] / columns) for edge in (first[1], first[1] + block[1]))
+                # A small change: a large one drives a deep network with random weights somewhere else altogether.
+                changed = x.repeat(3, 1, 1, 1)
                 patches = changed[..., top:bottom, left:right]
-                changed[..., top:bottom, left:right] = -patches + torch.linspace(-2, 2, 4).reshape(-1, 1, 1, 1)
+                patches += 0.02 * torch.randn(patches.shape, generator=generator)
                 model(changed)
                 layout = find_layout(tuple(outputs[-1].shape), tuple(changed.shape), layer)
-                change = (layout.to_grid(outputs[-1]) - before).norm(dim=1).mean(0) / before.norm(dim=1).clamp_min(
-                    1e-12
-                )
-                if divmod(int(change.flatten().argmax()), columns) != (row, column):
+                change = (layout.to_grid(outputs[-1]) - before).norm(dim=1).mean(0)
+                size = before.norm(dim=1)
+                change = change / (size + size.mean())  # relative, but not to what is next to nothing
+                peak = divmod(int(change.flatten().argmax()), columns)
+                if any(not 0 <= at - start < size for at, start, size in zip(peak, first, block, strict=True)):
                     return False
     finally:
         handle.remove()
@@ -245,6 +308,7 @@ def try_out(entry: Entry) -> Outcome:
         torch.manual_seed(0)
         model = entry.build().eval()
         x = image(entry.side, entry.side)
+        settle(model, x)
         outcome.layer, grid = maps_of(model, x)
         outcome.grid = " x ".join(map(str, grid))
         outcome.placed = where_placed(model, outcome.layer, x)
@@ -269,8 +333,8 @@ def where_placed(model: nn.Module, layer: str, x: Tensor) -> str:
     found = candidates(model, x)
     (chosen,) = (candidate for candidate in found if candidate.name == layer)
     alike = [c for c in found if c.is_stage and c.calls == 1 and c.layout.channels == chosen.layout.channels]
-    same_grid = [c for c in alike if c.grid == chosen.grid]
-    for early in [*reversed(same_grid), *reversed(alike)]:
+    alike = [*(c for c in alike if c.grid != chosen.grid), *(c for c in alike if c.grid == chosen.grid)][::-1]
+    for early in alike[:: max(1, len(alike) // 30)]:
         if placed(model, early.name, x):
             return f"at {early.name}"
     raise ValueError(f"a patch of the input is not where the grid of '{layer}' changes most")
@@ -293,10 +357,10 @@ def table(results: list[tuple[Entry, Outcome]]) -> str:
     lines = [
         "# Architectures",
         "",
-        f"Written by `scripts/zoo.py` with torch {torch.__version__.split('+')[0]}: Grad-CAM and LayerCAM with no argument but the model, random",
-        f"weights, {good} of {len(results)} models. *Placed*: where one patch of the input changes, the layer's grid changes most",
-        "(where attention has mixed the patches, an early layer's grid of the same shape). *Wide*: the grid for an image",
-        "half as wide again.",
+        f"Written by `scripts/zoo.py` with torch {torch.__version__.split('+')[0]}: Grad-CAM and LayerCAM with no",
+        f"argument but the model, random weights; {good} of {len(results)} models pass. *Placed*: where a patch of the",
+        "input changes, the layer's grid changes most (where attention or a wide view has mixed the patches, that of",
+        "an earlier layer laid out in the same way). *Wide*: the grid for an image half as wide again.",
         "",
         "| library | model | default layer | grid | placed | wide |",
         "|---|---|---|---|---|---|",

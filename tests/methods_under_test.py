@@ -113,8 +113,11 @@ METHODS: dict[str, Callable[[nn.Module], Any]] = {
     "GuidedGradCAM": _on(LAYERS, methods.GuidedGradCAM),
     "FullGrad": methods.FullGrad,
     "LeGrad": _on(LAYERS, methods.LeGrad),
+    "AttentionRollout": _on(LAYERS, methods.AttentionRollout),
+    "TransformerAttribution": methods.TransformerAttribution,
 }
-MODELS: dict[str, type[nn.Module]] = {"LeGrad": Transformer}
+READS_ATTENTION = {"LeGrad", "AttentionRollout", "TransformerAttribution"}
+MODELS: dict[str, type[nn.Module]] = dict.fromkeys(READS_ATTENTION, Transformer)
 
 
 def make_model(name: str, device: torch.device) -> nn.Module:

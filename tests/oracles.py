@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -264,6 +265,15 @@ def after_attention(block: nn.Module, tokens: Tensor, probabilities: Tensor) -> 
     return x + block.mlp(block.ln_2(x))
 
 
+def tokens_of(images: Tensor, model: nn.Module) -> list[Tensor]:
+    """What torchvision's vision transformer gives to its first block, (1, T, D) for each image."""
+    with torch.no_grad():
+        return [
+            torch.cat([model.class_token, model._process_input(image.unsqueeze(0))], 1) + model.encoder.pos_embedding
+            for image in images
+        ]
+
+
 def le_grad(
     images: Tensor,
     model: nn.Module,
@@ -273,26 +283,113 @@ def le_grad(
     grid: tuple[int, int],
 ) -> Tensor:
     """`read_out` goes from a block's tokens (1, T, D) to class scores (1, K); the first token is no patch."""
+    return le_grad_of_tokens(tokens_of(images, model), torchvision_blocks(model), blocks, read_out, scores, grid)
+
+
+# A block as its two halves: from tokens (1, T, D) to attention probabilities (heads, T, T), and on to tokens.
+Blocks = Sequence[tuple[Half, Callable[[Tensor, Tensor], Tensor]]]
+
+
+def torchvision_blocks(model: nn.Module) -> Blocks:
+    return [(partial(attend, block), partial(after_attention, block)) for block in model.encoder.layers]
+
+
+def le_grad_of_tokens(
+    inputs: Sequence[Tensor],
+    blocks: Blocks,
+    wanted: Sequence[int],
+    read_out: Half,
+    scores: Sequence[Score],
+    grid: tuple[int, int],
+) -> Tensor:
     maps = []
-    for n, score in enumerate(scores):
-        with torch.no_grad():
-            tokens = model._process_input(images[n : n + 1])
-            tokens = torch.cat([model.class_token, tokens], 1) + model.encoder.pos_embedding
-        total = torch.zeros(grid, dtype=images.dtype, device=images.device)
-        for index, block in enumerate(model.encoder.layers):
+    for tokens, score in zip(inputs, scores, strict=True):
+        total = torch.zeros(grid, dtype=tokens.dtype, device=tokens.device)
+        for index, (attend_, after) in enumerate(blocks):
             with torch.no_grad():
-                probabilities = attend(block, tokens)
-            if index in blocks:
+                probabilities = attend_(tokens)
+            if index in wanted:
                 leaf = probabilities.clone().requires_grad_()
                 with torch.enable_grad():
-                    y = score(read_out(after_attention(block, tokens, leaf))[0])
+                    y = score(read_out(after(tokens, leaf))[0])
                     (g,) = torch.autograd.grad(y, leaf)
                 num_heads, num_queries, _ = g.shape
                 by_key = sum(_positive(g[h, q]) for h in range(num_heads) for q in range(num_queries))
                 total = total + (by_key / (num_heads * num_queries))[1:].reshape(grid)
             with torch.no_grad():
-                tokens = after_attention(block, tokens, probabilities)
-        maps.append(total / len(blocks))
+                tokens = after(tokens, probabilities)
+        maps.append(total / len(wanted))
+    return torch.stack(maps)
+
+
+def _times(a: Tensor, b: Tensor) -> Tensor:
+    """The product of two square matrices, entry by entry."""
+    count = range(len(a))
+    return torch.stack([torch.stack([sum(a[i, k] * b[k, j] for k in count) for j in count]) for i in count])
+
+
+def rollout_row(attentions: Sequence[Tensor], head_fusion: str = "mean") -> Tensor:
+    """The class token's row of the product over blocks of half the fused heads (heads, T, T) and half the identity."""
+    identity = torch.eye(attentions[0].shape[-1], dtype=attentions[0].dtype, device=attentions[0].device)
+    product = identity
+    for attention in attentions:
+        fused = {"mean": attention.mean(0), "max": attention.max(0)[0], "min": attention.min(0)[0]}[head_fusion]
+        step = 0.5 * fused + 0.5 * identity
+        product = _times(torch.stack([row / row.sum() for row in step]), product)
+    return product[0]
+
+
+def attention_rollout(
+    inputs: Sequence[Tensor],
+    blocks: Blocks,
+    wanted: Sequence[int],
+    grid: tuple[int, int],
+    head_fusion: str = "mean",
+) -> Tensor:
+    maps = []
+    for tokens in inputs:
+        attentions = []
+        for attend_, after in blocks:
+            attentions.append(attend_(tokens))
+            tokens = after(tokens, attentions[-1])
+        maps.append(rollout_row([attentions[index] for index in wanted], head_fusion)[1:].reshape(grid))
+    return torch.stack(maps)
+
+
+def attribution_row(attentions: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    """The class token's row of the relevance that grows, block by block, by the positive gradient x attention."""
+    relevance = torch.eye(attentions[0].shape[-1], dtype=attentions[0].dtype, device=attentions[0].device)
+    for attention, gradient_ in zip(attentions, gradients, strict=True):
+        mean = sum(_positive(g * a) for g, a in zip(gradient_, attention, strict=True)) / len(attention)
+        relevance = relevance + _times(mean, relevance)
+    return relevance[0]
+
+
+def transformer_attribution(
+    inputs: Sequence[Tensor],
+    blocks: Blocks,
+    wanted: Sequence[int],
+    head: Half,
+    scores: Sequence[Score],
+    grid: tuple[int, int],
+) -> Tensor:
+    """`head` goes from the last block's tokens (1, T, D) to class scores (1, K)."""
+    maps = []
+    for first, score in zip(inputs, scores, strict=True):
+        attentions, gradients = [], []
+        for index in wanted:
+            tokens = first
+            with torch.no_grad():
+                for attend_, after in blocks[:index]:
+                    tokens = after(tokens, attend_(tokens))
+                leaf = blocks[index][0](tokens).clone().requires_grad_()
+            with torch.enable_grad():
+                tokens = blocks[index][1](tokens, leaf)
+                for attend_, after in blocks[index + 1 :]:
+                    tokens = after(tokens, attend_(tokens))
+                gradients.append(torch.autograd.grad(score(head(tokens)[0]), leaf)[0])
+            attentions.append(leaf.detach())
+        maps.append(attribution_row(attentions, gradients)[1:].reshape(grid))
     return torch.stack(maps)
 
 

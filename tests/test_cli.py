@@ -107,7 +107,7 @@ class TestTopLevel:
         assert cli.main([]) == 0
         assert "torchcam demo" in capsys.readouterr().out
 
-    @pytest.mark.parametrize("command", [[], ["demo"], ["explain"]])
+    @pytest.mark.parametrize("command", [[], ["demo"], ["explain"], ["layers"]])
     def test_help(self, command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as stop:
             cli.main([*command, "--help"])
@@ -566,3 +566,48 @@ class TestWeights:
         torch.save(old, place / "densenet.pth")
         loaded = cli._load_classifier("densenet121", "densenet.pth").model.state_dict()
         assert all(torch.equal(loaded[key], value) for key, value in state.items())
+
+
+class TestLayers:
+    def test_table(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main(["layers", "--arch", "resnet18", "--size", "64x96"]) == 0
+        captured = capsys.readouterr()
+        assert captured.err == ""
+        title, head, _, *rows = captured.out.splitlines()
+        assert title == "resnet18, images of 64 x 96"
+        assert head.split() == ["layer", "type", "grid", "channels", "influence", "calls"]
+        (default,) = (row for row in rows if "default" in row)
+        assert default.split() == ["layer4", "Sequential", "2", "x", "3", "512", "100%", "1", "<-", "default"]
+        assert any(row.split()[:5] == ["layer1.0", "BasicBlock", "16", "x", "24"] for row in rows)
+
+    def test_a_model_of_another_size_than_it_takes_by_default(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main(["layers", "--arch", "mobilenet_v3_small"]) == 0
+        assert capsys.readouterr().out.startswith("mobilenet_v3_small, images of 224 x 224\n")
+
+    def test_all_layers(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """In the last block of a vision transformer only the class token counts: its layers are listed on request."""
+        printed = []
+        for options in ([], ["--all"]):
+            assert cli.main(["layers", "--arch", "vit_b_32", *options]) == 0
+            printed.append(capsys.readouterr().out)
+        few, every = printed
+        assert "encoder_layer_11.ln_2 " not in few
+        (unread,) = (
+            line.split() for line in every.splitlines() if line.startswith("encoder.layers.encoder_layer_11.ln_2 ")
+        )
+        assert unread[5:] == ["768", "0%", "1"]
+        assert all(line in every for line in few.splitlines() if line.startswith("encoder.") and "default" not in line)
+        for table in printed:
+            (default,) = (line for line in table.splitlines() if "default" in line)
+            assert default.startswith("encoder.layers.encoder_layer_11.ln_1 ")
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--arch", "resnet19"], "--arch 'resnet19' is not a classification model of torchvision; try resnet18"),
+            (["--arch", "resnet18", "--size", "big"], "--size must be height and width as in 224x320, got 'big'"),
+            (["--arch", "vit_b_32", "--size", "64x64"], "--size 64x64 is not taken by vit_b_32: Wrong image height!"),
+        ],
+    )
+    def test_bad_input(self, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+        assert message in fails(capsys, "layers", *arguments)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.methods_under_test import METHODS, make_input, make_model
+from tests.methods_under_test import METHODS, READS_ATTENTION, make_input, make_model
 from torchcam import methods
 
 SITUATIONS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
@@ -124,7 +124,7 @@ def _mixed_training(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("mode", ["eval", "mixed"])
 def test_a_call_leaves_no_trace(name: str, situation: str, frozen: bool, mode: str, device: torch.device) -> None:
     model = make_model(name, device).requires_grad_(not frozen)
-    if mode == "mixed" and name != "LeGrad":
+    if mode == "mixed" and name not in READS_ATTENTION:
         _mixed_training(model)
     next(model.parameters()).grad = torch.ones_like(next(model.parameters()))
     torch.manual_seed(0)  # dropout
@@ -144,6 +144,7 @@ def test_a_call_leaves_no_trace(name: str, situation: str, frozen: bool, mode: s
 def test_all_situations_give_the_same_maps(name: str, device: torch.device) -> None:
     model = make_model(name, device)
     maps = []
+    atol = 1e-5 if name in READS_ATTENTION else 1e-6  # a difference of gradients: rounding shows
     for situation in SITUATIONS.values():
         for frozen in (False, True):
             model.requires_grad_(not frozen)
@@ -154,7 +155,7 @@ def test_all_situations_give_the_same_maps(name: str, device: torch.device) -> N
                     assert not scores.requires_grad
     for others in maps[1:]:
         for cam, other in zip(maps[0], others, strict=True):
-            torch.testing.assert_close(other, cam, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(other, cam, rtol=1e-5, atol=atol)
 
 
 @every_method
@@ -194,7 +195,7 @@ def test_a_forward_pass_that_raises_leaves_no_trace(name: str, situation: str, d
         with raising(model.get_submodule("block1")), pytest.raises(ZeroDivisionError):
             model(inputs)
         assert _modes() == modes
-        with pytest.raises(AssertionError, match="no forward pass has reached|did not run .* or was cut short"):
+        with pytest.raises(AssertionError, match=r"no forward pass has reached|did not run .* or was cut short"):
             extractor(0)
         with raising(model), pytest.raises(ZeroDivisionError):
             model(inputs)
@@ -227,9 +228,14 @@ def test_a_replay_that_raises_leaves_no_trace(name: str, situation: str, after: 
 @every_situation
 def test_an_exception_inside_the_block_removes_the_hooks(name: str, situation: str, device: torch.device) -> None:
     model = make_model(name, device)
-    with SITUATIONS[situation](), pytest.raises(ZeroDivisionError), METHODS[name](model):
-        model(make_input(device))
-        raise ZeroDivisionError
+
+    def stumble() -> None:
+        with METHODS[name](model):
+            model(make_input(device))
+            raise ZeroDivisionError
+
+    with SITUATIONS[situation](), pytest.raises(ZeroDivisionError):
+        stumble()
     assert count_hooks(model) == 0
     assert _modes()[:2] == (True, False)
 
@@ -353,7 +359,7 @@ def test_training_goes_on_as_if_nothing_had_been_looked_at(name: str, device: to
 
     plain, watched = train(False), train(True)
     for key, value in plain.items():
-        assert torch.equal(watched[key], value) or name == "LeGrad", key
+        assert torch.equal(watched[key], value) or name in READS_ATTENTION, key
         torch.testing.assert_close(watched[key], value, rtol=1e-5, atol=1e-6)
 
 
@@ -376,7 +382,7 @@ def test_a_modified_input_is_an_error_not_a_wrong_map(name: str, device: torch.d
 def test_two_extractors_do_not_disturb_each_other(name: str, situation: str, device: torch.device) -> None:
     model = make_model(name, device)
     inputs = make_input(device)
-    other = "LeGrad" if name == "LeGrad" else "GradCAM"
+    other = "LeGrad" if name in READS_ATTENTION else "GradCAM"
     options = {each: {"retain_graph": True} if each in KEEPS_A_GRAPH else {} for each in (name, other)}
     alone = {}
     for each in {name, other}:
@@ -398,7 +404,7 @@ def test_broken_samples_get_nan_maps_and_one_warning(name: str, device: torch.de
     inputs[1, 0, 3, 3] = torch.inf
     with METHODS[name](model) as extractor:
         scores = model(inputs)
-        with pytest.warns(RuntimeWarning, match="block|input") as warned:
+        with pytest.warns(RuntimeWarning, match="block|input|attention") as warned:
             cams = extractor([0, 2], scores)
     assert len(warned) <= 2  # one a layer
     for cam in cams:

@@ -1,4 +1,4 @@
-"""The command line: `torchcam demo` and `torchcam explain`.
+"""The command line: `torchcam demo`, `torchcam explain` and `torchcam layers`.
 
 Only the standard library is imported at the top, so that `--help` answers at once.
 """
@@ -79,6 +79,21 @@ examples:
 
 what to try first: GradCAM is quick and a good default. LayerCAM gives fine maps in early layers. ScoreCAM needs no
 gradients, but one forward pass per channel. FinerCAM shows what tells a class from those most like it.
+"""
+
+
+LAYERS_HELP = """\
+List the layers of a classification model of torchvision that a map can be made from, in the order in which they finish:
+the grid of positions in each, its channels, and the share of the positions that the scores depend on. Projections
+within a layer, and layers that the scores do not depend on, are left out but for --all. Needs no weights.
+"""
+
+LAYERS_EPILOG = """\
+examples:
+  torchcam layers --arch vit_b_16
+      in the last block only the class token counts: the default is the layer before its attention
+  torchcam layers --arch swin_t --size 224x320
+      the grids for images that are not square
 """
 
 
@@ -186,6 +201,20 @@ def _make_parser() -> _Parser:
         "--alpha", type=float, default=0.5, help="opacity of the image under its maps, in [0, 1) (default: %(default)s)"
     )
     pictures.add_argument("--colormap", default="jet", help="a colormap of matplotlib (default: %(default)s)")
+
+    layers = commands.add_parser(
+        "layers",
+        help="list the layers of a model that maps can be made from",
+        description=LAYERS_HELP,
+        epilog=LAYERS_EPILOG,
+        **style,
+    )
+    layers.set_defaults(run=_layers)
+    layers.add_argument(
+        "--arch", default="resnet50", help="a classification model of torchvision (default: %(default)s)"
+    )
+    layers.add_argument("--size", metavar="HxW", help="height and width of the images (default: what the model is for)")
+    layers.add_argument("--all", action="store_true", help="list every layer whose output has positions")
     return parser
 
 
@@ -379,6 +408,36 @@ def _explain(arguments: argparse.Namespace) -> None:
             print(f"  {_percent(probabilities[index]):>6}  {names[index]}")
     if arguments.weights.lower() == "none":
         print("The weights are random: these maps say nothing of the images.")
+
+
+# torchcam layers.
+
+
+def _layers(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from torchcam.layers import Candidates, candidates
+
+    classifier = _load_classifier(arguments.arch, "none")
+    crop = classifier.preprocess.crop_size
+    height, width = (crop[0], crop[-1]) if arguments.size is None else _as_size(arguments.size)
+    noise = torch.randn((1, 3, height, width), generator=torch.Generator().manual_seed(SEED))
+    try:
+        found = candidates(classifier.model, noise)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise _UserError(f"--size {height}x{width} is not taken by {arguments.arch}: {error}") from error
+    print(f"{arguments.arch}, images of {height} x {width}")
+    print(found if arguments.all else Candidates([c for c in found if c.depends and c.is_stage]))
+
+
+def _as_size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text.strip().lower())
+    if match is None:
+        raise _UserError(f"--size must be height and width as in 224x320, got '{text}'")
+    return int(match[1]), int(match[2])
+
+
+# What the commands share.
 
 
 def _percent(probability: Tensor) -> str:

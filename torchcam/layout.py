@@ -25,6 +25,7 @@ __all__ = [
 ]
 
 _MOST_PREFIX_TOKENS = 8
+_USUAL_PREFIX_TOKENS = 5  # a class token and four registers
 
 
 def first_tensor(output: Any) -> Tensor | None:
@@ -40,7 +41,7 @@ def meant_tensors(output: Any) -> dict[str, Tensor]:
     """
     if isinstance(output, dict) and type(output) in {dict, OrderedDict} and len(output) > 1:
         levels = {f"[{key!r}]": item for key, item in output.items() if isinstance(item, Tensor) and item.ndim > 2}
-        if len(levels) == len(output) == len({level.shape[2:] for level in levels.values()}):
+        if len(levels) == len(output) and len({level.shape[2:] for level in levels.values()}) > 1:
             return levels
     first = first_tensor(output)
     return {} if first is None else {"": first}
@@ -89,8 +90,8 @@ def find_layout(shape: Sequence[int], input_shape: Sequence[int] | None, layer: 
     """Find the grid in the output of a layer, by geometry: it has the input's aspect ratio at a consistent stride.
 
     Maps may have their channels first, ``(N, C, *S)``, or last, ``(N, *S, C)``; sequences of tokens may have the batch
-    first, ``(N, T, D)``, or second, ``(T, N, D)``, and up to eight tokens before those of the patches. Unless only the
-    other reading of a map fits, channels come first.
+    first, ``(N, T, D)``, or second, ``(T, N, D)``, and up to eight tokens before those of the patches. Unless the other
+    reading of a map fits better, channels come first.
 
     Args:
         shape: the shape of the layer's output
@@ -136,8 +137,12 @@ def _map_reading(shape: tuple[int, ...], spatial: tuple[int, ...]) -> Layout:
     last = Layout(shape[1:-1], batch=0, channels=dimensions[-1], positions=dimensions[1:-1])
     if len(spatial) == 1:  # one dimension has no aspect ratio: channels come first unless there are too many of them
         return last if shape[2] > spatial[0] >= shape[1] else first
-    clear = has_consistent_stride(last.grid, spatial) and not has_consistent_stride(first.grid, spatial)
-    return last if clear else first
+    return last if _fit(last.grid, spatial) > _fit(first.grid, spatial) else first
+
+
+def _fit(grid: tuple[int, ...], spatial: tuple[int, ...]) -> tuple[bool, bool]:
+    """Tell whether a grid divides an input into squares, roughly and with nothing left over."""
+    return has_consistent_stride(grid, spatial), _divides(grid, spatial)
 
 
 def has_consistent_stride(grid: Sequence[int], spatial: Sequence[int]) -> bool:
@@ -172,17 +177,28 @@ def patch_grid(count: int, spatial: Sequence[int]) -> tuple[int, ...]:
 
 
 def _token_grid(count: int, spatial: tuple[int, ...]) -> tuple[tuple[int, ...], int] | None:
-    """Find the grid of square patches that, after the fewest tokens that are no patches, a sequence is made of."""
-    best: tuple[tuple[int, float], tuple[int, ...]] | None = None
+    """Find the grid of square patches that, after the fewest tokens that are no patches, a sequence is made of.
+
+    A grid that divides the input with nothing left over, after no more such tokens than is usual, has precedence.
+    """
+    best: tuple[tuple[bool, int, float], tuple[int, ...]] | None = None
     for grid in _patch_grids(spatial):
         patches = math.prod(grid)
         prefix = count - patches
         if 0 <= prefix <= min(_MOST_PREFIX_TOKENS, patches):
             # Of two grids with as many positions, say of a video, the one that keeps more frames is meant.
-            rank = (prefix, -grid[0] if len(grid) == 3 else _anisotropy(grid, spatial))
+            odd = prefix > _USUAL_PREFIX_TOKENS or not _divides(grid, spatial)
+            rank = (odd, prefix, -grid[0] if len(grid) == 3 else _anisotropy(grid, spatial))
             if best is None or rank < best[0]:
                 best = rank, grid
-    return None if best is None else (best[1], best[0][0])
+    return None if best is None else (best[1], best[0][1])
+
+
+def _divides(grid: tuple[int, ...], spatial: tuple[int, ...]) -> bool:
+    """Tell whether a grid divides an input into squares with nothing left over."""
+    return _anisotropy(grid, spatial) == 1 and all(
+        pixels % side == 0 for side, pixels in zip(grid, spatial, strict=True)
+    )
 
 
 def _patch_grids(spatial: tuple[int, ...]) -> Iterator[tuple[int, ...]]:

@@ -143,7 +143,7 @@ class Selector:
         self._indices: Tensor | None = None
         self._samples: Tensor | None = None
         self._sign = 1
-        self.targets: list[OutputTarget] = []
+        self.targets: list[Any] = []
         if targets is not None:
             self.targets = [targets] * batch_size if callable(targets) else list(targets)
             if len(self.targets) != batch_size:
@@ -151,7 +151,7 @@ class Selector:
                     f"`targets` must be one callable or one per sample: got {len(self.targets)} "
                     f"for a batch of {batch_size}"
                 )
-            self.targets = [_as_one_target(target) for target in self.targets]
+        self._scorers = [_as_one_target(target) for target in self.targets]
 
     def __call__(self, output: Any, samples: Tensor | None = None) -> Tensor:
         """Score the rows of an output.
@@ -168,9 +168,9 @@ class Selector:
         return self._sign * score
 
     def negative(self) -> Selector:
-        """Give the selection of the negative scores."""
+        """Give the selection of the negative scores; of one that is negative already, itself."""
         selector = copy.copy(self)
-        selector._sign = -self._sign
+        selector._sign = -1
         return selector
 
     def of(self, samples: Tensor) -> Selector:
@@ -208,7 +208,7 @@ class Selector:
         """Let each row's target score that row's part of the output."""
         owners = range(self.batch_size) if samples is None else samples.tolist()
         return torch.stack(
-            [self.targets[owner](sample_of(output, row, len(owners))) for row, owner in enumerate(owners)]
+            [self._scorers[owner](sample_of(output, row, len(owners))) for row, owner in enumerate(owners)]
         )
 
 

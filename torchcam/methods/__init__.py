@@ -1,7 +1,7 @@
 """Class activation map extractors, one class per method."""
 
 from .activation import CAM, FEM, ISCAM, SSCAM, AblationCAM, GroupCAM, MeanActivation, RandomCAM, ReciproCAM, ScoreCAM
-from .attention import LeGrad
+from .attention import AttentionRollout, LeGrad, TransformerAttribution
 from .composite import SESS, AugmentedCAM, EigenSmoothedCAM, FinerCAM, RefineCAM
 from .core import OutputTarget
 from .decomposition import KPCACAM, DeepFeatureFactorization, EigenCAM, EigenGradCAM, SegEigenCAM
@@ -16,6 +16,7 @@ __all__ = [
     "SESS",
     "SSCAM",
     "AblationCAM",
+    "AttentionRollout",
     "AugmentedCAM",
     "DeepFeatureFactorization",
     "EigenCAM",
@@ -41,5 +42,6 @@ __all__ = [
     "SegEigenCAM",
     "ShapleyCAM",
     "SmoothGradCAMpp",
+    "TransformerAttribution",
     "XGradCAM",
 ]

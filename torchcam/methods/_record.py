@@ -99,7 +99,7 @@ class Record:
         self.call: Call | None = None
         self.input_shape: tuple[int, ...] | None = None
         self.layouts: dict[str, Layout] = {}
-        self.attentions: list[Tensor | None] = [None] * len(target_names)
+        self.attentions: list[list[Tensor] | None] = [None] * len(target_names)
         self.gradients: list[Tensor | None] = []
         self.num_scores = 1  # of each sample, in the gradients
         self.request = Request()
@@ -114,6 +114,12 @@ class Record:
         """What the target layers returned, in their order; None for one that was not reached."""
         missing: dict[str, Tensor | None] = {"": None}
         return [t for index in range(len(self.target_names)) for t in self._kept.get(index, missing).values()]
+
+    @property
+    def layers(self) -> list[str]:
+        """The layer that each activation is from."""
+        named = enumerate(self.target_names)
+        return [name for index, name in named for _ in self._kept.get(index, {"": None})]
 
     @property
     def names(self) -> list[str]:

@@ -2,25 +2,237 @@
 
 from __future__ import annotations
 
-import inspect
+import math
+import sys
+import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from types import FrameType, FunctionType
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from torchcam._passes import untouched
 from torchcam._tensors import to_float
 from torchcam.layers import TargetLayer
-from torchcam.layout import patch_grid
+from torchcam.layout import first_tensor, patch_grid
 from torchcam.targets import ClassIndex, OutputTarget, Selector
 
+from ._record import Record
 from .core import _CAM
 
-__all__ = ["LeGrad"]
+__all__ = ["AttentionRollout", "LeGrad", "TransformerAttribution"]
+
+_modes: Any = torch.overrides  # the functions for the stack of modes have no types
+_SOFTMAX = {torch.softmax, F.softmax, Tensor.softmax, torch.special.softmax}
+# Under a function mode, this function is one call as a whole; its copy is the calls that it is made of.
+_multi_head_attention = FunctionType(
+    F.multi_head_attention_forward.__code__,
+    {**F.multi_head_attention_forward.__globals__, "has_torch_function": lambda _tensors: False},
+    argdefs=F.multi_head_attention_forward.__defaults__,
+)
 
 
-class LeGrad(_CAM):
+class _Watch(TorchFunctionMode):
+    """Compute attention explicitly, and note its probabilities, while a module of an extractor runs.
+
+    What is noted, (N, heads, tokens, tokens): results of a softmax over the last of two equal dimensions, whether the
+    model computes it or fused attention does so by itself. All other calls are let through.
+    """
+
+    def __init__(self, extractor: _AttentionCAM, index: int, record: Record, batch_size: int) -> None:
+        super().__init__()
+        self.extractor = weakref.ref(extractor)
+        self.index = index
+        self.record = record
+        self.batch_size = batch_size
+        self.noted: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and self._runs():
+            return self._attend(*args, **kwargs)
+        if func is F.multi_head_attention_forward and self._runs():
+            with self:
+                return _multi_head_attention(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if func in _SOFTMAX and kwargs.get("dim", args[1] if len(args) > 1 else None) in {-1, result.ndim - 1}:
+            return self._note(result).clone()  # an operation in place must not change what is noted
+        return result
+
+    def _runs(self) -> bool:
+        """Tell whether the module runs. No hook hears of a KeyboardInterrupt, which leaves the mode on for a while."""
+        extractor = self.extractor()
+        frame: FrameType | None = sys._getframe()
+        module = None if extractor is None else extractor._watched[self.index]
+        while module is not None and frame is not None:
+            if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module:
+                return True
+            frame = frame.f_back
+        return False
+
+    def _note(self, probabilities: Tensor) -> Tensor:
+        shape, extractor = probabilities.shape, self.extractor()
+        if extractor is None or len(shape) not in {3, 4} or shape[-1] != shape[-2] or not self._runs():
+            return probabilities
+        if len(shape) == 3:
+            batch_size = self.batch_size if len(probabilities) % self.batch_size == 0 else len(probabilities)
+            probabilities = probabilities.reshape(batch_size, -1, *shape[1:])
+        if extractor._uses_gradients:
+            probabilities = extractor._with_graph(probabilities)
+        self.noted.append(probabilities if extractor._uses_gradients else probabilities.detach())
+        return probabilities.reshape(shape)
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        *,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """Compute what ``F.scaled_dot_product_attention`` computes, by its documented formula."""
+        if query.shape[-2] != key.shape[-2]:
+            options = {"enable_gqa": True} if enable_gqa else {}
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **options
+            )
+        if enable_gqa:
+            groups = query.shape[-3] // key.shape[-3]
+            key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+        root = math.sqrt(1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+        logits = (query * root) @ (key * root).mT
+        if is_causal:
+            attn_mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
+        if attn_mask is None:
+            probabilities = logits.softmax(-1)
+        else:
+            masked = attn_mask.dtype == torch.bool
+            logits = logits.masked_fill(~attn_mask, -torch.inf) if masked else logits + attn_mask
+            nowhere = logits.isneginf().all(-1, keepdim=True)  # such a query attends to nothing, and gets zeros
+            probabilities = logits.masked_fill(nowhere, 0).softmax(-1).masked_fill(nowhere, 0)
+        return F.dropout(self._note(probabilities), dropout_p) @ value
+
+
+class _AttentionCAM(_CAM):
+    """What the methods share that read the attention probabilities of blocks.
+
+    While a target layer runs, its attention is computed explicitly, and the probabilities are noted: those of
+    :class:`torch.nn.MultiheadAttention`, of ``F.scaled_dot_product_attention`` and of a softmax (``torchvision``,
+    ``timm``, ``transformers``), found by what is computed and not by the name of a class. Outputs agree with those of
+    fused attention to float rounding. All other layers run as they are.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target_layer: TargetLayer | Sequence[TargetLayer] | None,
+        prefix_tokens: int,
+        grid_shape: tuple[int, int] | None,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(prefix_tokens, bool) or not isinstance(prefix_tokens, int):
+            raise TypeError(f"`prefix_tokens` must be an integer, got {prefix_tokens!r}")
+        if prefix_tokens < 0:
+            raise ValueError(f"`prefix_tokens` must be 0 or more, got {prefix_tokens}")
+        if grid_shape is not None and (len(grid_shape) != 2 or min(grid_shape) < 1):
+            raise ValueError(f"`grid_shape` must be (height, width), both positive, got {grid_shape!r}")
+        self.prefix_tokens = prefix_tokens
+        self.grid_shape = grid_shape
+        self._watched: list[nn.Module] = []
+        super().__init__(model, target_layer, **kwargs)
+
+    def _register_hooks(self) -> None:
+        super()._register_hooks()
+        self._watched = [self.submodule_dict[name] for name in self.target_names]
+        for index, (name, layer) in enumerate(zip(self.target_names, self._watched, strict=True)):
+            if type(layer).__module__.startswith("torch.nn.") and next(layer.children(), None) is None:
+                raise ValueError(
+                    f"`target_layer` '{name}', a {type(layer).__name__}, computes no attention: "
+                    f"{type(self).__name__} reads the blocks of a vision transformer"
+                )
+            enter, leave = self._weak_hook(self._enter, index), self._leaving(index)
+            self.hook_handles.append(layer.register_forward_pre_hook(enter, with_kwargs=True))
+            self.hook_handles.append(layer.register_forward_hook(leave, prepend=True, always_call=True))
+
+    def _enter(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._record.attentions[index] = None
+        shape, given = self._record.input_shape, first_tensor((args, kwargs))
+        batch_size = shape[0] if shape is not None else 1 if given is None else len(given)
+        _modes._push_mode(_Watch(self, index, self._record, batch_size))
+
+    def _leaving(self, index: int) -> Callable[..., None]:
+        """Make the hook that ends a watch, also if the block raised, or this extractor was disabled meanwhile."""
+        reference = weakref.ref(self)
+
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            extractor = reference()
+            watch = None if extractor is None else extractor._leave(index)
+            if extractor is not None and watch is not None and output is not None:
+                extractor._keep_attention(watch)
+
+        return hook
+
+    def _leave(self, index: int | None = None) -> _Watch | None:
+        """Take the watch over one target layer, or over all, off this thread's modes, wherever it is among them."""
+        found = None
+        if any(
+            isinstance(mode, _Watch) and mode.extractor() is self for mode in _modes._get_current_function_mode_stack()
+        ):
+            modes = [_modes._pop_mode() for _ in _modes._get_current_function_mode_stack()]
+            for mode in reversed(modes):
+                if isinstance(mode, _Watch) and mode.extractor() is self and index in {None, mode.index}:
+                    found = mode
+                else:
+                    _modes._push_mode(mode)
+        return found
+
+    def _start(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self._leave()
+        return super()._start(args, kwargs)
+
+    def remove_hooks(self) -> None:
+        """Take all hooks off the model. May be called more than once."""
+        self._leave()
+        super().remove_hooks()
+
+    def _keep_attention(self, watch: _Watch) -> None:
+        watch.record.attentions[watch.index] = watch.noted
+
+    def _activations(self) -> list[Tensor]:
+        for name, noted in zip(self.target_names, self._record.attentions, strict=True):
+            if noted == []:
+                raise ValueError(
+                    f"`target_layer` '{name}' computed no attention between all tokens that can be read, by a softmax "
+                    "or by F.scaled_dot_product_attention"
+                )
+        return super()._activations()
+
+    def _on_grid(self, tokens: Tensor) -> Tensor:
+        """Lay out (..., tokens) as (..., height, width), without the prefix."""
+        patches = tokens[..., self.prefix_tokens :]
+        count = patches.shape[-1]
+        shape = self._record.input_shape
+        try:
+            grid = self.grid_shape or patch_grid(count, (count, count) if shape is None else shape[2:])
+        except ValueError as error:
+            raise ValueError(
+                f"{error}: pass `grid_shape`, or another `prefix_tokens` than {self.prefix_tokens}"
+            ) from error
+        if grid[0] * grid[1] != count:
+            raise ValueError(
+                f"`grid_shape` {tuple(grid)} has {grid[0] * grid[1]} positions, but there are {count} patches"
+            )
+        return patches.reshape(*patches.shape[:-1], *grid)
+
+
+class LeGrad(_AttentionCAM):
     r"""LeGrad (Bousselham et al. 2024, arXiv:2404.03214): positive gradients of a score for attention probabilities.
 
     For each target block :math:`l`, with :math:`s_l` the class score read from the tokens it returns and
@@ -29,10 +241,10 @@ class LeGrad(_CAM):
     .. math::
         M = \frac{1}{L} \sum_l \operatorname{mean}_{h,q} \mathrm{ReLU}\Big(\frac{\partial s_l}{\partial B_l}\Big)
 
-    over the keys that are patches. Blocks are ``torchvision``'s: each returns tokens (N, tokens, channels) and has a
-    :class:`torch.nn.MultiheadAttention` named ``self_attention``. Its probabilities are computed explicitly while the
-    extractor watches, and its output agrees with the fused form to float rounding. Works with gradients on, under
-    ``no_grad`` and under ``inference_mode``.
+    over the keys that are patches. Blocks are those of ``torchvision``, ``timm``, ``transformers`` and whatever else
+    returns tokens (N, tokens, channels) and computes one attention among them. The probabilities are computed
+    explicitly while the extractor watches, and the output agrees with the fused form to float rounding. Works with
+    gradients on, under ``no_grad`` and under ``inference_mode``.
 
     Cost: the user's forward pass and, per block, a read-out and a backward pass through that block.
 
@@ -40,14 +252,15 @@ class LeGrad(_CAM):
         model: the vision transformer
         target_layer: the block(s), as modules or names
         score_projection: function from a block's tokens (N, tokens, channels) to class scores (N, classes); by default
-            the model's own final norm and head on the mean token (``torchvision``'s ``VisionTransformer``)
+            the model's own final norm and head on the mean token, as the authors do (the ``VisionTransformer`` of
+            ``torchvision`` and of ``timm``, ``...ForImageClassification`` of ``transformers``)
         prefix_tokens: number of tokens before the patches
         grid_shape: the patches' (height, width); by default the grid with the input's aspect ratio
         enable_hooks: whether forward passes are recorded from the start
 
     Raises:
         TypeError: if an argument has the wrong type
-        ValueError: if a block has no such attention, or the model no known read-out
+        ValueError: if a block has no attention, or the model no known read-out
 
     Example:
         >>> from torchvision.models import vit_b_16
@@ -75,63 +288,10 @@ class LeGrad(_CAM):
             raise TypeError("`target_layer` must name the transformer block(s) that LeGrad reads, got None")
         if score_projection is not None and not callable(score_projection):
             raise TypeError(f"`score_projection` must be callable, got {score_projection!r}")
-        if isinstance(prefix_tokens, bool) or not isinstance(prefix_tokens, int):
-            raise TypeError(f"`prefix_tokens` must be an integer, got {prefix_tokens!r}")
-        if prefix_tokens < 0:
-            raise ValueError(f"`prefix_tokens` must be 0 or more, got {prefix_tokens}")
-        if grid_shape is not None and (len(grid_shape) != 2 or min(grid_shape) < 1):
-            raise ValueError(f"`grid_shape` must be (height, width), both positive, got {grid_shape!r}")
-        if score_projection is None and not (
-            hasattr(model, "heads") and hasattr(getattr(model, "encoder", None), "ln")
-        ):
-            raise ValueError(
-                f"{type(model).__name__} is not read out as torchvision's VisionTransformer is: pass "
-                "`score_projection`, a function from a block's tokens to class scores"
-            )
+        if score_projection is None:
+            _read_out(model)
         self.score_projection = score_projection
-        self.prefix_tokens = prefix_tokens
-        self.grid_shape = grid_shape
-        self._requested: dict[int, tuple[bool, bool]] = {}
-        super().__init__(model, target_layer, enable_hooks=enable_hooks)
-
-    def _register_hooks(self) -> None:
-        super()._register_hooks()
-        for index, name in enumerate(self.target_names):
-            attention = getattr(self.submodule_dict[name], "self_attention", None)
-            if not isinstance(attention, nn.MultiheadAttention):
-                raise ValueError(  # noqa: TRY004 - the argument's type is right, the layer it names is not
-                    f"`target_layer` '{name}' has no `self_attention` of type torch.nn.MultiheadAttention: "
-                    "LeGrad reads the blocks of torchvision's VisionTransformer"
-                )
-            self._own_modules.add(attention)
-            before, after = (self._weak_hook(m, index) for m in (self._ask_attention, self._take_attention))
-            self.hook_handles.append(attention.register_forward_pre_hook(before, with_kwargs=True))
-            # The extractor that came last asked last, and so has to take first.
-            self.hook_handles.append(attention.register_forward_hook(after, prepend=True))
-
-    def _ask_attention(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Let the attention module compute its probabilities explicitly, with a graph."""
-        module = self.submodule_dict[self.target_names[index]].self_attention
-        arguments = inspect.signature(module.forward).bind(*args, **kwargs)
-        arguments.apply_defaults()
-        call = arguments.arguments
-        self._requested[index] = call["need_weights"], call["average_attn_weights"]
-        call |= {"need_weights": True, "average_attn_weights": False}
-        query = call["query"]
-        for name in ("key", "value", "query"):
-            if call[name] is query:
-                call[name] = self._with_graph(query) if name == "key" else call["key"]
-        return (), dict(call)
-
-    def _take_attention(self, index: int, _args: Any, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Keep the probabilities, and give the caller what it had asked for."""
-        attended, probabilities = output
-        # What is returned is a view of the tensor that the output was computed from: the score depends on the latter.
-        self._record.attentions[index] = probabilities if probabilities._base is None else probabilities._base
-        wanted, averaged = self._requested.pop(index)
-        if not wanted:
-            return attended, None
-        return attended, probabilities.mean(1) if averaged else probabilities
+        super().__init__(model, target_layer, prefix_tokens, grid_shape, enable_hooks=enable_hooks)
 
     def _to_grid(self, tensor: Tensor, name: str) -> Tensor:
         if tensor.ndim != 3:
@@ -140,23 +300,12 @@ class LeGrad(_CAM):
             )
         return to_float(self._on_grid(tensor.detach().mT))
 
-    def _on_grid(self, tokens: Tensor) -> Tensor:
-        """Lay out (..., tokens) as (..., height, width), without the prefix."""
-        patches = tokens[..., self.prefix_tokens :]
-        count = patches.shape[-1]
-        shape = self._record.input_shape
-        grid = self.grid_shape or patch_grid(count, (count, count) if shape is None else shape[2:])
-        if grid[0] * grid[1] != count:
-            raise ValueError(
-                f"`grid_shape` {tuple(grid)} has {grid[0] * grid[1]} positions, but there are {count} patches"
-            )
-        return patches.reshape(*patches.shape[:-1], *grid)
-
-    def _read_out(self, tokens: Tensor) -> Tensor:
+    def _scores_of(self, tokens: Tensor) -> Tensor:
         if self.score_projection is not None:
             return self.score_projection(tokens)
-        model: Any = self.model
-        scores: Tensor = model.heads(model.encoder.ln(tokens.mean(1)))
+        scores = tokens.mean(1)
+        for module in _read_out(self.model):
+            scores = module(scores)
         return scores
 
     def _get_weights(
@@ -169,18 +318,20 @@ class LeGrad(_CAM):
         """Give each block's mean positive gradient by key, (N, tokens)."""
         select = self._selector(class_idx, targets)
         weights = []
-        for index, (tokens, attention) in enumerate(
-            zip(self._record.activations, self._record.attentions, strict=True)
-        ):
-            if tokens is None or attention is None or not attention.requires_grad:
-                name = self.target_names[index]
+        for index, (tokens, noted) in enumerate(zip(self._record.activations, self._record.attentions, strict=True)):
+            name = self.target_names[index]
+            if tokens is None or noted is None:
                 raise RuntimeError(f"the attention of `target_layer` '{name}' was not computed in the recorded pass")
+            if len(noted) > 1 or len(noted[0]) != len(tokens):
+                raise ValueError(
+                    f"`target_layer` '{name}' computes attention of shapes {[tuple(a.shape) for a in noted]}, where "
+                    f"LeGrad reads blocks with one, between all tokens of {len(tokens)} samples"
+                )
             with untouched(self.model), torch.enable_grad():
-                score = select(self._read_out(tokens))
-            only = [attention if block == index else None for block in range(len(self.target_names))]
+                score = select(self._scores_of(tokens))
+            only = [noted[0] if block == index else None for block in range(len(self.target_names))]
             (gradient,) = self._differentiate(score, only, retain_graph)
-            by_head = to_float(gradient).relu().reshape(len(tokens), -1, *gradient.shape[-2:])
-            weights.append(by_head.mean((1, 2)))
+            weights.append(to_float(gradient).relu().mean((1, 2)))
         return weights
 
     def _raw_maps(self, class_idx: ClassIndex | None, scores: Any, **kwargs: Any) -> list[Tensor]:
@@ -188,3 +339,218 @@ class LeGrad(_CAM):
 
     def _pool_layers(self, maps: list[Tensor]) -> list[Tensor]:
         return [torch.stack(maps).mean(0)]
+
+
+def _read_out(model: Any) -> list[nn.Module]:
+    """Find the norm and the head that make class scores of a token, among the attributes of a vision transformer.
+
+    Raises:
+        ValueError: if the model is read out otherwise
+    """
+    norm, head = getattr(getattr(model, "encoder", None), "ln", None), getattr(model, "heads", None)
+    if norm is not None and head is not None:  # torchvision
+        return [norm, head]
+    if all(isinstance(getattr(model, name, None), nn.Module) for name in ("norm", "fc_norm", "head")) and not any(
+        getattr(model, name, None) is not None for name in ("attn_pool", "head_dist")
+    ):  # timm: one of the norms comes before the pooling, the other after it, and either is an identity
+        return [model.norm, model.fc_norm, model.head]
+    norm = getattr(getattr(model, str(getattr(model, "base_model_prefix", None)), None), "layernorm", None)
+    head = getattr(model, "classifier", None)
+    if isinstance(norm, nn.LayerNorm) and isinstance(head, nn.Linear) and norm.normalized_shape == (head.in_features,):
+        return [norm, head]  # transformers
+    raise ValueError(
+        f"{type(model).__name__} is not read out as the vision transformers of torchvision, timm and transformers are: "
+        "pass `score_projection`, a function from a block's tokens to class scores"
+    )
+
+
+class _RolledOut(_AttentionCAM):
+    """What the methods share that multiply the attention of all blocks. ``hook_a`` is the class token's attention."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target_layer: TargetLayer | Sequence[TargetLayer] | None = None,
+        input_shape: tuple[int, ...] = (3, 224, 224),
+        *,
+        prefix_tokens: int = 1,
+        grid_shape: tuple[int, int] | None = None,
+        enable_hooks: bool = True,
+        input_name: str | None = None,
+        input_index: int | None = None,
+    ) -> None:
+        layers = model if target_layer is None else target_layer
+        super().__init__(
+            model,
+            layers,
+            prefix_tokens,
+            grid_shape,
+            input_shape=input_shape,
+            enable_hooks=enable_hooks,
+            input_name=input_name,
+            input_index=input_index,
+        )
+        if target_layer is None:
+            self.target_names = ["attention"]  # the hooks are on the model itself
+            self.reset_hooks()
+
+    def _record_layer(self, index: int, _args: Any, _output: Any) -> None:
+        """Keep nothing of the output: attention is what these methods look at."""
+
+    def _keep_attention(self, watch: _Watch) -> None:
+        super()._keep_attention(watch)
+        watch.record.keep(watch.index, {f"[{number}]": noted for number, noted in enumerate(watch.noted)})
+
+    def _to_grid(self, tensor: Tensor, name: str) -> Tensor:  # noqa: ARG002 - the tokens are the same everywhere
+        tensor = tensor if self._record.request.create_graph else tensor.detach()
+        return to_float(self._on_grid(tensor[..., 0, :] if self.prefix_tokens else tensor.mean(-2)))
+
+    def _activations(self) -> list[Tensor]:
+        shapes = [tuple(attention.shape) for attention in self._record.activations if attention is not None]
+        batch_sizes = {shape[0] for shape in (*shapes, self._record.input_shape) if shape is not None}
+        if len({shape[2:] for shape in shapes}) > 1 or (shapes and len(batch_sizes) > 1):
+            raise ValueError(
+                f"{type(self).__name__} follows the same tokens through all blocks, but the attention of "
+                f"{self.target_names} for an input of shape {self._record.input_shape} has shapes {shapes}"
+            )
+        return super()._activations()
+
+    def _attentions(self) -> list[Tensor]:
+        """Give the probabilities of all blocks, from the first to the last: (N, heads, tokens, tokens) each."""
+        found = [attention for attention in self._record.activations if attention is not None]
+        return [to_float(a if self._record.request.create_graph else a.detach()) for a in found]
+
+    def _rolled_out(self, steps: Sequence[Tensor]) -> list[Tensor]:
+        """Multiply the blocks' matrices (..., tokens, tokens), the last one first, and read the class token's row."""
+        count = steps[0].shape[-1]
+        row = torch.full((1, count), 1 / count, dtype=steps[0].dtype, device=steps[0].device)
+        if self.prefix_tokens:
+            row = torch.eye(count, dtype=steps[0].dtype, device=steps[0].device)[:1]
+        for step in reversed(steps):
+            row = row @ step
+        return [self._on_grid(row.squeeze(-2))] * len(steps)
+
+    def _pool_layers(self, maps: list[Tensor]) -> list[Tensor]:
+        return maps[:1]
+
+
+class AttentionRollout(_RolledOut):
+    r"""Attention rollout (Abnar & Zuidema 2020, arXiv:2005.00928): attention as it flows through all blocks.
+
+    .. math::
+        M = \big(\hat A_L \cdots \hat A_2 \hat A_1\big)_\text{class token}, \qquad
+        \hat A_l = \tfrac{1}{2}\big(\operatorname{mean}_h A_l + I\big)
+
+    with :math:`A_l` the attention probabilities of block :math:`l`, (heads, queries, keys), over the keys that are
+    patches. One map in all, the same for every class: one that is given is ignored. Rows of a block's matrix are scaled
+    to a sum of one, which changes nothing where heads are averaged.
+
+    Cost: the user's forward pass, with the attention of the target layers not fused.
+
+    Args:
+        model: the vision transformer
+        target_layer: the block(s), as modules or names, in the order in which they run; by default, all attention
+            between tokens that the model computes, in its order
+        input_shape: not used
+        head_fusion: how the heads become one: ``"mean"``, ``"max"`` or ``"min"``
+        prefix_tokens: number of tokens before the patches, of which the first is the class token; with none, the mean
+            over all rows is taken in place of the class token's
+        grid_shape: the patches' (height, width); by default the grid with the input's aspect ratio
+        kwargs: ``enable_hooks``, ``input_name`` and ``input_index`` of the base class
+
+    Raises:
+        TypeError: if an argument has the wrong type
+        ValueError: if ``head_fusion`` is none of the three; when maps are asked for, if no attention was found, or
+            that of the blocks is not between the same tokens
+
+    Example:
+        >>> from torchvision.models import vit_b_16
+        >>> model = vit_b_16().eval()
+        >>> with AttentionRollout(model) as extractor, torch.inference_mode():
+        ...     scores = model(torch.rand(1, 3, 224, 224))
+        ...     (cam,) = extractor()
+        >>> cam.shape
+        torch.Size([1, 14, 14])
+    """
+
+    class_agnostic = True
+    _options = ("target_layer", "head_fusion")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target_layer: TargetLayer | Sequence[TargetLayer] | None = None,
+        input_shape: tuple[int, ...] = (3, 224, 224),
+        *,
+        head_fusion: Literal["mean", "max", "min"] = "mean",
+        **kwargs: Any,
+    ) -> None:
+        if head_fusion not in {"mean", "max", "min"}:
+            raise ValueError(f"`head_fusion` must be 'mean', 'max' or 'min', got {head_fusion!r}")
+        self.head_fusion = head_fusion
+        super().__init__(model, target_layer, input_shape, **kwargs)
+
+    def _raw_maps(
+        self,
+        class_idx: ClassIndex | None,  # noqa: ARG002 - the map is the same for every class
+        scores: Any,  # noqa: ARG002 - same
+        targets: object = None,  # noqa: ARG002 - same
+    ) -> list[Tensor]:
+        fuse: Any = {"mean": torch.mean, "max": torch.amax, "min": torch.amin}[self.head_fusion]
+        steps = []
+        for attention in self._attentions():
+            step = (fuse(attention, 1) + torch.eye(attention.shape[-1]).to(attention)) / 2  # (N, tokens, tokens)
+            steps.append(step / step.sum(-1, keepdim=True))
+        return self._rolled_out(steps)
+
+
+class TransformerAttribution(_RolledOut):
+    r"""Transformer attribution (Chefer et al. 2021, arXiv:2103.15679): attention that raises the score, rolled out.
+
+    .. math::
+        R \leftarrow R + \bar A_l R, \qquad
+        \bar A_l = \operatorname{mean}_h \mathrm{ReLU}\Big(\frac{\partial Y}{\partial A_l} \odot A_l\Big)
+
+    from :math:`R = I` through the blocks :math:`l`, with :math:`A_l` their attention probabilities, (heads, queries,
+    keys); the map is the class token's row of :math:`R` over the keys that are patches. One map in all. Works with
+    gradients on, under ``no_grad`` and under ``inference_mode``.
+
+    Cost: the user's forward pass, with the attention of the target layers not fused, and a backward pass to the first
+    target layer.
+
+    Args:
+        model: the vision transformer
+        target_layer: the block(s), as modules or names, in the order in which they run; by default, all attention
+            between tokens that the model computes, in its order
+        input_shape: not used
+        kwargs: as of :class:`AttentionRollout`: ``prefix_tokens``, ``grid_shape`` and those of the base class
+
+    Raises:
+        TypeError: if an argument has the wrong type
+        ValueError: when maps are asked for, if no attention was found, or that of the blocks is not between the same
+            tokens
+
+    Example:
+        >>> from torchvision.models import vit_b_16
+        >>> model = vit_b_16().eval()
+        >>> with TransformerAttribution(model) as extractor, torch.inference_mode():
+        ...     scores = model(torch.rand(1, 3, 224, 224))
+        ...     (cam,) = extractor(0, scores)
+        >>> cam.shape
+        torch.Size([1, 14, 14])
+    """
+
+    _uses_gradients = True
+    _explains_many = True
+
+    def _raw_maps(self, class_idx: ClassIndex | None, scores: Any, **kwargs: Any) -> list[Tensor]:
+        attentions = self._attentions()
+        self._backprop(scores, class_idx, **kwargs)
+        steps = []
+        for attention, gradient in zip(attentions, self._record.gradients, strict=True):
+            assert gradient is not None  # noqa: S101 - for the type checker: `_backprop` has seen to it
+            relevance = (to_float(gradient) * attention).relu().mean(-3)  # (N, tokens, tokens), of K scores (K, N, ...)
+            if relevance.ndim > 3:
+                relevance = relevance.transpose(0, 1).flatten(0, 1)
+            steps.append(relevance + torch.eye(attention.shape[-1]).to(attention))
+        return self._rolled_out(steps)

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from torchcam._tensors import gaussian_blur, min_max, resize, to_float
 from torchcam.layers import TargetLayer
-from torchcam.targets import ClassIndex, OutputTarget, Selector, as_class_indices, read_logits
+from torchcam.targets import ClassIndex, OutputTarget, Selector, as_class_indices, class_columns, read_logits
 
 from ._replay import Replay, finite_number, positive_integer
 from .core import _CAM, plain_tensors, to_one_shape
@@ -60,6 +60,15 @@ class _Wrapper:
     def hook_g(self) -> list[Tensor | None]:
         """The gradient of the last explained score for each target layer, (N, C, *spatial)."""
         return self.base_cam.hook_g
+
+    def _one_by_one(
+        self, columns: list[dict[str, Any]], compute: Callable[..., list[Tensor]], **kwargs: Any
+    ) -> list[Tensor]:
+        """Explain one class of each sample after the other: (N, K, *spatial) per map."""
+        keep = {"retain_graph": True} if self.base_cam._uses_gradients else {}
+        maps = [compute(**kwargs | column | keep) for column in columns[:-1]]
+        maps.append(compute(**kwargs | columns[-1]))
+        return [torch.stack(layer, 1) for layer in zip(*maps, strict=True)]
 
     def enable_hooks(self) -> None:
         """Record the forward passes from now on."""
@@ -196,6 +205,8 @@ class FinerCAM(_Wrapper):
             ValueError: if a class does not exist, is compared with itself or named twice, or is the only one
             RuntimeError: if the score does not depend on a target layer
         """
+        if class_idx is None or "targets" in kwargs:
+            raise ValueError("FinerCAM contrasts a class with others: it takes `class_idx`, and no `targets`")
         self.base_cam._precheck(class_idx, scores)
         return self.compute_cams(class_idx, scores, comparison_idx, normalized, **kwargs)
 
@@ -208,14 +219,16 @@ class FinerCAM(_Wrapper):
         **kwargs: Any,
     ) -> list[Tensor]:
         """Compute the maps as a call does, without its checks."""
+        columns = class_columns(class_idx, None)
+        if columns is not None:
+            options = {"scores": scores, "comparison_idx": comparison_idx, "normalized": normalized}
+            return self._one_by_one(columns, self.compute_cams, **options, **kwargs)
         with plain_tensors():
             contrast = self._contrast(class_idx, scores, comparison_idx)
         return self.base_cam.compute_cams(None, scores, normalized, targets=contrast, **kwargs)
 
-    def _contrast(self, class_idx: ClassIndex | None, scores: Any, comparison_idx: Any) -> Selector:
+    def _contrast(self, class_idx: Any, scores: Any, comparison_idx: Any) -> Selector:
         """Give the score that tells each sample's class from its references."""
-        if class_idx is None:
-            raise ValueError("FinerCAM contrasts classes: `class_idx` must be given, got None")
         logits = read_logits(self.base_cam._output(scores)).detach()
         if logits.ndim != 2 or logits.shape[1] < 2:
             raise ValueError(f"FinerCAM needs scores (N, classes) of two classes or more, got {tuple(logits.shape)}")
@@ -347,9 +360,13 @@ class RefineCAM(_Wrapper):
         **kwargs: Any,
     ) -> list[Tensor]:
         """Compute the refined map as a call does, without its checks."""
+        columns = class_columns(class_idx, targets)
+        if columns is not None:
+            options = {"scores": scores, "normalized": normalized, "target_shape": target_shape}
+            return self._one_by_one(columns, self.compute_cams, **options, **kwargs)
         cams = self.base_cam.compute_cams(class_idx, scores, targets=targets, **kwargs)
-        with plain_tensors():
-            return [self.fuse_cams(cams, target_shape, normalized)]
+        with torch.enable_grad() if kwargs.get("create_graph") else plain_tensors():
+            return [self._product(cams, target_shape, normalized)]
 
     @staticmethod
     @torch.no_grad()
@@ -368,6 +385,10 @@ class RefineCAM(_Wrapper):
             TypeError: if ``cams`` is not a list of tensors
             ValueError: if it is empty
         """
+        return RefineCAM._product(cams, target_shape, normalized)
+
+    @staticmethod
+    def _product(cams: list[Tensor], target_shape: tuple[int, ...] | None, normalized: bool) -> Tensor:
         product = torch.stack(to_one_shape(cams, target_shape, lambda maps: [min_max(cam) for cam in maps])).prod(0)
         return min_max(product) if normalized else product
 

@@ -566,17 +566,17 @@ class _CAM:
         Returns:
             the gradients, shaped as the tensors; of several scores (K, ...), from one batched backward pass
         """
-        names = self._record.names
-        named = [(name, tensor) for name, tensor in zip(names, tensors, strict=True) if tensor is not None]
+        of_layers = zip(self._record.layers, self._record.names, tensors, strict=True)
+        named = [(layer, name, tensor) for layer, name, tensor in of_layers if tensor is not None]
         gradients: tuple[Tensor | None, ...] = (None,) * len(named)
+        many = score.ndim > 1
         if score.requires_grad:
-            many = score.ndim > 1
             try:
                 with torch.inference_mode(False), torch.enable_grad(), paused(self.model):
                     total = score.sum(0)  # the samples do not depend on each other
                     gradients = torch.autograd.grad(
                         total,
-                        [tensor for _, tensor in named],
+                        [tensor for *_, tensor in named],
                         torch.eye(len(total), dtype=total.dtype, device=total.device) if many else None,
                         retain_graph=retain_graph,
                         create_graph=create_graph,
@@ -587,13 +587,19 @@ class _CAM:
                 if "second time" in str(error):
                     error.add_note("To explain several scores of one forward pass, call with `retain_graph=True`.")
                 raise
-        missing = [name for (name, _), gradient in zip(named, gradients, strict=True) if gradient is None]
+        # Of a layer's several tensors some may not count: a detector reads a box from one level of its pyramid.
+        found = list(zip(named, gradients, strict=True))
+        connected = {layer for (layer, *_), gradient in found if gradient is not None}
+        missing = [name for (layer, name, _), _ in found if layer not in connected]
         if missing:
             raise RuntimeError(
                 "the explained score is not connected to every target layer: it does not depend on the output of "
                 + ", ".join(f"'{name}'" for name in missing)
             )
-        return tuple(gradient for gradient in gradients if gradient is not None)
+        return tuple(
+            tensor.new_zeros((*score.shape[1:], *tensor.shape)) if gradient is None else gradient
+            for (*_, tensor), gradient in found
+        )
 
     def _selector(
         self,

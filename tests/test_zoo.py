@@ -1,0 +1,52 @@
+"""Grad-CAM and LayerCAM, with no argument but the model, on real architectures: the sweep of `scripts/zoo.py`."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+
+from scripts import zoo
+
+FEW = {
+    "torchvision": {"resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "vit_b_32", "swin_t"},
+    "transformers": {"ViT", "Dinov2WithRegisters", "Swin", "ConvNext", "LeViT", "SegFormer", "Siglip"},
+}
+
+
+def look_at(entry: zoo.Entry) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what other libraries say of their own code is not what is tested
+        outcome = zoo.try_out(entry)
+    assert outcome.failure == ""
+    assert outcome.layer
+    assert outcome.placed
+    assert outcome.wide
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        entry
+        for source in (zoo.torchvision_models, zoo.transformers_models)
+        for entry in source()
+        if entry.name in FEW[entry.library]
+    ],
+    ids=lambda entry: entry.name,
+)
+def test_a_few(entry: zoo.Entry) -> None:
+    look_at(entry)
+
+
+def test_the_default_layers() -> None:
+    """What the choice is for architectures that readers know."""
+    known = {"resnet18": "layer4", "mobilenet_v3_small": "features", "vit_b_32": "encoder.layers.encoder_layer_11.ln_1"}
+    found = {entry.name: zoo.try_out(entry).layer for entry in zoo.torchvision_models() if entry.name in known}
+    assert found == known
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("source", ["torchvision_models", "timm_models", "transformers_models"])
+def test_all(source: str) -> None:
+    for entry in getattr(zoo, source)():
+        look_at(entry)
