@@ -334,7 +334,7 @@ def where_placed(model: nn.Module, layer: str, x: Tensor) -> str:
     (chosen,) = (candidate for candidate in found if candidate.name == layer)
     alike = [c for c in found if c.is_stage and c.calls == 1 and c.layout.channels == chosen.layout.channels]
     alike = [*(c for c in alike if c.grid != chosen.grid), *(c for c in alike if c.grid == chosen.grid)][::-1]
-    for early in alike[:: max(1, len(alike) // 30)]:
+    for early in alike[:: max(1, len(alike) // 16)]:
         if placed(model, early.name, x):
             return f"at {early.name}"
     raise ValueError(f"a patch of the input is not where the grid of '{layer}' changes most")

@@ -51,6 +51,11 @@ def numbered(layout: Layout, batch_size: int, channels: int) -> tuple[Tensor, Te
         ((2, 7, 10, 768), (2, 3, 224, 320), (7, 10), 3, 0),
         ((2, 56, 80, 96), (2, 3, 224, 320), (56, 80), 3, 0),
         ((2, 14, 14, 7), (2, 3, 224, 224), (14, 14), 3, 0),
+        # Pooled in one direction only
+        ((1, 2, 2, 1), (1, 2, 2, 2), (2, 1), 1, 0),
+        # Few channels: both readings fit, but only one leaves nothing over
+        ((1, 8, 12, 16), (1, 3, 64, 96), (8, 12), 3, 0),
+        ((1, 10, 12, 18), (1, 3, 64, 96), (12, 18), 1, 0),
         # Tokens of square and other images, with no, one, two or five before them
         *[
             ((2, prefix + 14 * columns, 192), (2, 3, 224, 16 * columns), (14, columns), 2, prefix)
@@ -204,6 +209,7 @@ def test_the_tensors_meant_by_an_output() -> None:
     assert meant_tensors(a) == {"": a}
     assert meant_tensors((b, a)) == {"": b}
     # All levels of a feature pyramid are meant, but not all entries of any dictionary.
+    assert list(meant_tensors({"0": a, "1": a + 1, "pool": b})) == ["['0']", "['1']", "['pool']"]
     assert meant_tensors(OrderedDict([("0", a), ("pool", b)])) == {"['0']": a, "['pool']": b}
     assert meant_tensors({"out": a, "aux": a + 1}) == {"": a}
     assert meant_tensors({"map": a, "logits": b[:, :, 0, 0]}) == {"": a}

@@ -154,8 +154,6 @@ def test_in_a_gradient_method(case: Case, mode: Callable[[], Any]) -> None:
 
 @every_case
 def test_in_a_method_that_masks_the_input(case: Case) -> None:
-    if case.target == CASES["Similarity"].target:
-        pass
     model = hand_net(case.head)
     with methods.ScoreCAM(model, "features") as extractor, torch.no_grad():
         model(example())

@@ -220,6 +220,10 @@ def _call_probed(model: nn.Module, inputs: Any, kwargs: Any, generator: torch.Ge
         return tensor.requires_grad_().clone() if tensor.is_floating_point() else tensor
 
     inputs, kwargs = map_tensors(prepared, (inputs, kwargs))
+    wrapped: Any = model
+    while isinstance(wrapped, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        wrapped = wrapped.module  # as it is, the wrapper would copy or synchronise
+    model = getattr(wrapped, "_orig_mod", wrapped)  # and `torch.compile`'s would run no hooks
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         return model(*inputs, **kwargs)
     parameters = {}

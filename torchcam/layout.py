@@ -141,8 +141,9 @@ def _map_reading(shape: tuple[int, ...], spatial: tuple[int, ...]) -> Layout:
 
 
 def _fit(grid: tuple[int, ...], spatial: tuple[int, ...]) -> tuple[bool, bool]:
-    """Tell whether a grid divides an input into squares, roughly and with nothing left over."""
-    return has_consistent_stride(grid, spatial), _divides(grid, spatial)
+    """Tell whether a grid divides an input into squares, give or take a position, and whether nothing is left over."""
+    whole = all(pixels % side == 0 for side, pixels in zip(grid, spatial, strict=True))
+    return has_consistent_stride(grid, spatial), whole
 
 
 def has_consistent_stride(grid: Sequence[int], spatial: Sequence[int]) -> bool:

@@ -140,6 +140,11 @@ class _ReplayCAM(_CAM):
         ``edit`` goes from one sample's activation in grid form (1, C, *spatial) and the numbers of variants (B,) to
         their activations (B, C, *spatial).
         """
+        if self._record.names != self.target_names:
+            raise ValueError(
+                f"{type(self).__name__} edits one tensor of a layer, but the target layers returned "
+                f"{', '.join(self._record.names)}: name a layer inside them"
+            )
         name = self.target_names[index]
 
         def in_layout_of_layer(output: Tensor, variants: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import logging
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from torchcam._passes import Call, find_image, image_shape, paused, records, untouched
+from torchcam._passes import Call, find_image, image_shape, model_device, paused, records, untouched
 from torchcam._tensors import min_max, resize, tensors_in, to_float
 from torchcam.layers import TargetLayer, automatic_layer, candidates, layer_names
 from torchcam.layout import Layout, find_layout, meant_tensors, replace_tensors
@@ -35,7 +35,7 @@ class _CAM:
     that gives the weights :math:`w`. The model, its gradients and its buffers are left as they were.
 
     Args:
-        model: the model to explain
+        model: the model to explain; of one that ``torch.compile`` returned, the original is taken: call that one
         target_layer: the layer(s) whose output is looked at, as modules or names; by default the last one whose
             positions the score depends on (see :func:`torchcam.layers.candidates`)
         input_shape: shape of the model's input without the batch dimension, used only to find a default layer. Where
@@ -78,6 +78,7 @@ class _CAM:
             raise TypeError(f"`reshape_transform` must be callable, got {reshape_transform!r}")
         if input_name is not None and input_index is not None:
             raise ValueError(f"give `input_name` ({input_name!r}) or `input_index` ({input_index}), not both")
+        model = getattr(model, "_orig_mod", model)  # what `torch.compile` was given: compiled code runs no hooks
         self.model = model
         self.submodule_dict = dict(model.named_modules())
         self.reshape_transform = reshape_transform
@@ -124,6 +125,8 @@ class _CAM:
         reference = weakref.WeakMethod(method)
 
         def hook(module: nn.Module, *arguments: Any) -> Any:
+            if torch.compiler.is_compiling():  # what is traced now would run again without this extractor
+                return None
             bound: Any = reference()
             if bound is None or not bound.__self__._watches(module):
                 return None
@@ -314,11 +317,14 @@ class _CAM:
         """Give the recorded activations: (N, C, *spatial), or (N * K, C, *spatial) while K classes are explained."""
         activations = [activation for activation in self.hook_a if activation is not None]
         if len(activations) < max(len(self._record.names), 1):
+            hint = "compiled code and replicas of a model run no hooks: call the original module, `extractor.model`"
             if self._record.started:
-                raise AssertionError(f"the recorded forward pass did not run {self.target_names}, or was cut short")
+                raise AssertionError(
+                    f"the recorded forward pass did not run {self.target_names}, or was cut short ({hint})"
+                )
             raise AssertionError(
                 f"no forward pass has reached {self.target_names or 'the model'}: call the model on an input, hooks "
-                "enabled, before you ask for its maps"
+                f"enabled, before you ask for its maps ({hint})"
             )
         num_classes = self._record.request.num_classes
         return activations if num_classes == 1 else [a.repeat_interleave(num_classes, 0) for a in activations]
@@ -436,7 +442,11 @@ class _CAM:
         if targets is not None:
             kwargs["targets"] = targets
         raw_maps = self._raw_maps if raw_maps is None else raw_maps
-        with torch.enable_grad() if self._record.request.create_graph else plain_tensors():
+        device_type = model_device(self.model).type
+        with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad() if self._record.request.create_graph else plain_tensors())
+            if torch.amp.is_autocast_available(device_type):  # maps are summed in full precision
+                stack.enter_context(torch.autocast(device_type, enabled=False))
             return self._finished(self._mark_broken(raw_maps(class_idx, scores, **kwargs)), normalized)
 
     def _maps_one_by_one(
@@ -489,13 +499,14 @@ class _CAM:
         def explain(chunk: slice) -> list[Tensor]:
             rows = samples[chunk]
             args, options = call.with_image(variants(chunk), rows)
-            output = self.model(*args, **options)
+            with call.as_recorded():
+                output = self.model(*args, **options)
             self._record.request = request
             asked = {} if select is None else select.arguments(output, rows)
             raw = self._raw_maps(asked.pop("class_idx", None), None, **asked, **kwargs)
             return self._finished(raw, normalized=True)
 
-        with self._inner_pass(), call.as_recorded():
+        with self._inner_pass():
             chunks = run_chunks(explain, len(samples), batch_size)
         return [torch.cat(maps) for maps in zip(*chunks, strict=True)]
 
