@@ -333,6 +333,7 @@ def where_placed(model: nn.Module, layer: str, x: Tensor) -> str:
     found = candidates(model, x)
     (chosen,) = (candidate for candidate in found if candidate.name == layer)
     alike = [c for c in found if c.is_stage and c.calls == 1 and c.layout.channels == chosen.layout.channels]
+    alike = [c for c in alike if min(c.grid) > 2]  # a grid of one position confirms nothing
     alike = [*(c for c in alike if c.grid != chosen.grid), *(c for c in alike if c.grid == chosen.grid)][::-1]
     for early in alike[:: max(1, len(alike) // 16)]:
         if placed(model, early.name, x):

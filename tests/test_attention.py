@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from tests import oracles
+from tests.methods_under_test import make_input, make_model
 from tests.models import NUM_CLASSES, shuffled, tiny_vit
 from torchcam.methods import AttentionRollout, GradCAM, LeGrad, TransformerAttribution
 
@@ -652,3 +653,28 @@ def test_a_read_out_that_is_not_known_is_asked_for(spoil: str, device: torch.dev
         LeGrad(model, "blocks.0")
     assert repr(LeGrad(model, "blocks.0", score_projection=lambda t: t[:, 0])) == "LeGrad(target_layer=['blocks.0'])"
     assert repr(AttentionRollout(model)) == "AttentionRollout(target_layer=['attention'], head_fusion=mean)"
+
+
+def test_a_map_of_legrad_can_be_part_of_a_loss(device: torch.device) -> None:
+    """Its gradient for a weight equals the central difference."""
+    model = make_model("LeGrad", device).double()
+    inputs = make_input(device).double()
+    weight = model.block1.self_attention.in_proj_weight
+
+    def peak() -> Tensor:
+        with LeGrad(model, ["block1", "block2"]) as extractor:
+            (cam,) = extractor([0, 2], model(inputs), normalized=False, create_graph=True)
+        return (cam * torch.arange(cam.numel(), device=device).reshape(cam.shape)).sum()
+
+    (gradient,) = torch.autograd.grad(peak(), weight)
+    step = 1e-6
+    values = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            weight[0, 0] += sign * step
+        values.append(peak().item())
+        with torch.no_grad():
+            weight[0, 0] -= sign * step
+    expected = (values[0] - values[1]) / (2 * step)
+    assert abs(expected) > 1e-6
+    assert gradient[0, 0].item() == pytest.approx(expected, rel=1e-4)

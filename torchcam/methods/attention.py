@@ -330,7 +330,8 @@ class LeGrad(_AttentionCAM):
             with untouched(self.model), torch.enable_grad():
                 score = select(self._scores_of(tokens))
             only = [noted[0] if block == index else None for block in range(len(self.target_names))]
-            (gradient,) = self._differentiate(score, only, retain_graph)
+            create_graph = self._record.request.create_graph
+            (gradient,) = self._differentiate(score, only, retain_graph or create_graph, create_graph)
             weights.append(to_float(gradient).relu().mean((1, 2)))
         return weights
 
