@@ -430,3 +430,31 @@ class TestWrittenWhole:
         (tmp_path / "file").touch()
         with pytest.raises(OSError, match="file"), written_whole(tmp_path / "file" / "bundle"):
             pass
+
+
+class TestTopK:
+    def test_the_classes_with_the_highest_scores(self, x: Tensor) -> None:
+        model = make_model("GradCAM", CPU)
+        counter = Counter(model)
+        result = explain(model, x, target_layer="block2", top_k=2)
+        best = result.logits[0].argsort(descending=True).tolist()[:2]
+        assert list(result.cams) == best
+        assert result.predicted_class_idx == best[0]
+        assert counter.count == 1
+        for class_idx, (cam,) in result.cams.items():
+            (expected,) = by_hand("GradCAM", model, x, class_idx, target_layer="block2", method_kwargs={})
+            torch.testing.assert_close(cam, expected[0])
+
+    def test_an_expected_class_comes_last(self, x: Tensor) -> None:
+        model = make_model("GradCAM", CPU)
+        worst = other_class(model, x)
+        result = explain(model, x, target_layer="block2", top_k=2, expected_class_idx=worst)
+        assert list(result.cams)[-1] == worst
+        assert len(result.cams) == 3
+
+    @pytest.mark.parametrize(
+        ("top_k", "error"), [(0, ValueError), (4, ValueError), (True, TypeError), (1.0, TypeError)]
+    )
+    def test_wrong_numbers(self, top_k: Any, error: type[Exception], x: Tensor) -> None:
+        with pytest.raises(error, match="`top_k`"):
+            explain(make_model("GradCAM", CPU), x, target_layer="block2", top_k=top_k)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -518,3 +519,40 @@ def test_models_of_few_bits(name: str, dtype: torch.dtype) -> None:
         assert cam.dtype == torch.float32
         assert cam.flatten(1).amax(1).tolist() == [1, 1]
         torch.testing.assert_close(cam, expected, rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize("name", ["ScoreCAM", "AblationCAM", "EigenCAM", "MeanActivation"])
+def test_a_quantised_classifier(name: str) -> None:
+    """Methods that need no gradient explain a model with 8-bit layers, nearly as the model it was made from."""
+    cpu = torch.device("cpu")
+    model = make_model(name, cpu)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch speaks of its plans for this function, once a process
+        quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    maps = []
+    for explained in (model, quantised):
+        with METHODS[name](explained) as extractor:
+            explained(make_input(cpu))
+            maps.append(extractor([0, 2]))
+    for cam, expected in zip(maps[1], maps[0], strict=True):
+        assert cam.flatten(1).amax(1).tolist() == [1, 1]
+        torch.testing.assert_close(cam, expected, rtol=0, atol=1e-2)
+
+
+def test_distributed_data_parallel(tmp_path: Path) -> None:
+    """The wrapper's map is the model's, with a named layer and with the default one."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        cpu = torch.device("cpu")
+        model = make_model("GradCAM", cpu)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        default = candidates(model, make_input(cpu)).choice
+        for inner, outer in (("block2", "module.block2"), (default, None)):
+            with methods.GradCAM(model, inner) as extractor:
+                expected = extractor([0, 2], model(make_input(cpu)))[0]
+            with methods.GradCAM(wrapped, outer, input_shape=(3, 12, 12)) as extractor:
+                cam = extractor([0, 2], wrapped(make_input(cpu)))[0]
+            assert extractor.target_names == [f"module.{inner}"]
+            torch.testing.assert_close(cam, expected)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -165,10 +165,11 @@ def explain(
     method: type[Any] = GradCAM,
     target_layer: TargetLayer | Sequence[TargetLayer] | None = None,
     method_kwargs: Mapping[str, Any] | None = None,
+    top_k: int = 1,
 ) -> PredictionExplanation:
     """Explain what a classifier predicts for one input.
 
-    The model runs in evaluation mode and without gradients below the target layer, and is left as it was. Both classes
+    The model runs in evaluation mode and without gradients below the target layer, and is left as it was. All classes
     share one forward pass; the method adds its own cost for each, and the search for a default layer one pass.
 
     Example:
@@ -186,15 +187,19 @@ def explain(
         method: the class of the method
         target_layer: the layer(s) to look at, as the method takes them
         method_kwargs: further arguments of the method
+        top_k: how many classes with the highest scores are explained, the predicted one first
 
     Returns:
         the scores, the maps and how they were made
 
     Raises:
         TypeError: if an argument has the wrong type
-        ValueError: if ``input_tensor`` is not one sample, a class does not exist, ``class_names`` has the wrong length,
-            the scores are not (1, classes) or not finite, or the method cannot handle the model
+        ValueError: if ``input_tensor`` is not one sample, a class does not exist, there are fewer than ``top_k``,
+            ``class_names`` has the wrong length, the scores are not (1, classes) or not finite, or the method cannot
+            handle the model
     """
+    if isinstance(top_k, bool) or not isinstance(top_k, int):
+        raise TypeError(f"`top_k` must be an integer, got {top_k!r} of type {type(top_k).__name__}")
     expected = _as_index(expected_class_idx)
     names = _as_class_names(class_names)
 
@@ -209,8 +214,10 @@ def explain(
                 f"`expected_class_idx` must lie between 0 and {num_classes - 1} for a model with {num_classes} "
                 f"classes, got {expected}"
             )
-        predicted = int(logits.argmax())
-        return [predicted] if expected is None else [predicted, expected]
+        if not 1 <= top_k <= num_classes:
+            raise ValueError(f"`top_k` must lie between 1 and the {num_classes} classes of the model, got {top_k}")
+        highest: list[int] = logits[0].topk(top_k).indices.tolist()
+        return highest if expected is None else [*highest, expected]
 
     logits, cams, extractor = explain_classes(
         model, input_tensor, choose, method=method, target_layer=target_layer, method_kwargs=method_kwargs
