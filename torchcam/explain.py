@@ -26,6 +26,7 @@ from torchcam._passes import untouched
 from torchcam._tensors import to_float
 from torchcam.layers import TargetLayer
 from torchcam.methods import GradCAM
+from torchcam.methods._replay import positive_integer
 from torchcam.methods.core import plain_tensors
 from torchcam.targets import read_logits
 from torchcam.utils import overlay_mask
@@ -198,8 +199,7 @@ def explain(
             ``class_names`` has the wrong length, the scores are not (1, classes) or not finite, or the method cannot
             handle the model
     """
-    if isinstance(top_k, bool) or not isinstance(top_k, int):
-        raise TypeError(f"`top_k` must be an integer, got {top_k!r} of type {type(top_k).__name__}")
+    positive_integer("top_k", top_k)
     expected = _as_index(expected_class_idx)
     names = _as_class_names(class_names)
 
@@ -214,7 +214,7 @@ def explain(
                 f"`expected_class_idx` must lie between 0 and {num_classes - 1} for a model with {num_classes} "
                 f"classes, got {expected}"
             )
-        if not 1 <= top_k <= num_classes:
+        if top_k > num_classes:
             raise ValueError(f"`top_k` must lie between 1 and the {num_classes} classes of the model, got {top_k}")
         highest: list[int] = logits[0].topk(top_k).indices.tolist()
         return highest if expected is None else [*highest, expected]

@@ -142,8 +142,7 @@ def _map_reading(shape: tuple[int, ...], spatial: tuple[int, ...]) -> Layout:
 
 def _fit(grid: tuple[int, ...], spatial: tuple[int, ...]) -> tuple[bool, bool]:
     """Tell whether a grid divides an input into squares, give or take a position, and whether nothing is left over."""
-    whole = all(pixels % side == 0 for side, pixels in zip(grid, spatial, strict=True))
-    return has_consistent_stride(grid, spatial), whole
+    return has_consistent_stride(grid, spatial), _is_whole(grid, spatial)
 
 
 def has_consistent_stride(grid: Sequence[int], spatial: Sequence[int]) -> bool:
@@ -197,9 +196,12 @@ def _token_grid(count: int, spatial: tuple[int, ...]) -> tuple[tuple[int, ...], 
 
 def _divides(grid: tuple[int, ...], spatial: tuple[int, ...]) -> bool:
     """Tell whether a grid divides an input into squares with nothing left over."""
-    return _anisotropy(grid, spatial) == 1 and all(
-        pixels % side == 0 for side, pixels in zip(grid, spatial, strict=True)
-    )
+    return _anisotropy(grid, spatial) == 1 and _is_whole(grid, spatial)
+
+
+def _is_whole(grid: tuple[int, ...], spatial: tuple[int, ...]) -> bool:
+    """Tell whether the sides of a grid divide those of an input with nothing left over."""
+    return all(pixels % side == 0 for side, pixels in zip(grid, spatial, strict=True))
 
 
 def _patch_grids(spatial: tuple[int, ...]) -> Iterator[tuple[int, ...]]:

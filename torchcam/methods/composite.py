@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -16,7 +17,7 @@ from torchcam.layers import TargetLayer
 from torchcam.targets import ClassIndex, OutputTarget, Selector, as_class_indices, class_columns, read_logits
 
 from ._replay import Replay, finite_number, positive_integer
-from .core import _CAM, plain_tensors, to_one_shape
+from .core import _CAM, one_by_one, plain_tensors, to_one_shape
 from .decomposition import along, first_component
 from .gradient import GradCAM, GradCAMpp
 
@@ -60,15 +61,6 @@ class _Wrapper:
     def hook_g(self) -> list[Tensor | None]:
         """The gradient of the last explained score for each target layer, (N, C, *spatial)."""
         return self.base_cam.hook_g
-
-    def _one_by_one(
-        self, columns: list[dict[str, Any]], compute: Callable[..., list[Tensor]], **kwargs: Any
-    ) -> list[Tensor]:
-        """Explain one class of each sample after the other: (N, K, *spatial) per map."""
-        keep = {"retain_graph": True} if self.base_cam._uses_gradients else {}
-        maps = [compute(**kwargs | column | keep) for column in columns[:-1]]
-        maps.append(compute(**kwargs | columns[-1]))
-        return [torch.stack(layer, 1) for layer in zip(*maps, strict=True)]
 
     def enable_hooks(self) -> None:
         """Record the forward passes from now on."""
@@ -222,7 +214,7 @@ class FinerCAM(_Wrapper):
         columns = class_columns(class_idx, None)
         if columns is not None:
             options = {"scores": scores, "comparison_idx": comparison_idx, "normalized": normalized}
-            return self._one_by_one(columns, self.compute_cams, **options, **kwargs)
+            return one_by_one(columns, partial(self.compute_cams, **options, **kwargs), self.base_cam._uses_gradients)
         with plain_tensors():
             contrast = self._contrast(class_idx, scores, comparison_idx)
         return self.base_cam.compute_cams(None, scores, normalized, targets=contrast, **kwargs)
@@ -363,7 +355,7 @@ class RefineCAM(_Wrapper):
         columns = class_columns(class_idx, targets)
         if columns is not None:
             options = {"scores": scores, "normalized": normalized, "target_shape": target_shape}
-            return self._one_by_one(columns, self.compute_cams, **options, **kwargs)
+            return one_by_one(columns, partial(self.compute_cams, **options, **kwargs), self.base_cam._uses_gradients)
         cams = self.base_cam.compute_cams(class_idx, scores, targets=targets, **kwargs)
         with torch.enable_grad() if kwargs.get("create_graph") else plain_tensors():
             return [self._product(cams, target_shape, normalized)]

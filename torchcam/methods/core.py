@@ -7,6 +7,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -23,7 +24,7 @@ from torchcam.targets import ClassIndex, OutputTarget, Selector, check_one_of, c
 from ._record import Pass, Record, Request
 from ._replay import run_chunks
 
-__all__ = ["_CAM", "OutputTarget", "is_finite", "plain_tensors", "to_one_shape"]
+__all__ = ["_CAM", "OutputTarget", "is_finite", "one_by_one", "plain_tensors", "to_one_shape"]
 
 logger = logging.getLogger(__name__)
 
@@ -412,7 +413,8 @@ class _CAM:
             if self._explains_many:
                 maps = self._maps(class_idx, scores, normalized, targets, **kwargs)
                 return [cam.reshape(-1, len(columns), *cam.shape[1:]) for cam in maps]
-            return self._maps_one_by_one(columns, scores, normalized, **kwargs)
+            explain = partial(self._maps, class_idx=None, scores=scores, normalized=normalized, targets=None, **kwargs)
+            return one_by_one(columns, explain, self._uses_gradients)
         finally:
             record.request = Request()
 
@@ -448,20 +450,6 @@ class _CAM:
             if torch.amp.is_autocast_available(device_type):  # maps are summed in full precision
                 stack.enter_context(torch.autocast(device_type, enabled=False))
             return self._finished(self._mark_broken(raw_maps(class_idx, scores, **kwargs)), normalized)
-
-    def _maps_one_by_one(
-        self, columns: list[dict[str, Any]], scores: Any, normalized: bool, **kwargs: Any
-    ) -> list[Tensor]:
-        """Explain one class of each sample after the other: (N, K, *spatial) per layer."""
-        options = [dict(kwargs) for _ in columns]
-        if self._uses_gradients:
-            for option in options[:-1]:
-                option["retain_graph"] = True
-        maps = [
-            self._maps(column.get("class_idx"), scores, normalized, column.get("targets"), **option)
-            for column, option in zip(columns, options, strict=True)
-        ]
-        return [torch.stack(layer, 1) for layer in zip(*maps, strict=True)]
 
     def _finished(self, raw: list[Tensor], normalized: bool) -> list[Tensor]:
         """Turn the raw maps into those to return: layers pooled, ReLU, scaled."""
@@ -696,6 +684,15 @@ def plain_tensors() -> Iterator[None]:
     """Compute without a graph, and without the restrictions that tensors made in inference mode carry for good."""
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+def one_by_one(
+    columns: list[dict[str, Any]], explain: Callable[..., list[Tensor]], uses_gradients: bool
+) -> list[Tensor]:
+    """Explain one class of each sample after the other, keeping the graph in between: (N, K, *spatial) per map."""
+    keep = {"retain_graph": True} if uses_gradients else {}
+    maps = [explain(**column, **(keep if k < len(columns) - 1 else {})) for k, column in enumerate(columns)]
+    return [torch.stack(layer, 1) for layer in zip(*maps, strict=True)]
 
 
 def to_one_shape(
