@@ -136,7 +136,8 @@ def test_segmentation(name: str) -> None:
         (corner,) = extractor(targets=Segmentation(2, mask), relu=False, normalized=False)
     with methods.ScoreCAM(model, extractor.target_names, batch_size=64) as extractor, torch.no_grad():
         model(x[:1])
-        maps_equal(extractor(1), extractor(targets=Segmentation(1)))
+        # The scores are sums over thousands of pixels, which are added in another order.
+        maps_equal(extractor(1), extractor(targets=Segmentation(1)), 1e-4)
     # Nothing but convolutions follow the layer: the corner's pixels are explained by the corner.
     energy = corner.abs()
     assert (energy[:, :2, :2].sum((1, 2)) > 0.9 * energy.sum((1, 2))).all()

@@ -172,7 +172,9 @@ def shares(model: nn.Module, x: Tensor, select: Selector) -> tuple[list[Tensor],
     """The terms that FullGrad sees in a score, and the score itself."""
     with FullGrad(model) as extractor, torch.no_grad():
         score = select(model(x))
-        return extractor._terms(select), score
+        terms: list[Tensor] = []
+        extractor._each_term(select, terms.append)
+        return [terms[-1], *terms[-2::-1]], score  # the input's first, then in the order of the layers
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.LeakyReLU])

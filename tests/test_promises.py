@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -300,9 +299,24 @@ def test_the_end_of_the_block_frees_everything(name: str, situation: str, device
         gc.enable()
 
 
+def rows_convolved(monkeypatch: pytest.MonkeyPatch, channels: int) -> list[int]:
+    """Count the rows that convolutions of so many channels compute from now on, as the only entry of a list."""
+    count = [0]
+    convolve = nn.Conv2d._conv_forward
+
+    def counting(self: nn.Conv2d, image: Tensor, *args: Any) -> Tensor:
+        count[0] += len(image) * (self.in_channels == channels)
+        return convolve(self, image, *args)
+
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", counting)
+    return count
+
+
 @every_method
 @every_situation
-def test_forward_passes_are_counted(name: str, situation: str, device: torch.device) -> None:
+def test_forward_passes_are_counted(
+    name: str, situation: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A method that neither masks nor perturbs inputs costs the user's own forward pass, whatever the grad mode."""
     model = make_model(name, device)
     passes: list[int] = []
@@ -311,6 +325,7 @@ def test_forward_passes_are_counted(name: str, situation: str, device: torch.dev
         model.register_forward_pre_hook(lambda _model, args: passes.append(len(args[0])))
         if name in EDITED_ROWS:
             model.fc.register_forward_pre_hook(lambda _layer, args: behind.append(len(args[0])))
+            convolved = rows_convolved(monkeypatch, make_input(device).shape[1])
         model(make_input(device))
         extractor([0, 2])
     channels, batch, layers, noises = 4, 2, 2, 2
@@ -329,11 +344,11 @@ def test_forward_passes_are_counted(name: str, situation: str, device: torch.dev
     if name == "SESS":
         rows += 2 * (1 + 4) * batch  # a window at the first scale, four at the second: their scores, their maps
     if name in EDITED_ROWS:
-        # Per sample and layer: the score without an edit, a chunk that finds out whether more rows work, the variants
-        variants = EDITED_ROWS[name]
-        rows += batch * sum(1 + 1 + math.ceil(count / 3) for count in variants)
-        assert sum(behind) == batch + batch * sum(1 + 3 + count for count in variants)
+        # Per layer: a row alone and one among others, the scores without an edit, the variants.
+        rows += sum(1 + 3 + batch + batch * count for count in EDITED_ROWS[name])
+        assert sum(behind) == rows
         assert max(behind) == 3
+        assert convolved[0] == batch, "what comes before the layer ran again"
     assert sum(passes) == rows
     assert max(passes) <= 3
 
@@ -470,3 +485,62 @@ def test_a_copied_model_is_none_of_the_extractors_business(device: torch.device)
         copied = copy.deepcopy(model)
         assert copied(torch.zeros_like(make_input(device))).grad_fn is not None
         assert torch.equal(extractor(0, scores)[0], expected)
+
+
+class Cached(nn.Module):
+    """Keeps in evaluation mode what it has computed from a parameter, until it is told to train, as some of timm do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.scale = nn.Parameter(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+        self.cache: dict[str, Tensor] = {}
+
+    def train(self, mode: bool = True) -> Cached:
+        self.cache.clear()
+        return super().train(mode)
+
+    def scaled(self) -> Tensor:
+        if self.training:
+            return self.scale.exp()
+        if "scale" not in self.cache:
+            self.cache["scale"] = self.scale.exp()
+        return self.cache["scale"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.conv(x).relu() * self.scaled().reshape(-1, 1, 1)).mean((2, 3))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_models_keep_in_evaluation_mode_is_not_kept_for_them(training: bool, device: torch.device) -> None:
+    model, x = Cached().to(device).train(training), torch.rand(2, 3, 8, 8).to(device)
+    with methods.ScoreCAM(model, "conv") as extractor:
+        model(x)
+        before = dict(model.cache)
+        extractor(1)
+        next(extractor.stream([x]))
+        assert model.cache == before
+        with torch.no_grad():
+            model.scale.zero_()
+        model.train()
+        (found,) = extractor.stream([x], 1, normalized=False)
+    model.eval()
+    with methods.ScoreCAM(model, "conv") as extractor:
+        model(x)
+        torch.testing.assert_close(found, extractor(1, normalized=False))
+
+
+def test_randomised_weights_are_not_hidden_by_what_a_model_keeps(device: torch.device) -> None:
+    from torchcam.metrics.sanity import _parameters_replaced
+
+    model, x = Cached().to(device).eval(), torch.rand(2, 3, 8, 8).to(device)
+    with torch.no_grad():
+        expected = model(x)
+        kept = model.cache["scale"]
+        with _parameters_replaced(model) as replace:
+            replace(model, torch.Generator(device).manual_seed(0))
+            assert (model(x) - expected).abs().amax() > 0.01
+            scale = model.scale.exp()
+            torch.testing.assert_close(model.scaled(), scale)
+        assert model.cache["scale"] is kept
+        torch.testing.assert_close(model(x), expected)

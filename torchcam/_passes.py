@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -15,7 +15,18 @@ from torch import Tensor, nn
 
 from ._tensors import map_structure, map_tensors, tensors_in
 
-__all__ = ["EVERYONE", "Call", "find_image", "image_shape", "model_device", "paused", "records", "untouched"]
+__all__ = [
+    "EVERYONE",
+    "Call",
+    "caches_of",
+    "find_image",
+    "forwards_replaced",
+    "image_shape",
+    "model_device",
+    "paused",
+    "records",
+    "untouched",
+]
 
 _scope = threading.local()
 _paused: Counter[int] = Counter()
@@ -27,7 +38,7 @@ EVERYONE = object()
 def records(extractor: object, model: nn.Module) -> bool:
     """Tell whether the hooks of ``extractor`` on ``model`` shall look at the pass that runs now in this thread."""
     only = getattr(_scope, "only", None)
-    return (only is None or only[0] is extractor) and not _paused[id(model)]
+    return (only is None or any(one is extractor for one in only)) and not _paused[id(model)]
 
 
 @contextmanager
@@ -46,8 +57,9 @@ def paused(model: nn.Module) -> Iterator[None]:
 def untouched(model: nn.Module, recorder: object = None) -> Iterator[None]:
     """Run ``model`` in evaluation mode inside the block, and leave no trace of it behind.
 
-    On every exit path each submodule's ``training`` flag, every buffer and the random number generators are what they
-    were. Hooks of extractors record nothing meanwhile, but for those of ``recorder`` (of all, if that is ``EVERYONE``).
+    On every exit path each submodule's ``training`` flag, every buffer, the tensors, numbers and dictionaries that
+    modules keep in attributes, and the random number generators are what they were. Hooks of extractors record nothing
+    meanwhile, but for those of ``recorder``: one extractor, several in a tuple, or all if it is ``EVERYONE``.
     """
     modes = [(module, module.training) for module in model.modules()]
     buffers = [
@@ -55,10 +67,18 @@ def untouched(model: nn.Module, recorder: object = None) -> Iterator[None]:
         for module, _ in modes
         for name, buffer in module._buffers.items()
     ]
+    caches = [(cache, dict(cache)) for cache in caches_of(model)]
+    values = [
+        (vars(module), name, value)
+        for module, _ in modes
+        for name, value in vars(module).items()
+        if isinstance(value, (Tensor, float)) and not name.startswith("_")
+    ]
     outer = getattr(_scope, "only", None)
     with _forked_rng(model):
         try:
-            _scope.only = outer if recorder is EVERYONE else (recorder,)
+            if recorder is not EVERYONE:
+                _scope.only = recorder if isinstance(recorder, tuple) else (recorder,)
             for module, _ in modes:
                 module.training = False
             yield
@@ -70,6 +90,42 @@ def untouched(model: nn.Module, recorder: object = None) -> Iterator[None]:
                 module._buffers[name] = buffer
                 if buffer is not None and kept is not None:
                     _restore(buffer, *kept)
+            for cache, items in caches:
+                cache.clear()
+                cache.update(items)
+            for attributes, name, value in values:
+                attributes[name] = value
+
+
+def caches_of(model: nn.Module) -> list[dict[Any, Any]]:
+    """List the dictionaries among the attributes of the modules: some keep there what evaluation mode lets them reuse.
+
+    What was computed from weights must not outlast a change of them: modules themselves notice calls of ``train()``.
+    """
+    return [
+        value
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if type(value) is dict and not name.startswith("_")
+    ]
+
+
+@contextmanager
+def forwards_replaced(
+    wrappers: dict[nn.Module, Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]]],
+) -> Iterator[None]:
+    """Put a wrapper in the place of each module's ``forward`` inside the block."""
+    own = {module: vars(module).get("forward") for module in wrappers}
+    try:
+        for module, wrap in wrappers.items():
+            vars(module)["forward"] = wrap(module, module.forward)
+        yield
+    finally:
+        for module, forward in own.items():
+            if forward is None:
+                vars(module).pop("forward", None)
+            else:
+                vars(module)["forward"] = forward
 
 
 def _version(tensor: Tensor) -> int | None:

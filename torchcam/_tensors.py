@@ -17,6 +17,7 @@ __all__ = [
     "map_structure",
     "map_tensors",
     "min_max",
+    "over_channels",
     "resize",
     "tensors_in",
     "to_float",
@@ -130,3 +131,15 @@ def min_max(maps: Tensor, start_dim: int = 1) -> Tensor:
     constant = is_constant(lowest, highest)
     scaled = (flat - lowest) / torch.where(constant, 1.0, highest - lowest)
     return torch.where(constant, 0.0, scaled).reshape(maps.shape)
+
+
+def over_channels(maps: Tensor) -> Tensor:
+    """Make maps (N, *spatial) of attributions (N, C, *spatial), as guided backpropagation makes them.
+
+    Each is how far the channels are from what they mostly are, which is where nothing matters: the largest distance,
+    scaled to [0, 1]. NaN makes NaN of its sample.
+    """
+    flat = maps.flatten(1)
+    distance = (flat - flat.median(1, keepdim=True).values).reshape(maps.shape).abs().amax(1)
+    peak = distance.flatten(1).amax(1).reshape(-1, *[1] * (maps.ndim - 2))
+    return distance / torch.where(peak == 0, 1.0, peak)

@@ -175,7 +175,8 @@ def candidates(model: nn.Module, *inputs: Any, **kwargs: Any) -> Candidates:
             return None
         # As an extractor does, hand on a copy: what counts is whether the score depends on what is handed on.
         outputs.pop(name, None)
-        outputs[name] = copied = tensor.clone()
+        # Behind a cut (`.detach()`) it starts a graph of its own.
+        outputs[name] = copied = (tensor if tensor.requires_grad else tensor.detach().requires_grad_()).clone()
         calls[name] += 1
         return replace_tensors(output, [(tensor, copied)])
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._tensors import map_tensors, tensors_in
+from ._tensors import map_tensors, tensors_in, to_float
 
 __all__ = [
     "BinaryLogit",
@@ -60,6 +60,13 @@ def read_logits(output: Any) -> Tensor:
     return logits
 
 
+def class_scores(output: Any) -> Tensor:
+    """Give one score for each class of each sample, (N, K): summed over positions where there are any."""
+    logits = to_float(read_logits(output).detach())
+    logits = logits.reshape(-1, 1) if logits.ndim < 2 else logits
+    return logits.flatten(2).sum(-1) if logits.ndim > 2 else logits
+
+
 def sample_of(output: Any, index: int, batch_size: int) -> Any:
     """Give one sample's part of a batched output.
 
@@ -72,6 +79,8 @@ def sample_of(output: Any, index: int, batch_size: int) -> Any:
 
 def as_class_indices(class_idx: ClassIndex, batch_size: int, num_classes: int, device: torch.device) -> Tensor:
     """Turn any way to name classes into a long tensor on ``device``: (N,), or (N, K) for several of each sample.
+
+    To check a tensor on a GPU is to wait for it; integers and lists are checked without.
 
     Raises:
         TypeError: if an index is not an integer (a ``bool`` is not)
@@ -86,7 +95,7 @@ def as_class_indices(class_idx: ClassIndex, batch_size: int, num_classes: int, d
         lowest, highest = (indices.amin(), indices.amax()) if indices.numel() else (0, 0)
     elif isinstance(class_idx, (str, bytes)) or not (hasattr(class_idx, "__iter__") and hasattr(class_idx, "__len__")):
         lowest = highest = _as_integer(class_idx)
-        indices = torch.tensor(lowest, device=device)
+        indices = torch.full((), lowest, dtype=torch.long, device=device)
     else:
         rows = [list(row) if isinstance(row, (list, tuple)) else [row] for row in class_idx]
         values = [_as_integer(index) for row in rows for index in row]
@@ -94,7 +103,8 @@ def as_class_indices(class_idx: ClassIndex, batch_size: int, num_classes: int, d
         several = any(isinstance(row, (list, tuple)) for row in class_idx)
         if len({len(row) for row in rows}) > 1:
             raise ValueError(f"`class_idx` must name as many classes for each sample, got {class_idx!r}")
-        indices = torch.tensor(values, dtype=torch.long, device=device)
+        indices = torch.tensor(values, dtype=torch.long, pin_memory=device.type == "cuda")
+        indices = indices.to(device, non_blocking=True)  # nobody waits for the device
         indices = indices.reshape(len(rows), -1) if several else indices
     if indices.ndim > 2 or (indices.ndim and len(indices) != batch_size):
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from torchcam._passes import Call
 from torchcam._tensors import map_tensors
 from torchcam.layout import Layout
+
+from ._replay import Form, RecordedLayer
 
 __all__ = ["Pass", "Record", "Request"]
 
@@ -89,6 +92,40 @@ class Request:
     num_classes: int = 1
 
 
+class BrokenSamples:
+    """Warns of samples that are not finite, without waiting for a GPU to know how many there are."""
+
+    def __init__(self) -> None:
+        self._counts: list[tuple[str, int, Tensor, torch.cuda.Event | None]] = []
+
+    def add(self, layer: str, finite: Tensor) -> None:
+        """Take note of which samples are finite in a layer, (N,)."""
+        count = (~finite).sum()
+        event = None
+        if count.is_cuda:
+            count = count.to("cpu", non_blocking=True)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(torch.cuda.current_stream(finite.device))
+        self._counts.append((layer, len(finite), count, event))
+
+    def report(self, *, wait: bool = False) -> None:
+        """Warn of the samples that are known to be broken by now, or, with ``wait``, of all."""
+        while self._counts:
+            layer, total, count, event = self._counts[0]
+            if event is not None and not event.query():  # type: ignore[no-untyped-call]
+                if not wait:
+                    return
+                event.synchronize()
+            del self._counts[0]
+            if count:
+                warnings.warn(
+                    f"the activation or gradient of layer '{layer}' holds NaN or infinite values: the maps of "
+                    f"{int(count)} of {total} samples are NaN",
+                    RuntimeWarning,
+                    stacklevel=5,
+                )
+
+
 class Record:
     """What one forward pass left behind for an extractor, and what the maps computed from it need to know."""
 
@@ -101,9 +138,38 @@ class Record:
         self.layouts: dict[str, Layout] = {}
         self.attentions: list[list[Tensor] | None] = [None] * len(target_names)
         self.gradients: list[Tensor | None] = []
-        self.num_scores = 1  # of each sample, in the gradients
+        self.num_scores: int | None = None  # of each sample, where the gradients are of several: (K, ...)
         self.request = Request()
+        self.running = False  # whether the model's forward has started and not ended
+        self.output: Any = None  # what the model returned, where methods edit what its layers return
+        self.training = False  # whether a part of the model was in training mode
         self._kept: dict[int, dict[str, Tensor]] = {}
+        self._finished: list[tuple[str, nn.Module, Any]] = []
+        self._before: dict[int, list[tuple[nn.Module, Any]] | None] = {}
+
+    def note(self, name: str, module: nn.Module, output: Any) -> None:
+        """Take note of the form of what a module returned, in place of those inside it."""
+        if not self.running:  # a part of the model on its own
+            return
+        self._forget_inside(name)
+        self._finished.append((name, module, Form.of(output)))
+
+    def reached(self, index: int, output: Any) -> None:
+        """Take note of what had finished before a target layer started, if that ran once and returned a tensor."""
+        self._forget_inside(self.target_names[index])
+        usable = index not in self._before and isinstance(output, Tensor) and not self.training
+        self._before[index] = [(module, form) for _, module, form in self._finished] if usable else None
+
+    def _forget_inside(self, name: str) -> None:
+        while self._finished and self._finished[-1][0].startswith(f"{name}."):
+            self._finished.pop()
+
+    def known(self, index: int) -> RecordedLayer | None:
+        """Give what is known of a target layer; None if that is not enough to run what follows it alone."""
+        before = self._before.get(index)
+        if before is None or self.output is None:
+            return None
+        return RecordedLayer(self._kept[index][""], before, self.output)
 
     def keep(self, index: int, tensors: dict[str, Tensor]) -> None:
         """Keep what a target layer returned: one tensor, or several by what tells them apart."""

@@ -105,7 +105,11 @@ class CAM(_CAM):
 
 
 class _ReplayCAM(_CAM):
-    """What methods that run the model again share: how many variants are in memory at a time, and a final ReLU."""
+    """What methods that run the model again share: how many variants are in memory at a time, and a final ReLU.
+
+    All take ``autocast``, the type (``torch.bfloat16`` or ``torch.float16``) that the repeated passes run in where the
+    hardware has it faster; weights and maps are off by its rounding. None is the type of the recorded pass.
+    """
 
     _relu = True
     _uses_input = True
@@ -119,26 +123,41 @@ class _ReplayCAM(_CAM):
         input_shape: tuple[int, ...] = (3, 224, 224),
         *,
         progress: bool = False,
+        autocast: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
         self.batch_size = positive_integer("batch_size", batch_size)
         self.progress = progress
+        if autocast not in {None, torch.bfloat16, torch.float16}:
+            raise ValueError(f"`autocast` must be torch.bfloat16, torch.float16 or None, got {autocast!r}")
+        self.autocast = autocast
         super().__init__(model, target_layer, input_shape, **kwargs)
 
     def _replay(
-        self, class_idx: ClassIndex | None, targets: OutputTarget | Sequence[OutputTarget] | Selector | None
+        self,
+        class_idx: ClassIndex | None,
+        targets: OutputTarget | Sequence[OutputTarget] | Selector | None,
+        **options: Any,
     ) -> Replay:
-        select = self._selector(class_idx, targets)
-        title = type(self).__name__
         return Replay(
-            self.model, self._recorded_call(), select, self.batch_size, progress=self.progress, description=title
+            self.model,
+            self._recorded_call(),
+            self._selector(class_idx, targets),
+            self.batch_size,
+            progress=self.progress,
+            description=type(self).__name__,
+            autocast=self.autocast,
+            **options,
         )
 
-    def _edited(self, replay: Replay, index: int, edit: Edit, num_variants: int) -> tuple[Tensor, Tensor]:
+    def _edited(
+        self, replay: Replay, index: int, edit: Edit, num_variants: int, chosen: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Score the inputs, (N,), and variants of them, (N, V), whose activation at a target layer is edited.
 
-        ``edit`` goes from one sample's activation in grid form (1, C, *spatial) and the numbers of variants (B,) to
-        their activations (B, C, *spatial).
+        ``edit`` goes from activations in grid form (B, C, *spatial), which it may change, and the numbers of a variant
+        of each (B,) to the edited ones (B, C, *spatial). Where only some variants are ``chosen``, (N, V), the others
+        get the score of the input.
         """
         if self._record.names != self.target_names:
             raise ValueError(
@@ -150,11 +169,64 @@ class _ReplayCAM(_CAM):
         def in_layout_of_layer(output: Tensor, variants: Tensor) -> Tensor:
             return self._from_grid(edit(self._to_grid(output, name), variants), output, name)
 
-        unedited, edited = replay.edited(self.submodule_dict[name], in_layout_of_layer, num_variants)
+        activation = self._record.activations[index]
+        assert activation is not None  # noqa: S101 - for the type checker: there is one of each name
+        batch = 0 if self.reshape_transform is not None else self._layout(activation, name).batch
+        unedited, edited = replay.edited(
+            self.submodule_dict[name],
+            in_layout_of_layer,
+            num_variants,
+            batch=batch,
+            chosen=chosen,
+            recorded=self._record.known(index),
+        )
         return to_float(unedited), to_float(edited)
 
 
-class ScoreCAM(_ReplayCAM):
+class _ChannelCAM(_ReplayCAM):
+    """What methods share that run the model once per channel.
+
+    They take two options that trade exactness for time, of which the strictest counts; a channel that is left out has
+    no weight. Channels are ranked by their energy, the sum of their squares, in each sample and layer.
+
+    ``max_channels``: at most so many channels are evaluated; None for no limit.
+    ``energy``: only the strongest channels are evaluated, as many as it takes to hold this share (0 to 1) of the energy
+    of all; None for no limit.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target_layer: TargetLayer | Sequence[TargetLayer] | None = None,
+        batch_size: int = 32,
+        input_shape: tuple[int, ...] = (3, 224, 224),
+        *,
+        max_channels: int | None = None,
+        energy: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.max_channels = None if max_channels is None else positive_integer("max_channels", max_channels)
+        if energy is not None and not 0 < energy <= 1:
+            raise ValueError(f"`energy` is a share, more than 0 and at most 1, got {energy}")
+        self.energy = energy
+        super().__init__(model, target_layer, batch_size, input_shape, **kwargs)
+
+    def _chosen(self, activation: Tensor) -> Tensor | None:
+        """Tell which channels are evaluated, (N, C); None for all."""
+        if self.max_channels is None and self.energy is None:
+            return None
+        energy, order = activation.flatten(2).square().sum(-1).sort(stable=True, dim=1, descending=True)
+        chosen = torch.ones_like(order, dtype=torch.bool)
+        if self.max_channels is not None:
+            chosen[:, self.max_channels :] = False
+        if self.energy is not None:
+            before = energy.cumsum(1) - energy
+            chosen &= before < self.energy * energy.sum(1, keepdim=True)
+            chosen[:, 0] = True
+        return torch.zeros_like(chosen).scatter_(1, order, chosen)
+
+
+class ScoreCAM(_ChannelCAM):
     r"""Score-CAM (Wang et al. 2020, arXiv:1910.01279): channels weighted by the score of the input they leave visible.
 
     .. math::
@@ -172,12 +244,39 @@ class ScoreCAM(_ReplayCAM):
         target_layer: the layer(s) to look at
         batch_size: largest number of masked inputs in one pass
         input_shape: shape of the input without the batch dimension, used only to find a default layer
+        compile: whether the model is run as ``torch.compile`` makes it: worth it over many calls, as the first one
+            compiles
+        fold_batch_norm: whether batch normalisation is folded into the convolutions before it: the same scores to
+            float rounding, in less time; models that allow no folding run as they are
+        max_channels: at most so many channels of each sample, those of the most energy, are evaluated; the others get
+            no weight
+        energy: only the channels that hold this share of a sample's energy, 0 to 1, are evaluated
+        autocast: the type that the repeated passes run in, ``torch.bfloat16`` or ``torch.float16``
         progress: whether to show a progress bar
         kwargs: arguments of the base class
 
     Raises:
-        ValueError: if ``batch_size`` is not positive
+        ValueError: if ``batch_size`` or ``max_channels`` is not positive, ``energy`` not in (0, 1], ``autocast``
+            another type, or ``compile`` and ``fold_batch_norm`` are both on
     """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target_layer: TargetLayer | Sequence[TargetLayer] | None = None,
+        batch_size: int = 32,
+        input_shape: tuple[int, ...] = (3, 224, 224),
+        *,
+        compile: bool = False,  # noqa: A002 - the name that torch has for it
+        fold_batch_norm: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if compile and fold_batch_norm:
+            raise ValueError("`compile` and `fold_batch_norm` are both on: what is compiled cannot be folded")
+        self.compile = compile
+        self.fold_batch_norm = fold_batch_norm
+        self._compiled: Callable[..., Any] | None = None
+        super().__init__(model, target_layer, batch_size, input_shape, **kwargs)
 
     def _perturbations(self, image: Tensor) -> Iterator[Perturbation]:  # noqa: ARG002 - subclasses need it
         """Yield the ways to apply a mask (B, 1, *spatial) to inputs (B, C, *spatial); their scores are averaged."""
@@ -189,34 +288,44 @@ class ScoreCAM(_ReplayCAM):
         scores: Any,  # noqa: ARG002 - every method takes them
         targets: OutputTarget | Sequence[OutputTarget] | Selector | None = None,
     ) -> list[Tensor]:
-        replay = self._replay(class_idx, targets)
-        image = replay.call.image
-        return [self._mean_scores(replay, image, activation).softmax(1) for activation in self._activations()]
+        if self.compile and self._compiled is None:
+            self._compiled = torch.compile(self.model)
+        replay = self._replay(class_idx, targets, compiled=self._compiled, fold_batch_norm=self.fold_batch_norm)
+        return [self._mean_scores(replay, activation).softmax(1) for activation in self._activations()]
 
-    def _mean_scores(self, replay: Replay, image: Tensor, activation: Tensor) -> Tensor:
-        """Score the input under each channel's mask, averaged over the perturbations: (N, C)."""
+    def _mean_scores(self, replay: Replay, activation: Tensor) -> Tensor:
+        """Score the input under each channel's mask, averaged over the perturbations, (N, C): -inf for those left out.
+
+        How many masks differ is up to the activation, so a device is waited for, once.
+        """
+        image = replay.call.image
         num_channels = activation.shape[1]
         channels = activation.flatten(0, 1).unsqueeze(1)  # (N * C, 1, *spatial)
         flat = activation.flatten(2)
+        chosen = self._chosen(activation)
         constant = is_constant(flat.amin(-1), flat.amax(-1))  # (N, C)
+        constant = constant if chosen is None else constant & chosen
         stand_in = constant & (constant.cumsum(1) == 1)  # each sample's first constant channel
-        evaluated = (~constant | stand_in).flatten().nonzero().squeeze(1)  # (V,)
+        distinct = ~constant | stand_in
+        distinct = distinct if chosen is None else distinct & chosen
+        evaluated = distinct.flatten().nonzero().squeeze(1)  # (V,)
         samples = evaluated.div(num_channels, rounding_mode="floor")
         blank = constant.flatten()[evaluated].reshape(-1, *[1] * (activation.ndim - 1))
-
-        total = activation.new_zeros(len(evaluated))
         perturbations = list(self._perturbations(image))
-        for perturb in perturbations:
 
-            def variants(chunk: slice, perturb: Perturbation = perturb) -> Tensor:
-                masks = min_max(resize(channels[evaluated[chunk]], image.shape[2:])).masked_fill(blank[chunk], 0.0)
-                return perturb(image[samples[chunk]], masks.to(image.dtype))
+        def variants(chunk: slice) -> Iterator[Tensor]:
+            masks = min_max(resize(channels[evaluated[chunk]], image.shape[2:])).masked_fill(blank[chunk], 0.0)
+            inputs, masks = image[samples[chunk]], masks.to(image.dtype)
+            for perturb in perturbations[:-1]:
+                yield perturb(inputs, masks)
+            inputs = perturbations[-1](inputs, masks)
+            del masks  # the passes need the memory
+            yield inputs
 
-            total += replay.masked(variants, samples)
-        scores = activation.new_zeros(activation.shape[:2]).flatten()
-        scores[evaluated] = total / len(perturbations)
+        scores = activation.new_full(activation.shape[:2], -torch.inf).flatten()
+        scores[evaluated] = replay.averaged(variants, samples).to(scores)
         scores = scores.reshape(activation.shape[:2])
-        shared = (scores * stand_in).sum(1, keepdim=True)
+        shared = torch.where(stand_in, scores, 0.0).sum(1, keepdim=True)
         return torch.where(constant, shared, scores)
 
 
@@ -311,7 +420,7 @@ class ISCAM(ScoreCAM):
             yield partial(_scaled, strength)
 
 
-class AblationCAM(_ReplayCAM):
+class AblationCAM(_ChannelCAM):
     r"""Ablation-CAM (Desai & Ramaswamy, WACV 2020): channels weighted by the drop of the score without them.
 
     .. math::
@@ -321,9 +430,10 @@ class AblationCAM(_ReplayCAM):
     :math:`f(X)` itself, whose sign would turn the map round where the score is negative. The divisor is one number a
     sample and does not show in a normalised map; where it is 0, the drops are not divided.
 
-    Cost: the user's forward pass; then, for each sample and layer, a forward pass in evaluation mode, and what follows
-    the layer once per channel. (A first run of that part on a few rows tells whether it treats them independently;
-    otherwise the whole model runs once per channel.)
+    Cost: the user's forward pass, then what follows the layer once per channel, in evaluation mode. First runs of that
+    part on a few rows tell whether the score depends on nothing else. If it does (because of a connection around the
+    layer, say), or the recorded pass ran in training mode, each sample costs a forward pass more. If that part cannot
+    take more rows than the input has, the whole model runs once per channel.
 
     Args:
         model: the model to explain
@@ -331,20 +441,26 @@ class AblationCAM(_ReplayCAM):
         batch_size: largest number of edited activations in one pass
         input_shape: shape of the input without the batch dimension, used only to find a default layer
         baseline: the value that stands for an absent channel
+        max_channels: at most so many channels of each sample, those of the most energy, are evaluated; the others get
+            no weight
+        energy: only the channels that hold this share of a sample's energy, 0 to 1, are evaluated
+        autocast: the type that the repeated passes run in, ``torch.bfloat16`` or ``torch.float16``
         progress: whether to show a progress bar
         kwargs: arguments of the base class
 
     Raises:
-        ValueError: if ``batch_size`` is not positive, or ``baseline`` not finite
+        ValueError: if ``batch_size`` or ``max_channels`` is not positive, ``energy`` not in (0, 1], or ``baseline``
+            not finite
     """
 
+    _edits_layers = True
     _options = ("batch_size", "baseline")
 
     def __init__(
         self,
         model: nn.Module,
         target_layer: TargetLayer | Sequence[TargetLayer] | None = None,
-        batch_size: int = 32,
+        batch_size: int = 64,
         input_shape: tuple[int, ...] = (3, 224, 224),
         *,
         baseline: float = 0.0,
@@ -362,15 +478,15 @@ class AblationCAM(_ReplayCAM):
         replay = self._replay(class_idx, targets)
         weights = []
         for index, activation in enumerate(self._activations()):
-            score, without = self._edited(replay, index, self._without_channels, activation.shape[1])
+            chosen = self._chosen(activation)
+            score, without = self._edited(replay, index, self._without_channels, activation.shape[1], chosen)
             scale = torch.where(score == 0, 1.0, score.abs())
             weights.append((score.unsqueeze(1) - without) / scale.unsqueeze(1))
         return weights
 
     def _without_channels(self, activation: Tensor, channels: Tensor) -> Tensor:
-        copies = activation.repeat(len(channels), *[1] * (activation.ndim - 1))
-        copies[torch.arange(len(channels), device=channels.device), channels] = self.baseline
-        return copies
+        activation[torch.arange(len(channels), device=channels.device), channels] = self.baseline
+        return activation
 
 
 class ReciproCAM(_ReplayCAM):
@@ -385,9 +501,10 @@ class ReciproCAM(_ReplayCAM):
 
     The map is made of scores: unlike those of other methods, it changes when a constant is added to the logits.
 
-    Cost: the user's forward pass; then, for each sample and layer, a forward pass in evaluation mode, and what follows
-    the layer once per position. (A first run of that part on a few rows tells whether it treats them independently;
-    otherwise the whole model runs once per position.)
+    Cost: the user's forward pass, then what follows the layer once per position, in evaluation mode. First runs of that
+    part on a few rows tell whether the score depends on nothing else. If it does (because of a connection around the
+    layer, say), or the recorded pass ran in training mode, each sample costs a forward pass more. If that part cannot
+    take more rows than the input has, the whole model runs once per position.
 
     Args:
         model: the model to explain
@@ -395,6 +512,7 @@ class ReciproCAM(_ReplayCAM):
         batch_size: largest number of edited activations in one pass
         input_shape: shape of the input without the batch dimension, used only to find a default layer
         window: the window's side, an odd number
+        autocast: the type that the repeated passes run in, ``torch.bfloat16`` or ``torch.float16``
         progress: whether to show a progress bar
         kwargs: arguments of the base class
 
@@ -402,13 +520,14 @@ class ReciproCAM(_ReplayCAM):
         ValueError: if ``batch_size`` is not positive, or ``window`` not positive and odd
     """
 
+    _edits_layers = True
     _options = ("batch_size", "window")
 
     def __init__(
         self,
         model: nn.Module,
         target_layer: TargetLayer | Sequence[TargetLayer] | None = None,
-        batch_size: int = 32,
+        batch_size: int = 64,
         input_shape: tuple[int, ...] = (3, 224, 224),
         *,
         window: int = 3,
@@ -471,6 +590,7 @@ class GroupCAM(_ReplayCAM):
         input_shape: shape of the input without the batch dimension, used only to find a default layer
         groups: number of groups g, as far as there are channels; they differ by one channel at most
         percentile: the share of positions that a mask leaves out, in percent; 0 keeps all but the lowest
+        autocast: the type that the repeated passes run in, ``torch.bfloat16`` or ``torch.float16``
         progress: whether to show a progress bar
         kwargs: arguments of the base class
 

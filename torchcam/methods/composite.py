@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -16,7 +16,9 @@ from torchcam._tensors import gaussian_blur, min_max, resize, to_float
 from torchcam.layers import TargetLayer
 from torchcam.targets import ClassIndex, OutputTarget, Selector, as_class_indices, class_columns, read_logits
 
+from ._diagnose import Diagnosis, diagnose
 from ._replay import Replay, finite_number, positive_integer
+from ._stream import stream
 from .core import _CAM, one_by_one, plain_tensors, to_one_shape
 from .decomposition import along, first_component
 from .gradient import GradCAM, GradCAMpp
@@ -77,6 +79,26 @@ class _Wrapper:
     def remove_hooks(self) -> None:
         """Take all hooks off the model. May be called more than once."""
         self.base_cam.remove_hooks()
+
+    def stream(
+        self,
+        batches: Iterable[Any],
+        class_idx: ClassIndex | Callable[[Any], ClassIndex] | None = None,
+        *,
+        targets: OutputTarget | Sequence[OutputTarget] | None = None,
+        **kwargs: Any,
+    ) -> Iterator[list[Tensor]]:
+        """Run the model on batches and yield the maps of each, as :meth:`_CAM.stream` does."""
+        yield from stream(self, self.base_cam, batches, class_idx, targets, **kwargs)
+
+    def diagnose(
+        self,
+        class_idx: ClassIndex | None = None,
+        *,
+        targets: OutputTarget | Sequence[OutputTarget] | None = None,
+    ) -> Diagnosis:
+        """Say what is wrong with the maps of the recorded pass, as :meth:`_CAM.diagnose` does."""
+        return diagnose(self, class_idx, targets=targets)
 
     def __enter__(self) -> Self:
         return self

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import TracebackType
@@ -16,13 +15,15 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from torchcam._passes import Call, find_image, image_shape, model_device, paused, records, untouched
-from torchcam._tensors import min_max, resize, tensors_in, to_float
+from torchcam._tensors import map_tensors, min_max, resize, tensors_in, to_float
 from torchcam.layers import TargetLayer, automatic_layer, candidates, layer_names
 from torchcam.layout import Layout, find_layout, meant_tensors, replace_tensors
 from torchcam.targets import ClassIndex, OutputTarget, Selector, check_one_of, class_columns
 
-from ._record import Pass, Record, Request
-from ._replay import run_chunks
+from ._diagnose import Diagnosis, diagnose
+from ._record import BrokenSamples, Pass, Record, Request
+from ._replay import VariantRunner, run_chunks
+from ._stream import stream
 
 __all__ = ["_CAM", "OutputTarget", "is_finite", "one_by_one", "plain_tensors", "to_one_shape"]
 
@@ -56,9 +57,11 @@ class _CAM:
 
     class_agnostic = False  # the map is the same for every class: none has to be named
 
+    _explains_scores = True  # a call takes the scores, and what of them is explained
     _relu = False
     _uses_gradients = False  # differentiate the score: the pass keeps the graph from the target layer on
     _uses_input = False  # run the model again: the pass keeps its arguments
+    _edits_layers = False  # replace what a layer returned: the pass notes the form of what came before
     _explains_many = False  # several classes of a sample take one backward pass: `_backprop` is all the method asks for
     _options: tuple[str, ...] = ("target_layer",)  # what `repr` shows
 
@@ -93,6 +96,7 @@ class _CAM:
         self._layer_handles: list[RemovableHandle] = []
         self._hooks_enabled = enable_hooks
         self._record = Record(self.target_names)
+        self._broken = BrokenSamples()
         weakref.finalize(self, _remove_all, self.hook_handles).atexit = False
         try:
             self._register_hooks()
@@ -105,8 +109,13 @@ class _CAM:
     def _register_hooks(self) -> None:
         handles = self.hook_handles
         handles.append(self.model.register_forward_pre_hook(self._weak_hook(self._start), with_kwargs=True))
+        if self._edits_layers:
+            for name, module in self.submodule_dict.items():
+                if module is not self.model:
+                    self._own_modules.add(module)
+                    handles.append(module.register_forward_hook(self._weak_hook(self._note, name)))
         self._hook_layers()
-        if self._uses_gradients:
+        if self._uses_gradients or self._edits_layers:
             handles.append(self.model.register_forward_hook(self._weak_hook(self._finish), always_call=True))
 
     def _hook_layers(self) -> None:
@@ -184,12 +193,18 @@ class _CAM:
             grad_mode = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
             if not grad_mode and not record.shared.private:
                 changed = args, kwargs = record.shared.make_private(args, kwargs)
+        record.running = True
+        record.training = self._edits_layers and any(module.training for module in self._own_modules)
         record.input_shape = image_shape(find_image(args, kwargs, self._input))
-        if self._uses_input:
-            record.call = Call.of(args, kwargs, self._input)
+        record.call = Call.of(args, kwargs, self._input)  # for `diagnose`, where the method has no need of it
         return changed
 
+    def _note(self, name: str, _args: Any, output: Any) -> None:
+        self._record.note(name, self.submodule_dict[name], output)
+
     def _record_layer(self, index: int, _args: Any, output: Any) -> Any:
+        if self._edits_layers:
+            self._record.reached(index, output)
         meant = meant_tensors(output)
         prepare = self._with_graph if self._uses_gradients else Tensor.detach
         kept = {level: prepare(tensor) for level, tensor in meant.items()}
@@ -207,6 +222,9 @@ class _CAM:
         return tensor.detach().requires_grad_()
 
     def _finish(self, _args: Any, output: Any) -> Any:
+        if self._edits_layers:
+            self._record.running = False
+            self._record.output = map_tensors(Tensor.detach, output)
         shared = self._record.shared
         if shared is None:
             return None
@@ -226,6 +244,7 @@ class _CAM:
     def reset_hooks(self) -> None:
         """Forget the recorded pass: its activations, gradients, input and scores."""
         self._record = Record(self.target_names)
+        self._broken.report(wait=True)
 
     def remove_hooks(self) -> None:
         """Take all hooks off the model. May be called more than once."""
@@ -267,15 +286,21 @@ class _CAM:
 
         Of several scores of each sample, (N * K, C, *spatial): those of the first sample come first.
         """
-        gradients = self._record.gradients or [None] * len(self._record.names)
-        if self._record.num_scores == 1:
+        record = self._record
+        gradients = record.gradients or [None] * len(record.names)
+        if record.num_scores is None:
             return self._grids(gradients)
-        by_score = [
-            self._grids([None if g is None else g[k] for g in gradients]) for k in range(self._record.num_scores)
-        ]
         return [
-            torch.stack([g for g in layer if g is not None], 1).flatten(0, 1) for layer in zip(*by_score, strict=True)
+            None if gradient is None or activation is None else self._grid_of_scores(gradient, activation, name)
+            for gradient, activation, name in zip(gradients, record.activations, record.names, strict=True)
         ]
+
+    def _grid_of_scores(self, gradients: Tensor, activation: Tensor, name: str) -> Tensor:
+        """Lay out the gradients of K scores of each sample, (K, ...), as (N * K, C, *spatial)."""
+        if self.reshape_transform is not None:  # which may expect as many samples as the model had
+            return torch.stack([self._to_grid(gradient, name) for gradient in gradients], 1).flatten(0, 1)
+        batch = self._layout(activation, name).batch
+        return self._to_grid(gradients.movedim(0, batch + 1).flatten(batch, batch + 1), name)
 
     def _grids(self, tensors: list[Tensor | None]) -> list[Tensor | None]:
         names = self._record.names
@@ -300,19 +325,20 @@ class _CAM:
         return to_float(tensor)
 
     def _from_grid(self, grid: Tensor, output: Tensor, name: str) -> Tensor:
-        """Give copies of a layer's output (1, ...) that hold the grids (B, C, *spatial) in its layout: (B, ...)."""
+        """Give rows of a layer's output, in its layout, with the grids (B, C, *spatial) in the place of theirs."""
         if self.reshape_transform is None:
             return self._layout(output, name).from_grid(grid.to(output.dtype), output)
-        numbers = torch.arange(output.numel(), dtype=torch.float64, device=output.device).reshape(output.shape)
-        places = self.reshape_transform(numbers).flatten().round().long().clamp(0, output.numel() - 1)  # (C * S,)
-        found = self.reshape_transform(output).flatten()
-        if not torch.allclose(output.flatten()[places], found, rtol=0, atol=0, equal_nan=True):
+        row = output[:1]
+        numbers = torch.arange(row.numel(), dtype=torch.float64, device=output.device).reshape(row.shape)
+        places = self.reshape_transform(numbers).flatten().round().long().clamp(0, row.numel() - 1)  # (C * S,)
+        found = self.reshape_transform(row).flatten()
+        if not torch.allclose(row.flatten()[places], found, rtol=0, atol=0, equal_nan=True):
             raise ValueError(
                 f"{type(self).__name__} edits the layer's output, but `reshape_transform` computes new values where it "
                 "may only select and move them: there is no way back"
             )
-        copies = output.flatten().repeat(len(grid), 1).index_copy_(1, places, grid.flatten(1).to(output.dtype))
-        return copies.reshape(-1, *output.shape[1:])
+        rows = output.flatten(1).clone().index_copy_(1, places, grid.flatten(1).to(output.dtype))
+        return rows.reshape(output.shape)
 
     def _activations(self) -> list[Tensor]:
         """Give the recorded activations: (N, C, *spatial), or (N * K, C, *spatial) while K classes are explained."""
@@ -418,6 +444,70 @@ class _CAM:
         finally:
             record.request = Request()
 
+    def stream(
+        self,
+        batches: Iterable[Any],
+        class_idx: ClassIndex | Callable[[Any], ClassIndex] | None = None,
+        *,
+        targets: OutputTarget | Sequence[OutputTarget] | None = None,
+        **kwargs: Any,
+    ) -> Iterator[list[Tensor]]:
+        """Run the model on batches, in evaluation mode and without gradients, and yield the maps of each.
+
+        Nothing of a batch is kept when the next one is asked for: memory stays the same over any number of them. A pass
+        that was recorded before is still there afterwards.
+
+        Example:
+            >>> from torchcam.methods import GradCAM
+            >>> from torchvision.models import resnet18
+            >>> model = resnet18().eval()
+            >>> loader = [torch.rand(2, 3, 64, 64) for _ in range(3)]
+            >>> with GradCAM(model, "layer4") as extractor:
+            ...     peaks = [cam.flatten(1).argmax(1) for (cam,) in extractor.stream(loader)]
+            >>> len(peaks)
+            3
+
+        Args:
+            batches: the model's inputs, say a ``DataLoader``: a tensor each, a tuple or list that begins with it (the
+                rest is not looked at), or a mapping of the model's keyword arguments (but for ``label`` and
+                ``labels``); moved to the model's device
+            class_idx: the class to explain, as a call takes it, or a function from the model's output to that; by
+                default the one with the highest score of each sample
+            targets: in place of ``class_idx``, what a call takes
+            kwargs: what else a call takes
+
+        Yields:
+            the maps of each batch, as a call returns them
+
+        Raises:
+            ValueError: if both ``class_idx`` and ``targets`` are given, and for what a call raises it
+        """
+        yield from stream(self, self, batches, class_idx, targets, **kwargs)
+
+    def diagnose(
+        self,
+        class_idx: ClassIndex | None = None,
+        *,
+        targets: OutputTarget | Sequence[OutputTarget] | None = None,
+    ) -> Diagnosis:
+        """Say why a map of the recorded pass is blank, constant, NaN, inverted, the same for every class or too coarse.
+
+        The recorded pass is repeated in evaluation mode, and left as it was.
+
+        Args:
+            class_idx: the class whose map is wrong, for the whole batch or one per sample; by default the one with the
+                highest score
+            targets: in place of ``class_idx``, a callable (or one per sample) from one sample's output to a scalar
+
+        Returns:
+            the findings, each with what to do: a sequence that prints as a report, empty if nothing wrong was found
+
+        Raises:
+            TypeError: if an argument has the wrong type
+            ValueError: if a class does not exist, there are several per sample, or both arguments are given
+        """
+        return diagnose(self, class_idx, targets=targets)
+
     def _request(self, relu: bool | str | None, create_graph: bool, num_classes: int) -> Request:
         """Check how maps are asked for."""
         if relu not in {None, True, False, "negative"}:
@@ -483,12 +573,12 @@ class _CAM:
             of samples that are not finite are NaN
         """
         call, request = self._recorded_call(), self._record.request
+        run = VariantRunner(self.model, call)
 
         def explain(chunk: slice) -> list[Tensor]:
             rows = samples[chunk]
-            args, options = call.with_image(variants(chunk), rows)
             with call.as_recorded():
-                output = self.model(*args, **options)
+                output = run(variants(chunk), rows)
             self._record.request = request
             asked = {} if select is None else select.arguments(output, rows)
             raw = self._raw_maps(asked.pop("class_idx", None), None, **asked, **kwargs)
@@ -509,21 +599,17 @@ class _CAM:
 
     def _mark_broken(self, maps: list[Tensor]) -> list[Tensor]:
         """Set the maps of samples with non-finite activations or gradients to NaN, and warn of them."""
+        self._broken.report()
         marked = []
-        for cam, activation, gradient, name in zip(
-            maps, self._activations(), self.hook_g, self._record.names, strict=True
-        ):
-            finite = is_finite(cam) & is_finite(activation)
+        for cam, activation, gradient, name in zip(maps, self.hook_a, self.hook_g, self._record.names, strict=True):
+            finite = is_finite(cam)
+            if activation is not None:
+                finite &= is_finite(activation).repeat_interleave(self._record.request.num_classes)
             if gradient is not None:
                 finite &= is_finite(gradient)
-            if not finite.all():
-                warnings.warn(
-                    f"the activation or gradient of layer '{name}' holds NaN or infinite values: the maps of "
-                    f"{int((~finite).sum())} of {len(finite)} samples are NaN",
-                    RuntimeWarning,
-                    stacklevel=4,
-                )
+            self._broken.add(name, finite)
             marked.append(cam.masked_fill(~finite.reshape(-1, *[1] * (cam.ndim - 1)), torch.nan))
+        self._broken.report()
         return marked
 
     def _backprop(
@@ -545,7 +631,7 @@ class _CAM:
         create_graph = create_graph or self._record.request.create_graph
         gradients = self._differentiate(score, self._record.activations, retain_graph or create_graph, create_graph)
         self._record.gradients = list(gradients)
-        self._record.num_scores = 1 if score.ndim == 1 else score.shape[1]
+        self._record.num_scores = None if score.ndim == 1 else score.shape[1]
 
     def _differentiate(
         self,
@@ -729,7 +815,7 @@ def _scale_signed(maps: Tensor) -> Tensor:
 
 def is_finite(tensor: Tensor) -> Tensor:
     """Tell which samples hold finite values only, (N,)."""
-    return tensor.isfinite().flatten(1).all(1)
+    return (tensor.flatten(1) * 0).sum(1) == 0  # nothing else has a product with 0 that is not 0
 
 
 def _remove_all(handles: list[RemovableHandle]) -> None:

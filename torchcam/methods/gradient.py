@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchcam.layers import TargetLayer
 from torchcam.targets import ClassIndex, OutputTarget, Selector
 
-from ._replay import finite_number, gaussian_noise, positive_integer, run_chunks
+from ._replay import VariantRunner, finite_number, gaussian_noise, positive_integer, run_chunks
 from .core import _CAM
 
 __all__ = [
@@ -166,12 +166,12 @@ class SmoothGradCAMpp(_GradientCAM):
         noise = gaussian_noise((self.num_samples, *image.shape[1:]), image, self.std, self.generator)
         samples = torch.arange(len(image), device=image.device).repeat(self.num_samples)
         moments = [activation.new_zeros((3, *activation.shape)) for activation in self._activations()]
+        run = VariantRunner(self.model, call)
 
         def accumulate(chunk: slice) -> None:
             rows = samples[chunk]
             draws = torch.arange(chunk.start, chunk.stop, device=image.device) // len(image)
-            args, kwargs = call.with_image(image[rows] + noise[draws], rows)
-            self.model(*args, **kwargs)
+            run(image[rows] + noise[draws], rows)
             self._backprop(None, None, targets=select.of(rows))
             for moment, gradient in zip(moments, self._gradients(), strict=True):
                 for power in (1, 2, 3):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
 from torchcam._passes import Call, find_image, paused, untouched
-from torchcam._tensors import map_tensors, min_max, resize, to_float
+from torchcam._tensors import is_constant, map_tensors, resize, to_float
 from torchcam.targets import ClassIndex, OutputTarget, Selector
 
 from .core import _CAM
@@ -155,20 +156,42 @@ class FullGrad(_PixelCAM):
         scores: Any,  # noqa: ARG002 - the repeated pass has scores of its own
         targets: OutputTarget | Sequence[OutputTarget] | Selector | None = None,
     ) -> list[Tensor]:
-        first, *others = self._terms(self._selector(class_idx, targets))
-        terms = [first, *(term for term in others if term.ndim == first.ndim and len(term) == len(first))]
-        return [torch.stack([resize(min_max(term.abs()), first.shape[2:]).sum(1) for term in terms]).sum(0)]
+        image = to_float(self._recorded_call().image)
+        total = torch.zeros_like(image[:, :1])
 
-    def _terms(self, select: Selector) -> list[Tensor]:
-        """Give the input's share of the score, (N, C, *spatial), and those of the biases, channels first as well."""
-        with _Biases() as biases, _repeated(self.model, self._recorded_call(), select) as (image, score):
-            gradient, *others = _gradients(score, [image, *(layer.output for layer in biases.found)])
+        def add(term: Tensor) -> None:
+            if term.ndim == image.ndim and len(term) == len(image):
+                total.add_(resize(_scaled_sum(term.abs()), image.shape[2:]))
+
+        self._each_term(self._selector(class_idx, targets), add)
+        return [total.squeeze(1)]
+
+    def _each_term(self, select: Selector, take: Callable[[Tensor], None]) -> None:
+        """Hand over the biases' shares of the score, from the last one back, and the input's: (N, C, *spatial) each.
+
+        Each is gone before the next one is computed.
+        """
+
+        def share(bias: Tensor, channels: int, gradient: Tensor) -> None:
+            moved = to_float(gradient.detach()).movedim(channels, 1)
+            take(moved * bias.reshape(-1, *[1] * (moved.ndim - 2)))
+
+        with _BiasesWatched(share), _repeated(self.model, self._recorded_call(), select) as (image, score):
+            (gradient,) = _gradients(score, [image])
         self._record.gradients = [gradient]
-        terms = [to_float(image.detach() * gradient)]
-        for layer, other in zip(biases.found, others, strict=True):
-            other = to_float(other).movedim(layer.channels, 1)
-            terms.append(other * layer.bias.reshape(-1, *[1] * (other.ndim - 2)))
-        return terms
+        take(to_float(image.detach() * gradient))
+
+
+def _scaled_sum(sizes: Tensor) -> Tensor:
+    """Scale (N, C, *spatial) to [0, 1] in each sample and sum it over the channels, (N, 1, *spatial).
+
+    Sum first, scale then: a large layer is read a few times, and not copied.
+    """
+    flat = sizes.flatten(1)
+    lowest, highest = (bound.reshape(-1, *[1] * (sizes.ndim - 1)) for bound in (flat.amin(1), flat.amax(1)))
+    constant = is_constant(lowest, highest)
+    total = sizes.sum(1, keepdim=True) - sizes.shape[1] * lowest
+    return torch.where(constant, 0.0, total / torch.where(constant, 1.0, highest - lowest))
 
 
 @contextmanager
@@ -235,28 +258,21 @@ def _graph(score: Tensor) -> Iterator[Node]:
             ahead += [following for following, _ in node.next_functions]
 
 
-class _Bias(NamedTuple):
-    """A bias that was added, what the function returned that added it, and which of its dimensions is the channels'."""
-
-    bias: Tensor
-    output: Tensor
-    channels: int
-
-
 # Their third argument is the bias.
 _BIASED = {F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
 
 
-class _Biases(TorchFunctionMode):
-    """Takes note of the biases that are added inside the block, by modules as by functions.
+class _BiasesWatched(TorchFunctionMode):
+    """Watches the biases that are added inside the block, by modules as by functions.
 
-    Attributes:
-        found: the biases
+    Args:
+        share: called in a backward pass with each bias, the dimension of the channels in what it was added to, and the
+            gradient of that sum
     """
 
-    def __init__(self) -> None:
+    def __init__(self, share: Callable[[Tensor, int, Tensor], None]) -> None:
         super().__init__()
-        self.found: list[_Bias] = []
+        self.share = share
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -268,12 +284,14 @@ class _Biases(TorchFunctionMode):
             bias = _implicit_bias(*args, **kwargs)
         elif func in _BIASED:
             bias = args[2] if len(args) > 2 else kwargs.get("bias")
+            if func is not F.linear and output.ndim != (args[1] if len(args) > 1 else kwargs["weight"]).ndim:
+                return output  # a convolution of one sample without a batch dimension
         else:
             return output
-        if bias is None or not output.requires_grad or output.ndim < 2:
-            return output
-        self.found.append(_Bias(bias.detach(), output, -1 if func is F.linear else 1))
-        return output.clone()  # an operation in place must not change what is differentiated for
+        if bias is not None and output.requires_grad and output.ndim > 1:
+            # A tensor's hook goes by its value at this point, whatever an operation in place makes of it later.
+            output.register_hook(partial(self.share, bias.detach(), -1 if func is F.linear else 1))
+        return output
 
 
 def _implicit_bias(

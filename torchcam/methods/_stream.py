@@ -1,0 +1,59 @@
+"""Maps of one batch after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchcam._passes import model_device
+from torchcam._tensors import map_tensors
+from torchcam.targets import class_scores
+
+__all__ = ["stream"]
+
+
+def stream(
+    extractor: Any,
+    watching: Any,
+    batches: Iterable[Any],
+    class_idx: Any | Callable[[Any], Any],
+    targets: Any,
+    **kwargs: Any,
+) -> Iterator[list[Tensor]]:
+    """Run the model of an extractor on batches and yield the maps of each; ``watching`` is who has the hooks."""
+    if class_idx is not None and targets is not None:
+        raise ValueError("give `class_idx` or `targets`, not both")
+    device = model_device(extractor.model)
+    for batch in batches:
+        args, options = _arguments(batch)
+        args, options = map_tensors(lambda t: t.to(device, non_blocking=True), (args, options))
+        with watching._inner_pass():
+            with torch.inference_mode():
+                output = extractor.model(*args, **options)
+                asked = _asked(extractor, class_idx, targets, output)
+            maps = extractor(**({"scores": output, **asked} if watching._explains_scores else {}), **kwargs)
+        del args, options, output, asked, batch  # nothing of a batch stays while its maps are looked at
+        yield maps
+        del maps
+
+
+def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Give what the model is called with: of a tuple or list, as loaders of data sets give, the first entry."""
+    if isinstance(batch, Mapping):
+        return (), {key: value for key, value in batch.items() if key not in {"label", "labels"}}
+    if isinstance(batch, (tuple, list)):
+        if not batch:
+            raise ValueError("`batches` holds an empty batch: each is the model's input, or begins with it")
+        return (batch[0],), {}
+    return (batch,), {}
+
+
+def _asked(extractor: Any, class_idx: Any, targets: Any, output: Any) -> dict[str, Any]:
+    if targets is not None:
+        return {"targets": targets}
+    if class_idx is None:
+        return {} if getattr(extractor, "class_agnostic", False) else {"class_idx": class_scores(output).argmax(1)}
+    return {"class_idx": class_idx(output) if callable(class_idx) else class_idx}
