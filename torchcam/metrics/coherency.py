@@ -1,0 +1,264 @@
+"""How well a map explains itself: the same again from what it shows, little shown, and the score kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from torchcam.methods._replay import positive_integer
+
+from ._statistics import harmonic_mean, pearson, relative_fall
+from .core import POSITIVE, UNBOUNDED, UNIT, Bounds, CAMMetric, Explained, Extractor
+from .faithfulness import Removal
+
+__all__ = ["ADCC", "ARCC"]
+
+
+class _CoherencyMetric(CAMMetric):
+    """What the metrics share that compare the map of an input with that of the input it leaves."""
+
+    _explains_again = True
+    _masks_with_maps = True
+
+    coherency: Tensor
+    complexity: Tensor
+
+    def __init__(
+        self, cam_extractor: Extractor, logits_fn: Callable[[Any], Any] | None, batch_size: int, **kwargs: Any
+    ) -> None:
+        super().__init__(cam_extractor, logits_fn, **kwargs)
+        self.batch_size = positive_integer("batch_size", batch_size)
+
+    def _coherency(self, explained: Explained) -> dict[str, Tensor]:
+        """Give each sample's coherency and complexity, (N,) each."""
+
+        def alike(again: Tensor, samples: Tensor, _variants: Tensor) -> Tensor:
+            return (pearson(again, explained.cam[samples]) + 1) / 2
+
+        def masked(samples: Tensor, _variants: Tensor) -> Tensor:
+            return _masked(explained, samples)
+
+        coherency = explained.explain_again(masked, alike, 1, self.batch_size).squeeze(1)
+        return {"coherency": coherency, "complexity": explained.cam.abs().flatten(1).mean(1)}
+
+
+def _masked(explained: Explained, samples: Tensor) -> Tensor:
+    """Give the inputs multiplied by their maps."""
+    image: Tensor = explained.image[samples] * explained.cam[samples].unsqueeze(1).to(explained.image.dtype)
+    return image
+
+
+class ADCC(_CoherencyMetric):
+    r"""Average DCC (Poppi et al. 2021, arXiv:2104.10252): drop, coherency and complexity in one number.
+
+    With the map :math:`m` in [0, 1], upsampled to the input :math:`x`, the score :math:`p` of the explained class,
+    after ``logits_fn``, and :math:`\mathrm{CAM}` the extractor:
+
+    .. math::
+        \text{coherency} = \frac{\operatorname{pearson}(\mathrm{CAM}(m \odot x), m) + 1}{2}, \qquad
+        \text{complexity} = \operatorname{mean} |m|, \qquad
+        \text{avg\_drop} = \frac{\mathrm{ReLU}(p(x) - p(m \odot x))}{|p(x)|}
+
+    .. math::
+        \text{adcc} = 3 \left( \frac{1}{\text{coherency}} + \frac{1}{1 - \text{complexity}} +
+        \frac{1}{1 - \text{avg\_drop}} \right)^{-1}
+
+    ``compute`` gives the mean over the images of each; ``adcc`` is the mean of their harmonic means, and
+    ``adcc_of_means`` the harmonic mean of the three means, as the authors' tables have it. All lie in [0, 1], as long
+    as the scores are probabilities: pass a softmax as ``logits_fn``. A drop of 1 or more makes ``adcc`` 0. Nothing
+    correlates with a constant map, whose coherency is thus 1/2.
+
+    A good map has a high ``adcc``, ``adcc_of_means`` and ``coherency``, and a low ``complexity`` and ``avg_drop``.
+
+    Samples whose maps or scores are not finite are left out: ``nan_count`` says how many, ``total`` how many are in
+    the means.
+
+    Cost: for each batch a forward pass and what the extractor needs, the same again, and one forward pass.
+
+    Args:
+        cam_extractor: an extractor of this library, or any object with ``model``, ``__call__`` and ``fuse_cams``; a
+            model and given maps are not enough, as masked inputs are explained as well
+        logits_fn: function from the model's output to the scores (N, classes), such as a softmax; by default the
+            scores are the output
+        batch_size: largest number of inputs in one pass, the explained one aside
+        kwargs: options of :class:`torchmetrics.Metric`, such as ``process_group``
+
+    Attributes:
+        adcc: the sum of the harmonic means so far
+        coherency: the sum of the coherencies so far
+        complexity: the sum of the complexities so far
+        drop: the sum of the relative drops so far
+        total: the number of samples in these sums
+        nan_count: the number of samples left out
+
+    Raises:
+        TypeError: if an argument has the wrong type, or there is no extractor
+        ValueError: if ``batch_size`` is not positive
+
+    Example:
+        >>> from functools import partial
+        >>> from torchcam.methods import LayerCAM
+        >>> from torchvision.models import resnet18
+        >>> with LayerCAM(resnet18(), "layer4") as extractor:
+        ...     metric = ADCC(extractor, partial(torch.softmax, dim=-1))
+        ...     metric.update(torch.rand(2, 3, 64, 64))
+        >>> sorted(metric.summary())
+        ['adcc', 'adcc_of_means', 'avg_drop', 'coherency', 'complexity']
+    """
+
+    key_higher_is_better: ClassVar[dict[str, bool]] = {
+        "adcc": True,
+        "adcc_of_means": True,
+        "coherency": True,
+        "complexity": False,
+        "avg_drop": False,
+    }
+    key_bounds: ClassVar[dict[str, Bounds]] = {
+        "adcc": UNIT,
+        "adcc_of_means": UNIT,
+        "coherency": UNIT,
+        "complexity": UNIT,
+        "avg_drop": POSITIVE,
+    }
+    plot_lower_bound = 0.0
+    _sums = ("adcc", "coherency", "complexity", "drop")
+
+    adcc: Tensor
+    drop: Tensor
+
+    def __init__(
+        self,
+        cam_extractor: Extractor,
+        logits_fn: Callable[[Any], Any] | None = None,
+        *,
+        batch_size: int = 32,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(cam_extractor, logits_fn, batch_size, **kwargs)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Give ``adcc``, ``adcc_of_means``, ``coherency``, ``complexity`` and ``avg_drop`` of the samples so far."""
+        coherency, complexity, drop = (part / self.total for part in (self.coherency, self.complexity, self.drop))
+        return {
+            "adcc": self.adcc / self.total,
+            "adcc_of_means": harmonic_mean(coherency, 1 - complexity, 1 - drop),
+            "coherency": coherency,
+            "complexity": complexity,
+            "avg_drop": drop,
+        }
+
+    def _measure(self, explained: Explained) -> dict[str, Tensor]:
+        parts = self._coherency(explained)
+        kept = explained.replay(lambda samples, _variants: _masked(explained, samples), 1, self.batch_size).squeeze(1)
+        drop = relative_fall(explained.score - kept, explained.score)
+        return {**parts, "drop": drop, "adcc": harmonic_mean(parts["coherency"], 1 - parts["complexity"], 1 - drop)}
+
+
+class ARCC(_CoherencyMetric):
+    r"""ROAD, coherency and complexity in one number (arXiv:2605.14641): ADCC with a drop that is not one of masking.
+
+    With coherency and complexity as in :class:`ADCC`, and ``road`` as in :class:`~torchcam.metrics.ROAD`, that is half
+    the change of the score when the least relevant positions are imputed, less that when the most relevant ones are:
+
+    .. math::
+        \text{arcc} = 3 \left( \frac{1}{\text{coherency}} + \frac{1}{1 - \text{complexity}} +
+        \frac{1}{\operatorname{clip}(2\, \text{road}, 0, 1)} \right)^{-1}
+
+    ``compute`` gives the mean over the images of each: ``arcc`` is the mean of their harmonic means, which is 0 for an
+    image whose ``road`` is not positive, and ``arcc_of_means`` the harmonic mean of the three means. All but ``road``
+    lie in [0, 1]. The scores should be probabilities: pass a softmax as ``logits_fn``.
+
+    A good map has a high ``arcc``, ``arcc_of_means``, ``coherency`` and ``road``, and a low ``complexity``.
+
+    Samples whose maps or scores are not finite are left out: ``nan_count`` says how many, ``total`` how many are in
+    the means.
+
+    Cost: for each batch a forward pass and what the extractor needs, the same again, and that of ROAD.
+
+    Args:
+        cam_extractor: an extractor of this library, or any object with ``model``, ``__call__`` and ``fuse_cams``; a
+            model and given maps are not enough, as masked inputs are explained as well
+        logits_fn: function from the model's output to the scores (N, classes), such as a softmax; by default the
+            scores are the output
+        percentiles: the shares of positions to replace, in percent, each above 0 and below 100
+        noise: the standard deviation of the noise, in the units of the input
+        seed: the seed of the noise
+        batch_size: largest number of inputs in one pass, the explained one aside
+        kwargs: options of :class:`torchmetrics.Metric`, such as ``process_group``
+
+    Attributes:
+        arcc: the sum of the harmonic means so far
+        coherency: the sum of the coherencies so far
+        complexity: the sum of the complexities so far
+        road: the sum of the changes by ROAD so far
+        total: the number of samples in these sums
+        nan_count: the number of samples left out
+
+    Raises:
+        TypeError: if an argument has the wrong type, or there is no extractor
+        ValueError: if a percentile, ``noise`` or ``batch_size`` is out of range
+
+    Example:
+        >>> from functools import partial
+        >>> from torchcam.methods import LayerCAM
+        >>> from torchvision.models import resnet18
+        >>> with LayerCAM(resnet18(), "layer4") as extractor:
+        ...     metric = ARCC(extractor, partial(torch.softmax, dim=-1), percentiles=(50,))
+        ...     metric.update(torch.rand(2, 3, 64, 64))
+        >>> sorted(metric.summary())
+        ['arcc', 'arcc_of_means', 'coherency', 'complexity', 'road']
+    """
+
+    key_higher_is_better: ClassVar[dict[str, bool]] = {
+        "arcc": True,
+        "arcc_of_means": True,
+        "coherency": True,
+        "complexity": False,
+        "road": True,
+    }
+    key_bounds: ClassVar[dict[str, Bounds]] = {
+        "arcc": UNIT,
+        "arcc_of_means": UNIT,
+        "coherency": UNIT,
+        "complexity": UNIT,
+        "road": UNBOUNDED,
+    }
+    _sums = ("arcc", "coherency", "complexity", "road")
+
+    arcc: Tensor
+    road: Tensor
+
+    def __init__(
+        self,
+        cam_extractor: Extractor,
+        logits_fn: Callable[[Any], Any] | None = None,
+        *,
+        percentiles: Sequence[float] = (20, 40, 60, 80),
+        noise: float = 0.01,
+        seed: int = 0,
+        batch_size: int = 32,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(cam_extractor, logits_fn, batch_size, **kwargs)
+        removal = Removal(percentiles, noise, seed)
+        self.percentiles, self.noise, self.seed = removal.percentiles, removal.noise, removal.seed
+
+    def compute(self) -> dict[str, Tensor]:
+        """Give ``arcc``, ``arcc_of_means``, ``coherency``, ``complexity`` and ``road`` of the samples so far."""
+        coherency, complexity, road = (part / self.total for part in (self.coherency, self.complexity, self.road))
+        return {
+            "arcc": self.arcc / self.total,
+            "arcc_of_means": harmonic_mean(coherency, 1 - complexity, (2 * road).clamp(0, 1)),
+            "coherency": coherency,
+            "complexity": complexity,
+            "road": road,
+        }
+
+    def _measure(self, explained: Explained) -> dict[str, Tensor]:
+        parts = self._coherency(explained)
+        morf, lerf = Removal(self.percentiles, self.noise, self.seed).changes(explained, self.batch_size)
+        road = (lerf - morf) / 2
+        arcc = harmonic_mean(parts["coherency"], 1 - parts["complexity"], (2 * road).clamp(0, 1))
+        return {**parts, "road": road, "arcc": arcc}

@@ -1,0 +1,537 @@
+"""What every metric builds on: the explained pass or the given maps, variants of the input, sums over samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from torchcam._passes import EVERYONE, forwards_replaced, untouched
+from torchcam._tensors import map_tensors, over_channels, resize, to_float
+from torchcam.methods._replay import VariantRunner, run_chunks
+from torchcam.methods.core import _CAM, plain_tensors
+from torchcam.targets import ClassIndex, OutputTarget, Selector, check_one_of, class_scores, read_logits
+
+__all__ = [
+    "Baseline",
+    "CAMMetric",
+    "Explained",
+    "Extractor",
+    "Subject",
+    "as_image",
+    "check_seed",
+    "given_maps",
+    "maps_of",
+    "watched",
+    "zero_where_broken",
+]
+
+Baseline = Tensor | Callable[[Tensor], Tensor]
+Variant = Callable[[Tensor, Tensor], Tensor]
+Bounds = tuple[float, float]
+
+UNIT: Bounds = (0.0, 1.0)
+POSITIVE: Bounds = (0.0, math.inf)
+UNBOUNDED: Bounds = (-math.inf, math.inf)
+
+
+class Extractor(Protocol):
+    """What a metric asks of an extractor."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that it watches."""
+
+    @property
+    def fuse_cams(self) -> Callable[..., Tensor]:
+        """Fuses the maps of several layers: from a list of maps (N, *spatial) to one."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> list[Tensor]:
+        """Give the maps of the last forward pass for ``(class_idx, scores)``, or for ``scores=`` and ``targets=``."""
+
+
+class Subject:
+    """What a metric is about: nothing that ``nn.Module`` should take for a part of the metric.
+
+    Copies of a metric share it, as a copied extractor would watch no model. A pickle leaves the extractor and the model
+    out: the extractor's hooks are on a model of this process.
+
+    Attributes:
+        source: the extractor, or a plain model, whose maps have to be given; None if there is neither
+        logits_fn: what is applied to the model's output
+        options: what else was handed over that is not a plain value, such as callables
+        unpickled: whether it comes from a pickle
+    """
+
+    def __init__(
+        self,
+        source: Extractor | nn.Module | None,
+        logits_fn: Callable[[Any], Any] | None,
+        options: Mapping[str, Any],
+        *,
+        unpickled: bool = False,
+    ) -> None:
+        self.source = source
+        self.logits_fn = logits_fn
+        self.options = options
+        self.unpickled = unpickled
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Subject:
+        return self
+
+    def __reduce__(self) -> tuple[Callable[..., Subject], tuple[Any, ...]]:
+        return partial(Subject, unpickled=True), (None, self.logits_fn, self.options)
+
+
+@dataclass
+class Explained:
+    """A batch of inputs with their maps and explained scores.
+
+    Attributes:
+        model: the model, whose output is the scores
+        extractor: the extractor, None if the metric has none
+        image: the inputs, (N, C, *spatial)
+        cam: one map per sample, of the input's size, (N, *spatial)
+        score: the explained scores of the inputs, (N,)
+        output: what the model returned for the inputs
+        select: reads the explained score off the model's output
+        valid: the samples whose map and scores are all finite, (N,)
+    """
+
+    model: nn.Module
+    extractor: Extractor | None
+    image: Tensor
+    cam: Tensor
+    score: Tensor
+    output: Any
+    select: Selector
+    valid: Tensor
+
+    def replay(self, variant: Variant, num_variants: int, batch_size: int) -> Tensor:
+        """Score variants of the inputs, no more than ``batch_size`` of them in memory at a time.
+
+        Args:
+            variant: builds inputs (B, C, *spatial) from the numbers of the samples and of their variants, (B,) each
+            num_variants: the number of variants V of each sample
+            batch_size: largest number of inputs in one pass
+
+        Returns:
+            the scores, (N, V)
+        """
+        samples, variants = self._rows(num_variants)
+        run = VariantRunner(self.model)
+
+        def evaluate(chunk: slice) -> Tensor:
+            rows = samples[chunk]
+            return self.select(run(variant(rows, variants[chunk]), rows), rows)
+
+        with untouched(self.model), plain_tensors():
+            scores = torch.cat(run_chunks(evaluate, len(samples), batch_size))
+        return self._checked(to_float(scores.clone()), num_variants)
+
+    def explain_again(
+        self,
+        variant: Variant,
+        measure: Callable[[Tensor, Tensor, Tensor], Tensor],
+        num_variants: int,
+        batch_size: int,
+        classes: Tensor | None = None,
+    ) -> Tensor:
+        """Explain variants of the inputs and measure the maps, no more than ``batch_size`` of them in memory.
+
+        Args:
+            variant: builds inputs (B, C, *spatial) from the numbers of the samples and of their variants, (B,) each
+            measure: from maps (B, *spatial) of the input's size, of NaN where broken, and the same numbers, to (B, ...)
+            num_variants: the number of variants V of each sample
+            batch_size: largest number of inputs in one pass
+            classes: the class to explain of each variant, (N, V); by default what was explained before
+
+        Returns:
+            what was measured, (N, V, ...)
+        """
+        extractor = self.extractor
+        assert extractor is not None  # noqa: S101 - for the type checker: `_explain` has seen to it
+        samples, variants = self._rows(num_variants)
+        named: list[int] | None = None
+        if classes is not None:
+            named = classes.flatten().tolist()
+        elif not self.select.targets:
+            indices = self.select.indices(read_logits(self.output))
+            named = indices.repeat_interleave(num_variants).tolist()
+
+        def evaluate(chunk: slice) -> Tensor:
+            rows = samples[chunk]
+            if named is not None:
+                asked: dict[str, Any] = {"class_idx": named[chunk]}
+            else:
+                owners = (row // num_variants for row in range(chunk.start, chunk.stop))
+                asked = {"targets": [self.select.targets[owner] for owner in owners]}
+            inputs = variant(rows, variants[chunk])
+            with watched(extractor):
+                maps = maps_of(extractor, self.model(inputs), inputs, **asked)
+            return measure(maps, rows, variants[chunk])
+
+        with untouched(self.model, EVERYONE):  # `variant` may draw random numbers as well
+            measured = torch.cat(run_chunks(evaluate, len(samples), batch_size))
+        return self._checked(measured, num_variants)
+
+    def _rows(self, num_variants: int) -> tuple[Tensor, Tensor]:
+        rows = torch.arange(len(self.image) * num_variants, device=self.image.device)
+        return rows.div(num_variants, rounding_mode="floor"), rows % num_variants
+
+    def _checked(self, values: Tensor, num_variants: int) -> Tensor:
+        values = values.reshape(-1, num_variants, *values.shape[1:])
+        self.valid = self.valid & values.isfinite().flatten(1).all(1)
+        return values
+
+
+class CAMMetric(Metric):
+    """What all metrics share: the explained pass, the sums over samples, the summary.
+
+    A subclass names the sums it keeps in ``_sums``, gives each sample's part of them in ``_measure``, and the means in
+    ``compute``. Every sum is a state of its own, float64, as are ``total`` and ``nan_count``, the numbers of samples
+    that were summed and that were left out.
+
+    Attributes:
+        key_higher_is_better: for each key of ``compute``, whether a higher value is better
+        key_bounds: for each key of ``compute``, the lowest and the highest value there is
+    """
+
+    is_differentiable = False
+    higher_is_better: bool | None = None  # where the keys of one metric do not agree: see `key_higher_is_better`
+    full_state_update = False
+
+    key_higher_is_better: ClassVar[dict[str, bool]]
+    key_bounds: ClassVar[dict[str, Bounds]]
+    _sums: ClassVar[tuple[str, ...]]
+    _summary_keys: ClassVar[tuple[str, ...] | None] = None  # by default all that `compute` gives
+    _masks_with_maps: ClassVar[bool] = False  # the values of a map count, not only their order
+    _explains_again: ClassVar[bool] = False  # maps that are given are not enough
+
+    total: Tensor
+    nan_count: Tensor
+
+    def __init__(
+        self,
+        cam_extractor: Extractor | nn.Module | None,
+        logits_fn: Callable[[Any], Any] | None,
+        options: Mapping[str, Any] | None = None,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        missing = [name for name in ("model", "fuse_cams", "__call__") if not hasattr(cam_extractor, name)]
+        if missing and cam_extractor is not None and not isinstance(cam_extractor, nn.Module):
+            raise TypeError(
+                f"`cam_extractor` must have a `model`, be callable and have `fuse_cams`, or be a model whose maps are "
+                f"given: {type(cam_extractor).__name__} lacks {', '.join(missing)}"
+            )
+        if missing and self._explains_again:
+            raise TypeError(
+                f"{type(self).__name__} explains inputs of its own making, so given maps are not enough: "
+                f"`cam_extractor` must be an extractor, such as GradCAM(model), got {type(cam_extractor).__name__}"
+            )
+        if logits_fn is not None and not callable(logits_fn):
+            raise TypeError(f"`logits_fn` must be callable or None, got {logits_fn!r}")
+        super().__init__(**kwargs)
+        self._subject = Subject(cam_extractor, logits_fn, options or {})
+        for name in self._sums:
+            shape = (shapes or {}).get(name, ())
+            self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+        for name in ("total", "nan_count"):
+            self.add_state(name, torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        # A `MetricCollection` updates only one of several metrics whose states were equal once. Chance can make them
+        # equal for different extractors, so this state is not even equal to itself.
+        self.add_state("_unlike_any", torch.tensor(torch.nan), dist_reduce_fx="sum")
+
+    @property
+    def cam_extractor(self) -> Extractor:
+        """The extractor whose maps are measured.
+
+        Raises:
+            RuntimeError: if there is none: the metric was made with a model, or comes from a pickle
+        """
+        extractor = self._extractor
+        if extractor is not None:
+            return extractor
+        if self._subject.unpickled:
+            raise RuntimeError(
+                f"this {type(self).__name__} was unpickled and has no extractor: it can compute and be merged, but not "
+                "be updated; make a new one with an extractor, and `merge_state` this one into it"
+            )
+        source = self._subject.source
+        why = "without an extractor" if source is None else f"with a {type(source).__name__}, a model and no extractor"
+        raise RuntimeError(
+            f"this {type(self).__name__} was made {why}: give `maps` to every update, or make it with an extractor, "
+            "such as GradCAM(model)"
+        )
+
+    @property
+    def model(self) -> nn.Module:
+        """The model whose maps are measured.
+
+        Raises:
+            RuntimeError: if there is none: the metric comes from a pickle
+        """
+        source = self._subject.source
+        if self._extractor is None and isinstance(source, nn.Module):
+            return source
+        return self.cam_extractor.model
+
+    @property
+    def logits_fn(self) -> Callable[[Any], Any] | None:
+        """What is applied to the model's output before a score is read off it."""
+        return self._subject.logits_fn
+
+    @property
+    def _extractor(self) -> Extractor | None:
+        source: Any = self._subject.source
+        return source if hasattr(source, "fuse_cams") else None
+
+    def update(
+        self,
+        input_tensor: Tensor,
+        class_idx: ClassIndex | None = None,
+        *,
+        targets: OutputTarget | Sequence[OutputTarget] | None = None,
+        maps: Any = None,
+    ) -> None:
+        """Explain a batch of inputs, and add its part to the sums.
+
+        The model runs in evaluation mode and is left as it was. So is an extractor of this library: the pass that it
+        has recorded stays its own, and it may be disabled.
+
+        Args:
+            input_tensor: the model's input, (N, C, *spatial) with 1, 2 or 3 spatial dimensions
+            class_idx: the class to explain, for the whole batch or one per sample; by default the predicted one
+            targets: in place of ``class_idx``, a callable (or one per sample) from one sample's output, after
+                ``logits_fn``, to a scalar
+            maps: the maps to measure, in place of the extractor's: a tensor or array (N, *spatial) or (N, 1, *spatial)
+                of any resolution, which is interpolated to the input's
+
+        Raises:
+            TypeError: if the input is not a floating-point tensor, or a class index not an integer
+            ValueError: if the input has no samples or no positions, both ``class_idx`` and ``targets`` are given, a
+                class does not exist, there is not one per sample or one map per sample, or the values of ``maps`` count
+                and are not in [0, 1]
+            RuntimeError: if there is neither an extractor nor ``maps``
+        """
+        image = as_image(input_tensor)
+        with plain_tensors(), self._logits_applied():
+            explained = self._explain(image, class_idx, targets, maps)
+            parts = self._measure(explained)
+            self._add(parts, explained.valid)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Give the means over the samples so far, in all processes; NaN if there are none."""
+        raise NotImplementedError(f"{type(self).__name__} does not define its means")
+
+    def summary(self) -> dict[str, float]:
+        """Give the metric's main means over the samples so far, in all processes.
+
+        Raises:
+            AssertionError: if no sample was measured
+        """
+        with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self.sync_on_compute):
+            total, left_out = int(self.total), int(self.nan_count)
+            means = type(self).compute(self)
+        if not total:
+            why = f"; all {left_out} samples were left out, their maps or scores not finite" if left_out else ""
+            raise AssertionError(f"you need to update the metric before getting the summary{why}")
+        return {key: float(means[key]) for key in self._summary_keys or means}
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Draw the means, one mark for each key, or a line where ``val`` is a list of what ``compute`` gave.
+
+        Args:
+            val: what ``compute`` or ``forward`` gave, or a list of that; by default what ``compute`` gives now
+            ax: the axes of matplotlib to draw on; by default new ones
+
+        Returns:
+            the figure and the axes
+        """
+        return self._plot(val, ax)
+
+    def _measure(self, explained: Explained) -> dict[str, Tensor]:
+        """Give each sample's part of the sums, (N, ...) each; a sample with any that is not finite is left out."""
+        raise NotImplementedError(f"{type(self).__name__} does not define what it measures")
+
+    def _add(self, parts: Mapping[str, Tensor], valid: Tensor, **counts: Tensor) -> None:
+        """Add the parts of the valid samples to the sums, and counts of samples to their states."""
+        for part in parts.values():
+            valid = valid & part.isfinite().flatten(1).all(1) if part.ndim > 1 else valid & part.isfinite()
+        sums = {
+            name: torch.where(valid.reshape(-1, *[1] * (part.ndim - 1)), part, 0.0).sum(0, dtype=torch.float64)
+            for name, part in parts.items()
+        }
+        counts = {"total": valid.sum(), "nan_count": (~valid).sum(), **counts}
+        for name, value in {**sums, **counts}.items():
+            state = getattr(self, name)
+            # Not in place: a state may be a tensor of inference mode.
+            setattr(self, name, state + value.to(state.device).to(state.dtype))
+
+    def _logits_applied(self) -> AbstractContextManager[None]:
+        """Make ``logits_fn`` a part of the model inside the block: what reads its output explains what follows it."""
+        logits_fn = self.logits_fn
+        if logits_fn is None:
+            return forwards_replaced({})
+
+        def wrap(_model: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda *args, **kwargs: logits_fn(forward(*args, **kwargs))
+
+        return forwards_replaced({self.model: wrap})
+
+    def _explain(
+        self,
+        image: Tensor,
+        class_idx: ClassIndex | None,
+        targets: OutputTarget | Sequence[OutputTarget] | None,
+        maps: Any,
+    ) -> Explained:
+        """Run the model on the inputs, with the extractor watching unless maps are given."""
+        if class_idx is not None:
+            check_one_of(class_idx, targets)
+        given = None if maps is None else given_maps(maps, image, in_unit_range=self._masks_with_maps)
+        extractor = self.cam_extractor if given is None else None
+        model = self.model
+        with _only_run(model) if extractor is None else watched(extractor):
+            if torch.is_grad_enabled() and image.is_inference():
+                image = image.clone()  # no graph can hold on to it as it is
+            output = model(image)
+            if class_idx is None and targets is None:
+                class_idx = _predicted(read_logits(output)).tolist()
+            select = Selector(class_idx, targets, len(image))
+            with torch.no_grad():
+                score = to_float(select(output).detach()).clone()
+            if score.ndim != 1:
+                raise ValueError(
+                    f"a metric measures one map of each sample: `class_idx` or `targets` name {score.shape[1]} scores"
+                )
+            asked = {"class_idx": class_idx} if targets is None else {"targets": targets}
+            raw = given if extractor is None else maps_of(extractor, output, image, **asked)
+        assert raw is not None  # noqa: S101 - for the type checker: there are maps if there is no extractor
+        cam, finite = zero_where_broken(raw)
+        output = map_tensors(lambda t: t.detach().clone() if t.is_inference() else t.detach(), output)
+        return Explained(model, self._extractor, image, cam, score, output, select, finite & score.isfinite())
+
+
+def as_image(input_tensor: object) -> Tensor:
+    """Check the model's input.
+
+    Raises:
+        TypeError: if it is not a floating-point tensor
+        ValueError: if it has no samples, channels or positions
+    """
+    if not isinstance(input_tensor, Tensor) or not input_tensor.is_floating_point():
+        found = f"a tensor of {input_tensor.dtype}" if isinstance(input_tensor, Tensor) else type(input_tensor).__name__
+        raise TypeError(f"`input_tensor` must be a floating-point tensor (N, C, *spatial), got {found}")
+    if input_tensor.ndim < 3 or not input_tensor.numel():
+        raise ValueError(
+            f"`input_tensor` must hold samples, channels and positions, (N, C, *spatial), got "
+            f"{tuple(input_tensor.shape)}"
+        )
+    return input_tensor.detach()
+
+
+def given_maps(maps: Any, image: Tensor, *, in_unit_range: bool = False) -> Tensor:
+    """Check maps that were not made here, and give them in the input's size, (N, *spatial).
+
+    Raises:
+        TypeError: if they are neither a tensor nor an array
+        ValueError: if there is not one for each sample, or their values count and are not in [0, 1]
+    """
+    if not isinstance(maps, Tensor):
+        if not hasattr(maps, "__array__"):
+            raise TypeError(f"`maps` must be a tensor or an array (N, *spatial), got {type(maps).__name__}")
+        maps = torch.as_tensor(maps)
+    maps = to_float(maps.detach().to(image.device))
+    found = tuple(maps.shape)
+    if maps.ndim == image.ndim and maps.shape[1] == 1:
+        maps = maps.squeeze(1)
+    if maps.ndim != image.ndim - 1 or len(maps) != len(image) or not maps.numel():
+        raise ValueError(
+            f"`maps` must hold one map for each of {len(image)} samples, (N, *spatial) or (N, 1, *spatial) with "
+            f"{image.ndim - 2} spatial dimensions, got shape {found}; sum an attribution over its channels first"
+        )
+    if in_unit_range and bool(((maps < -1e-3) | (maps > 1 + 1e-3)).logical_and(maps.isfinite()).any()):
+        raise ValueError(
+            "`maps` must lie in [0, 1], as the input is multiplied by them: scale them, say, by their smallest and "
+            "largest value"
+        )
+    return resize(maps.unsqueeze(1), image.shape[2:]).squeeze(1)
+
+
+def check_seed(seed: int) -> int:
+    """Check a seed.
+
+    Raises:
+        TypeError: if it is not an integer
+        ValueError: if no generator takes it
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"`seed` must be an integer, got {seed!r} of type {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"`seed` must be from -2**63 to 2**64 - 1, got {seed}")
+    return seed
+
+
+def maps_of(extractor: Extractor, output: Any, image: Tensor, **asked: Any) -> Tensor:
+    """Ask an extractor for the maps of the pass it has just watched, (N, *spatial) of the input's size."""
+    maps = extractor(scores=output, **asked) if "targets" in asked else extractor(asked["class_idx"], output)
+    fused = to_float(extractor.fuse_cams(maps).detach())
+    if len(fused) != len(image):
+        raise ValueError(
+            f"`cam_extractor` gave maps of shape {tuple(fused.shape)} for {len(image)} inputs: a metric needs one "
+            "map per sample"
+        )
+    if fused.ndim == image.ndim:  # an attribution of every channel
+        fused = over_channels(fused)
+    return resize(fused.unsqueeze(1), image.shape[2:]).squeeze(1)
+
+
+def zero_where_broken(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Give the maps with those that are not finite set to 0, and which are, (N,)."""
+    finite = maps.flatten(1).isfinite().all(1)
+    return maps.masked_fill(~finite.reshape(-1, *[1] * (maps.ndim - 1)), 0.0), finite
+
+
+def _predicted(logits: Tensor) -> Tensor:
+    """Give the class with the highest score, (N,)."""
+    return class_scores(logits).argmax(1)
+
+
+@contextmanager
+def _only_run(model: nn.Module) -> Iterator[None]:
+    with untouched(model), torch.inference_mode():
+        yield
+
+
+@contextmanager
+def watched(extractor: Extractor) -> Iterator[None]:
+    """Let an extractor watch the pass that runs inside the block, and leave no trace of it on the model.
+
+    Extractors of this library record nothing that lasts, and make the graph that they need from the target layer on.
+    Of others nothing is known: they get a full graph, and may call ``backward()``.
+    """
+    watcher = getattr(extractor, "base_cam", extractor)
+    if isinstance(watcher, _CAM):
+        with watcher._inner_pass():
+            watcher.reset_hooks()  # if nothing gets recorded now, an older pass must not be explained
+            yield
+        return
+    model = extractor.model
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    with untouched(model, EVERYONE), torch.enable_grad():
+        try:
+            for parameter, _ in gradients:
+                parameter.grad = None
+            yield
+        finally:
+            for parameter, gradient in gradients:
+                parameter.grad = gradient

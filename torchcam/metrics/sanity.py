@@ -1,0 +1,251 @@
+"""Whether maps depend on what the model has learned, and on the class that they are asked about."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from torchcam._passes import caches_of, model_device
+from torchcam.layers import TargetLayer, layer_names
+from torchcam.methods._replay import positive_integer, seeded
+from torchcam.targets import class_scores
+
+from ._statistics import cosine, spearman, structural_similarity
+from .core import UNIT, Bounds, CAMMetric, Explained, Extractor, check_seed
+
+__all__ = ["SanityCheck"]
+
+
+class SanityCheck(CAMMetric):
+    r"""Whether maps change with the model's weights and with the class: those that do not explain neither.
+
+    From "Sanity checks for saliency maps" (Adebayo et al. 2018, arXiv:1810.03292), cascading randomisation: the layers
+    are randomised from the top of the model on, one more at each stage and all those before staying so, and the maps of
+    each stage, for the class explained at first, are compared with those of the model as it is.
+
+    * ``rank_correlation``: Spearman's correlation of the maps' positions, equals sharing their mean rank; 0 with a
+      constant map
+    * ``ssim``: the structural similarity of the maps (Wang et al. 2004), Gaussian window of 11 pixels and σ 1.5
+    * ``class_overlap``: the cosine between the maps of the classes with the two highest scores, of the model as it is;
+      NaN if there is only one class
+
+    ``compute`` gives the means over the samples (and stages), ``by_layer`` the first two for each stage. The first two
+    lie in [-1, 1], the third, for maps that are not negative, in [0, 1]. A good map has low values; a class-agnostic
+    one has a ``class_overlap`` of 1, and one that ignores the weights a ``rank_correlation`` of 1.
+
+    A parameter is randomised by values drawn from the normal distribution with its own mean and standard deviation, so
+    that activations keep about their scale; buffers stay. The draw is the same for every batch. Other parameters are
+    put in the place of the model's own while the maps are made, so that these never change: after an update, also one
+    that raises, the model holds the same parameter objects with the same values, versions and gradients.
+
+    Samples whose maps or scores are not finite are left out: ``nan_count`` says how many, ``total`` how many are in
+    the means.
+
+    Cost: for each batch a forward pass and what the extractor needs, once more for every layer, and twice more for the
+    two classes.
+
+    Args:
+        cam_extractor: an extractor of this library, or any object with ``model``, ``__call__`` and ``fuse_cams``; a
+            model and given maps are not enough, as the model's variants are explained as well
+        logits_fn: function from the model's output to the scores (N, classes), such as a softmax; by default the
+            scores are the output
+        layers: the modules to randomise with all that is in them, or their names, from the top on; by default those
+            directly inside the model that have parameters, the last one first; where there is only one, those in it
+        seed: the seed of the new parameters
+        batch_size: largest number of inputs in one pass, the explained one aside
+        kwargs: options of :class:`torchmetrics.Metric`, such as ``process_group``
+
+    Attributes:
+        layers: the names of the layers, in the order of the stages
+        rank: the sum of the rank correlations so far, for each stage
+        similarity: the sum of the structural similarities so far, for each stage
+        overlap: the sum of the overlaps so far
+        total: the number of samples in these sums
+        nan_count: the number of samples left out
+
+    Raises:
+        TypeError: if an argument has the wrong type, or there is no extractor
+        ValueError: if a layer is not in the model, none has parameters, or ``batch_size`` is not positive
+
+    Example:
+        >>> from torchcam.methods import LayerCAM
+        >>> from torchvision.models import resnet18
+        >>> with LayerCAM(resnet18(), "layer4") as extractor:
+        ...     metric = SanityCheck(extractor, layers=["fc", "layer4"])
+        ...     metric.update(torch.rand(2, 3, 64, 64))
+        >>> sorted(metric.summary())
+        ['class_overlap', 'rank_correlation', 'ssim']
+    """
+
+    higher_is_better = False
+    key_higher_is_better: ClassVar[dict[str, bool]] = dict.fromkeys(
+        ("rank_correlation", "ssim", "class_overlap"), False
+    )
+    key_bounds: ClassVar[dict[str, Bounds]] = {
+        "rank_correlation": (-1.0, 1.0),
+        "ssim": (-1.0, 1.0),
+        "class_overlap": UNIT,
+    }
+    plot_lower_bound = -1.0
+    plot_upper_bound = 1.0
+    _explains_again = True
+    _masks_with_maps = True
+    _sums = ("rank", "similarity", "overlap", "single")
+
+    rank: Tensor
+    similarity: Tensor
+    overlap: Tensor
+    single: Tensor
+
+    def __init__(
+        self,
+        cam_extractor: Extractor,
+        logits_fn: Callable[[Any], Any] | None = None,
+        *,
+        layers: TargetLayer | Sequence[TargetLayer] | None = None,
+        seed: int = 0,
+        batch_size: int = 32,
+        **kwargs: Any,
+    ) -> None:
+        model = getattr(cam_extractor, "model", None)
+        self.layers = _layers_from_the_top(model, layers) if isinstance(model, nn.Module) else ()
+        shapes = dict.fromkeys(("rank", "similarity"), (len(self.layers),))
+        super().__init__(cam_extractor, logits_fn, shapes=shapes, **kwargs)
+        self.seed = check_seed(seed)
+        self.batch_size = positive_integer("batch_size", batch_size)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Give ``rank_correlation``, ``ssim`` and ``class_overlap`` of the samples so far."""
+        return {
+            "rank_correlation": self.rank.mean() / self.total,
+            "ssim": self.similarity.mean() / self.total,
+            "class_overlap": torch.where(self.single > 0, torch.nan, self.overlap / self.total),
+        }
+
+    def by_layer(self) -> dict[str, dict[str, float]]:
+        """Give ``rank_correlation`` and ``ssim`` of each stage, by the layer that was randomised last."""
+        with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self.sync_on_compute):
+            stages = (torch.stack([self.rank, self.similarity], 1) / self.total).tolist()
+        return {
+            layer: dict(zip(("rank_correlation", "ssim"), stage, strict=True))
+            for layer, stage in zip(self.layers, stages, strict=True)
+        }
+
+    def _measure(self, explained: Explained) -> dict[str, Tensor]:
+        def alike(again: Tensor, samples: Tensor, _variants: Tensor) -> Tensor:
+            cam = explained.cam[samples]
+            return torch.stack([spearman(again, cam), structural_similarity(again, cam)], 1)
+
+        def same(samples: Tensor, _variants: Tensor) -> Tensor:
+            return explained.image[samples]
+
+        overlap, single = self._overlap(explained, same)
+        stages = []
+        with _parameters_replaced(explained.model) as replace:
+            generator = seeded(self.seed, model_device(explained.model))
+            for layer in self.layers:
+                replace(explained.model.get_submodule(layer), generator)
+                stages.append(explained.explain_again(same, alike, 1, self.batch_size))
+        rank, similarity = torch.cat(stages, 1).unbind(2)  # (N, stages) each
+        return {"rank": rank, "similarity": similarity, "overlap": overlap, "single": single}
+
+    def _overlap(self, explained: Explained, same: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Give each sample's overlap of the maps of two classes, and whether there is only one."""
+        try:
+            scores = class_scores(explained.output)
+        except TypeError:  # the output of a detector holds no class scores
+            scores = explained.score.unsqueeze(1)
+        if scores.shape[1] < 2 or len(scores) != len(explained.image):
+            nothing = torch.zeros_like(explained.score)
+            return nothing, nothing + 1
+        best = scores.topk(2, dim=1).indices
+
+        def keep(again: Tensor, _samples: Tensor, _variants: Tensor) -> Tensor:
+            return again
+
+        maps = [
+            explained.explain_again(same, keep, 1, self.batch_size, classes=best[:, rank, None]).squeeze(1)
+            for rank in range(2)
+        ]
+        return cosine(*maps), torch.zeros_like(explained.score)
+
+
+def _layers_from_the_top(model: nn.Module, layers: Any) -> tuple[str, ...]:
+    """Give the names of the layers to randomise, the last one first.
+
+    Raises:
+        ValueError: if there are none, or one has no parameters
+    """
+    if layers is None:
+        prefix, found = "", [""]
+        while len(found) == 1 and (children := _with_parameters(model.get_submodule(prefix), prefix)):
+            found = children
+            prefix = found[0]
+        layers = found[::-1]
+        if not any(True for _ in model.parameters()):
+            raise ValueError(f"{type(model).__name__} has no parameters that could be randomised")
+        return tuple(layers)
+    try:
+        names = tuple(layer_names(model, layers))
+    except ValueError as error:
+        raise ValueError(str(error).replace("`target_layer`", "`layers`")) from None
+    bare = [name for name in names if not any(True for _ in model.get_submodule(name).parameters())]
+    if bare:
+        raise ValueError(f"`layers` must be modules with parameters, got {bare}")
+    return names
+
+
+def _with_parameters(module: nn.Module, prefix: str) -> list[str]:
+    return [
+        f"{prefix}.{name}".lstrip(".")
+        for name, child in module.named_children()
+        if any(True for _ in child.parameters())
+    ]
+
+
+@contextmanager
+def _parameters_replaced(model: nn.Module) -> Iterator[Callable[[nn.Module, torch.Generator], None]]:
+    """Give a function that puts random parameters in the place of a module's; the model has its own back afterwards."""
+    own = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    ]
+    caches = [(cache, dict(cache)) for cache in caches_of(model)]
+    drawn: dict[nn.Parameter, nn.Parameter] = {}
+
+    def replace(part: nn.Module, generator: torch.Generator) -> None:
+        inside = set(part.modules())
+        for parameter in {parameter: None for module, _, parameter in own if module in inside}:
+            if parameter not in drawn:
+                drawn[parameter] = _random_like(parameter, generator)
+        for module, name, parameter in own:  # a parameter that two modules share stays shared
+            if parameter in drawn:
+                setattr(module, name, drawn[parameter])
+        for cache, items in caches:  # what was computed from the model's own parameters
+            for key in [key for key, item in items.items() if isinstance(item, Tensor)]:
+                cache.pop(key, None)
+
+    try:
+        yield replace
+    finally:
+        for module, name, parameter in own:
+            if module._parameters[name] is not parameter:
+                setattr(module, name, parameter)
+        for cache, items in caches:
+            cache.update(items)
+
+
+def _random_like(parameter: nn.Parameter, generator: torch.Generator) -> nn.Parameter:
+    """Draw a parameter from the normal distribution with the mean and the standard deviation of another."""
+    values = parameter.detach()
+    if not (values.is_floating_point() and values.numel()):
+        return parameter
+    noise = torch.randn(values.shape, generator=generator, device=generator.device).to(values)
+    new = values.mean() + values.std(correction=0) * noise
+    return nn.Parameter(new, requires_grad=parameter.requires_grad)
