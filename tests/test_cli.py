@@ -22,8 +22,12 @@ from torch import nn
 import torchcam
 import torchcam.explain
 from torchcam import cli, methods
+from torchcam.cli._methods import find_method
+from torchcam.cli._models import Classifier, load_classifier
+from torchcam.cli._pictures import read_image
 from torchcam.demo import load_model, sample_images
 
+COMMANDS = {"compare", "demo", "diagnose", "evaluate", "explain", "layers", "trust"}
 SMALL = ["--arch", "mobilenet_v3_small", "--weights", "none"]
 FAMILIES = [
     "resnet18",
@@ -105,9 +109,11 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
 class TestTopLevel:
     def test_alone_prints_help(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main([]) == 0
-        assert "torchcam demo" in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert "torchcam demo" in printed
+        assert set(re.findall(r"^    (\w+)  ", printed, re.MULTILINE)) == COMMANDS
 
-    @pytest.mark.parametrize("command", [[], ["demo"], ["explain"], ["layers"]])
+    @pytest.mark.parametrize("command", [[], *([command] for command in sorted(COMMANDS))])
     def test_help(self, command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as stop:
             cli.main([*command, "--help"])
@@ -117,18 +123,19 @@ class TestTopLevel:
         assert all(word in printed for word in command)
 
     def test_help_names_methods_and_examples_that_exist(self, capsys: pytest.CaptureFixture[str]) -> None:
-        named = set(re.findall(r"\b\w*CAM\w*\b", cli.EXPLAIN_EPILOG)) - {"CAM"}
+        named = set(re.findall(r"\b\w*CAM\w*\b", cli.explain.EXAMPLES)) - {"CAM"}
         assert {"GradCAM", "LayerCAM"} <= named
         assert named <= set(methods.__all__)
-        parser = cli._make_parser()
-        examples = re.findall(r"^  torchcam (explain .*|demo)$", cli.EXPLAIN_EPILOG + cli.EPILOG, flags=re.MULTILINE)
-        assert len(examples) == 7
+        parser = cli.make_parser()
+        texts = [cli.EPILOG, *(getattr(command, "EXAMPLES", "") for command in cli.COMMANDS)]
+        examples = re.findall(r"^  torchcam (.*)$", "".join(texts), flags=re.MULTILINE)
+        assert len(examples) >= 15
         for example in examples:
             assert parser.parse_args(example.split()).run is not None
 
     def test_version_and_help_do_not_load_torch(self, tmp_path: Path) -> None:
         code = "import sys; from torchcam.cli import main; main([]); print('torch' in sys.modules)"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
         assert done.stdout.endswith("False\n")
         done = run("--version", cwd=tmp_path)
         assert (done.returncode, done.stdout, done.stderr) == (0, f"torchcam {torchcam.__version__}\n", "")
@@ -167,7 +174,7 @@ class TestTopLevel:
             warnings.simplefilter("always")
             warnings.warn("two\nlines", RuntimeWarning, stacklevel=1)
 
-        monkeypatch.setattr(cli, "_demo", warn)
+        monkeypatch.setattr(cli.demo, "run", warn)
         before = warnings.showwarning
         assert cli.main(["demo"]) == 0
         assert capsys.readouterr().err == "torchcam: warning: two lines\n"
@@ -187,7 +194,7 @@ class TestDemo:
             assert picture.size > (1200, 500)
 
         rows = re.findall(r"^  (\(flat map\)|\w+) .* (\d) +([\d.]+)% +([\d.]+)% +([\d.]+)%$", done.stdout, re.MULTILINE)
-        assert len(rows) == 2 * (len(cli.DEMO_METHODS) + 1)
+        assert len(rows) == 2 * (len(cli.demo.METHODS) + 1)
         chance = {digit: float(own) for method, digit, own, _, _ in rows if method == "(flat map)"}
         for method, digit, own, other, neither in rows:
             assert float(own) + float(other) + float(neither) == pytest.approx(100, abs=0.2)
@@ -278,19 +285,19 @@ class TestExplain:
         captured = capsys.readouterr()
         assert captured.err == ""
         assert captured.out.count(" -> ") == len(names)
-        assert cli._read_image(place / "bits.png").getpixel((0, 0)) == (116, 116, 116)
+        assert read_image(place / "bits.png").getpixel((0, 0)) == (116, 116, 116)
 
     def test_upright_as_the_camera_says(self, place: Path) -> None:
         image = Image.new("RGB", (20, 10), "red")
         exif = image.getexif()
         exif[0x0112] = 6
         image.save(place / "turned.jpg", exif=exif)
-        assert cli._read_image(place / "turned.jpg").size == (10, 20)
+        assert read_image(place / "turned.jpg").size == (10, 20)
 
     def test_maps_are_those_of_the_library(self, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         drawn: list[Any] = []
-        draw = cli._draw_classes
-        monkeypatch.setattr(cli, "_draw_classes", lambda *arguments: drawn.append(arguments) or draw(*arguments))
+        draw = cli.explain.draw_panels
+        monkeypatch.setattr(cli.explain, "draw_panels", lambda *arguments: drawn.append(arguments) or draw(*arguments))
         arguments = [
             "--method",
             "layer-cam",
@@ -304,7 +311,7 @@ class TestExplain:
         assert (alpha, colormap) == (0.5, "jet")
         assert "LayerCAM of features.3, features.8, features.11" in title
 
-        classifier = cli._load_classifier("mobilenet_v3_small", "none")
+        classifier = load_classifier("mobilenet_v3_small", "none")
         batch = classifier.preprocess(Image.open(photo)).unsqueeze(0)
         layers = ["features.3", "features.8", "features.11"]
         with torch.no_grad(), methods.LayerCAM(classifier.model, layers) as extractor:
@@ -327,7 +334,7 @@ class TestExplain:
 
     @pytest.mark.parametrize("name", ["Grad-CAM++", "gradcampp", "GradCAMpp"])
     def test_methods_as_papers_write_them(self, name: str) -> None:
-        assert cli._find_method(name) is methods.GradCAMpp
+        assert find_method(name) is methods.GradCAMpp
 
     @pytest.mark.parametrize(
         "options",
@@ -350,9 +357,9 @@ class TestExplain:
         small = VisionTransformer(
             image_size=224, patch_size=16, num_layers=2, num_heads=2, hidden_dim=8, mlp_dim=12
         ).eval()
-        preset = cli._load_classifier("mobilenet_v3_small", "none").preprocess
-        classifier = cli._Classifier(small, vit_b_16.__name__, preset, [str(index) for index in range(1000)])
-        monkeypatch.setattr(cli, "_load_classifier", lambda *_: classifier)
+        preset = load_classifier("mobilenet_v3_small", "none").preprocess
+        classifier = Classifier(small, vit_b_16.__name__, preset, [str(index) for index in range(1000)])
+        monkeypatch.setattr(cli.explain, "load_model", lambda *_: classifier)
         layers = "encoder.layers.encoder_layer_0,encoder.layers.encoder_layer_1"
         arguments = ["--method", "LeGrad", "--target-layer", layers]
         assert cli.main(["explain", str(photo), "--arch", "vit_b_16", *arguments]) == 0
@@ -536,10 +543,10 @@ class TestWeights:
     # The last two are set up differently by torchvision when it loads weights.
     @pytest.mark.parametrize("arch", ["mobilenet_v3_small", "mnasnet0_5", "googlenet"])
     def test_file(self, arch: str, photo: Path, place: Path) -> None:
-        state = cli._load_classifier(arch, "none").model.state_dict()
+        state = load_classifier(arch, "none").model.state_dict()
         path = place / "my weights.pth"
         torch.save(state, path)
-        loaded = cli._load_classifier(arch, str(path))
+        loaded = load_classifier(arch, str(path))
         assert loaded.name == f"{arch}, weights my weights.pth"
         assert not loaded.model.training
         assert all(torch.equal(state[key], value) for key, value in loaded.model.state_dict().items())
@@ -564,7 +571,7 @@ class TestWeights:
         }
         assert old.keys() != state.keys()
         torch.save(old, place / "densenet.pth")
-        loaded = cli._load_classifier("densenet121", "densenet.pth").model.state_dict()
+        loaded = load_classifier("densenet121", "densenet.pth").model.state_dict()
         assert all(torch.equal(loaded[key], value) for key, value in state.items())
 
 

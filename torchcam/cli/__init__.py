@@ -1,0 +1,76 @@
+"""The command line: `torchcam demo`, `explain`, `layers` and the rest, a module each.
+
+Only the standard library is imported at the top of any of them, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from torchcam import __version__
+
+from . import compare, demo, diagnose, evaluate, explain, layers, trust
+from ._messages import Parser, UserError, one_line, plain_messages
+
+__all__ = ["main"]
+
+COMMANDS = (demo, explain, compare, diagnose, trust, evaluate, layers)
+
+DESCRIPTION = "Class activation maps for PyTorch: see which regions of an image made a model's score."
+
+EPILOG = """\
+start here:
+  torchcam demo
+      explain a picture of two digits with a model that ships with the package; needs no network
+  torchcam explain photo.jpg
+      what does a resnet50 see in a photo, and where? (downloads its weights, once)
+  torchcam evaluate --demo
+      which method's maps are the most faithful? (on pictures that are made for it; needs no network)
+
+`torchcam COMMAND --help` says more of a command.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: the arguments, by default those of the process
+
+    Returns:
+        the exit code: 0, 2 after a wrong input, 130 after Ctrl-C
+    """
+    parser = make_parser()
+    try:
+        arguments = parser.parse_args(argv)
+        if arguments.run is None:
+            parser.print_help()
+        else:
+            with plain_messages():
+                arguments.run(arguments)
+    except UserError as error:
+        # In one piece, as several processes may be speaking.
+        sys.stderr.write(f"torchcam: error: {one_line(error)}\n")
+        return 2
+    except KeyboardInterrupt as interrupt:
+        sys.stderr.write("; ".join(["torchcam: interrupted", *map(one_line, interrupt.args)]) + "\n")
+        return 130
+    return 0
+
+
+def make_parser() -> Parser:
+    """Make the parser of all commands; each sets `run`, the function that it calls with what is parsed."""
+    parser = Parser(
+        prog="torchcam",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"torchcam {__version__}")
+    parser.set_defaults(run=None)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for command in COMMANDS:
+        command.add_to(commands)
+    return parser

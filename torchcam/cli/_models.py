@@ -1,0 +1,288 @@
+"""The model that a command is about: one of torchvision, or one's own."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ._messages import UserError
+
+if TYPE_CHECKING:
+    import argparse
+
+    from PIL import Image
+    from torch import Tensor, nn
+
+__all__ = ["Classifier", "add_device", "add_model", "find_device", "load_classifier", "load_model"]
+
+SEED = 0
+ARCH = "resnet50"
+FACTORY_HELP = """\
+your own model in place of --arch: a function that is called without arguments and returns the model, or a tuple of the
+model, the transform that makes an input (C, H, W) of a PIL image (by default: ImageNet's resize, crop and
+normalisation), and the list of its class names; it is looked up in the current directory, too"""
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A model, ready to run.
+
+    Attributes:
+        model: the model, in evaluation mode
+        name: architecture and weights
+        preprocess: makes an input (C, H, W) of a PIL image
+        categories: the names of the classes, if they are known
+        is_random: whether the weights say nothing
+    """
+
+    model: nn.Module
+    name: str
+    preprocess: Callable[[Image.Image], Tensor]
+    categories: Sequence[str] | None = None
+    is_random: bool = False
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of what the model takes."""
+        from PIL import Image
+
+        height, width = self.preprocess(Image.new("RGB", (256, 256))).shape[-2:]
+        return height, width
+
+    def label(self, index: int) -> str:
+        """Give a class's name and number."""
+        name = None if self.categories is None else self.categories[index]
+        return f"class {index}" if name in {None, str(index)} else f"{name} ({index})"
+
+    def picture(self, batch: Tensor) -> Image.Image:
+        """Show an input (1, 3, H, W) as it was before it was normalised."""
+        from PIL import Image
+
+        pixels = batch[0].float()
+        found = _normalisation(self.preprocess)
+        if found is not None:
+            mean, std = (pixels.new_tensor(values).reshape(-1, 1, 1) for values in found)
+            pixels = pixels * std + mean
+        elif pixels.min() < 0 or pixels.max() > 1:  # nobody knows what it was: show its range
+            pixels = (pixels - pixels.min()) / (pixels.max() - pixels.min()).clamp_min(1e-12)
+        pixels = pixels.expand(3, -1, -1).clamp(0, 1).mul(255).round().byte()
+        return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+def _normalisation(preprocess: Any) -> tuple[Sequence[float], Sequence[float]] | None:
+    """Find mean and standard deviation in a transform, or in one that it is made of."""
+    if hasattr(preprocess, "mean") and hasattr(preprocess, "std"):
+        return preprocess.mean, preprocess.std
+    parts = getattr(preprocess, "transforms", ())
+    return next((found for part in parts if (found := _normalisation(part)) is not None), None)
+
+
+def add_model(parser: Any, *, weights: bool = True) -> None:
+    """Add the options that name a model."""
+    model = parser.add_argument_group("the model")
+    model.add_argument("--arch", help=f"a classification model of torchvision (default: {ARCH})")
+    model.add_argument("--model-factory", metavar="PACKAGE.MODULE:FUNCTION", help=FACTORY_HELP)
+    if weights:
+        model.add_argument(
+            "--weights",
+            metavar="DEFAULT|none|PATH",
+            help="DEFAULT or another name of torchvision's weights for the model, downloaded once; none for random "
+            "weights; or a file with its state dict (default: DEFAULT; with --model-factory: what the function loads)",
+        )
+        add_device(model)
+
+
+def add_device(group: Any) -> None:
+    """Add the option that names a device."""
+    group.add_argument("--device", default="cpu", help="where it runs: cpu, cuda, cuda:1, mps (default: %(default)s)")
+
+
+def load_model(arguments: argparse.Namespace, weights: str | None = None) -> Classifier:
+    """Load the model that the arguments name.
+
+    Args:
+        arguments: the parsed arguments
+        weights: in place of `--weights`, for commands without
+    """
+    weights = getattr(arguments, "weights", None) if weights is None else weights
+    if arguments.model_factory is None:
+        return load_classifier(arguments.arch or ARCH, weights or "DEFAULT")
+    if arguments.arch is not None:
+        raise UserError("give --arch for a model of torchvision, or --model-factory for one of yours, not both")
+    return load_own(arguments.model_factory, arguments.weights if hasattr(arguments, "weights") else None)
+
+
+def find_device(name: str) -> Any:
+    """Check that a device is there."""
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise UserError(f"--device '{name}' cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def load_own(factory: str, weights: str | None = None) -> Classifier:
+    """Call the function that `--model-factory` names."""
+    from torch import nn
+    from torchvision.transforms._presets import ImageClassification
+
+    made = _find_function(factory)()
+    model, preprocess, categories = (*(made if isinstance(made, tuple) else (made,)), None, None)[:3]
+    if not isinstance(model, nn.Module):
+        raise UserError(f"--model-factory '{factory}' must return a torch.nn.Module, got {type(model).__name__}")
+    if preprocess is not None and not callable(preprocess):
+        raise UserError(
+            f"--model-factory '{factory}' must return a transform after the model, got {type(preprocess).__name__}"
+        )
+    if categories is not None and (isinstance(categories, str) or not all(isinstance(c, str) for c in categories)):
+        raise UserError(f"--model-factory '{factory}' must return class names, a list of strings, as its third result")
+    name = factory
+    if weights is not None:
+        if weights.lower() in {"none", "default"} or not Path(weights).is_file():
+            raise UserError(
+                f"--weights '{weights}' is not a file: with --model-factory it can only be one with a state dict, by "
+                "default the function loads what it wants"
+            )
+        state = _load_state(Path(weights))
+        with _fitting(weights, factory):
+            model.load_state_dict(state)
+        name = f"{factory}, weights {Path(weights).name}"
+    preprocess = ImageClassification(crop_size=224) if preprocess is None else preprocess
+    return Classifier(model.eval(), name, preprocess, None if categories is None else list(categories))
+
+
+def _find_function(path: str) -> Callable[[], Any]:
+    from importlib import import_module
+
+    module, _, name = path.partition(":")
+    if not module or not name:
+        raise UserError(f"--model-factory must be as in package.module:function, got '{path}'")
+    here = str(Path.cwd())
+    if here not in sys.path:  # an installed script does not look there by itself
+        sys.path.insert(0, here)
+    try:
+        found: Any = import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (module == error.name or module.startswith(f"{error.name}.")):
+            raise UserError(
+                f"--model-factory '{path}': there is no module '{error.name}' in the current directory or installed"
+            ) from error
+        raise UserError(f"--model-factory '{path}' cannot be imported: {error}") from error
+    try:
+        for part in name.split("."):
+            found = getattr(found, part)
+    except AttributeError as error:
+        raise UserError(f"--model-factory '{path}': {error}") from error
+    if not callable(found):
+        raise UserError(f"--model-factory '{path}' is not a function: {type(found).__name__}")
+    function: Callable[[], Any] = found
+    return function
+
+
+def load_classifier(arch: str, weights: str) -> Classifier:
+    """Load a classification model of torchvision."""
+    import torch
+    from torchvision import models
+
+    known = models.list_models(module=models)
+    arch = arch.lower()
+    if arch not in known:
+        close = get_close_matches(arch, known, n=3, cutoff=0.5) or ["resnet50", "mobilenet_v3_large", "convnext_tiny"]
+        raise UserError(f"--arch '{arch}' is not a classification model of torchvision; try {', '.join(close)}")
+    entries = models.get_model_weights(arch)
+    entry = entries.DEFAULT
+    is_random = weights.lower() == "none"
+    if is_random:
+        # These two warn that they take long to draw their own kind of random weights, unless told not to.
+        options = {"init_weights": False} if arch in {"googlenet", "inception_v3"} else {}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(SEED)
+            model = models.get_model(arch, weights=None, **options)
+        name = f"{arch}, random weights (seed {SEED})"
+    else:
+        if weights.upper() in entries.__members__:
+            entry = entries[weights.upper()]
+            path = _download(arch, entry.url)
+            name = f"{arch}, weights {entry.name}"
+        else:
+            path = Path(weights)
+            name = f"{arch}, weights {path.name}"
+            if not path.is_file():
+                names = ", ".join(entries.__members__)
+                raise UserError(f"--weights '{weights}' is neither a file nor one of {names}, none")
+        model = _build(arch, entries, entry, path)
+    return Classifier(model.eval(), name, entry.transforms(), entry.meta["categories"], is_random)
+
+
+def _download(arch: str, url: str) -> Path:
+    """Give the file that torchvision keeps weights in, downloaded if it is not there."""
+    from http.client import HTTPException
+
+    import torch
+
+    path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
+    if not path.is_file():
+        checksum = torch.hub.HASH_REGEX.search(path.name)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if sys.stderr.isatty():
+                print(f"downloading {url}", file=sys.stderr)
+            torch.hub.download_url_to_file(url, str(path), checksum and checksum[1], progress=sys.stderr.isatty())
+        except (HTTPException, OSError, RuntimeError) as error:
+            reason = getattr(error, "reason", error)
+            raise UserError(
+                f"the weights of {arch} could not be downloaded ({reason}): fetch {url} where there is a network and "
+                "pass the file with --weights PATH, or try the command with --weights none (random weights)"
+            ) from error
+    return path
+
+
+def _build(arch: str, entries: Any, entry: Any, path: Path) -> nn.Module:
+    """Build a model with the weights of a file, as torchvision would with the weights it downloads."""
+    from torchvision import models
+
+    state = _load_state(path)
+    # When torchvision loads weights it renames parameters of some models, and sets others up differently: let it.
+    entries.get_state_dict = lambda *_args, **_kwargs: state
+    try:
+        with _fitting(path, arch):
+            model: nn.Module = models.get_model(arch, weights=entry)
+    finally:
+        del entries.get_state_dict
+    return model
+
+
+def _load_state(path: Path) -> dict[str, Tensor]:
+    import torch
+
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling arbitrary bytes can raise anything
+        raise UserError(
+            f"--weights '{path}' is not a file of weights ({type(error).__name__}): it must hold a state dict, "
+            "written by torch.save(model.state_dict(), PATH)"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"--weights '{path}' holds no state dict, the result of model.state_dict()")
+    return state
+
+
+@contextmanager
+def _fitting(path: str | Path, model: str) -> Iterator[None]:
+    """Say in a line what does not fit when a state dict is loaded."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        problems = str(error).split("\n\t")[1:] or [str(error)]
+        shown = "; ".join(textwrap.shorten(problem, 160, placeholder=" ...").rstrip(". ") for problem in problems[:2])
+        more = f"; and {len(problems) - 2} more" if len(problems) > 2 else ""
+        raise UserError(f"--weights '{path}' does not fit {model}: {shown}{more}") from error

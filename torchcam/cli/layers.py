@@ -1,0 +1,88 @@
+"""`torchcam layers`: the layers of a model that a map can be made from."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from ._messages import UserError, add_command, add_json, print_json
+from ._models import SEED, add_model, load_model
+
+if TYPE_CHECKING:
+    import argparse
+
+__all__ = ["add_to"]
+
+HELP = """\
+List the layers of a classification model that a map can be made from, in the order in which they finish: the grid of
+positions in each, its channels, and the share of the positions that the scores depend on. Projections within a layer,
+and layers that the scores do not depend on, are left out but for --all. Needs no weights.
+"""
+
+EXAMPLES = """\
+examples:
+  torchcam layers --arch vit_b_16
+      in the last block only the class token counts: the default is the layer before its attention
+  torchcam layers --arch swin_t --size 224x320
+      the grids for images that are not square
+"""
+
+
+def add_to(commands: Any) -> None:
+    """Add the command to the parser."""
+    layers = add_command(
+        commands,
+        "layers",
+        short="list the layers of a model that maps can be made from",
+        long=HELP,
+        examples=EXAMPLES,
+        run=run,
+    )
+    add_model(layers, weights=False)
+    layers.add_argument("--size", metavar="HxW", help="height and width of the images (default: what the model is for)")
+    layers.add_argument("--all", action="store_true", help="list every layer whose output has positions")
+    add_json(layers)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """List the layers."""
+    import torch
+    from PIL import Image
+
+    from torchcam.layers import Candidates, candidates
+
+    classifier = load_model(arguments, "none")
+    height, width = classifier.size if arguments.size is None else as_size(arguments.size)
+    channels = len(classifier.preprocess(Image.new("RGB", (256, 256))))
+    noise = torch.randn((1, channels, height, width), generator=torch.Generator().manual_seed(SEED))
+    name = arguments.model_factory or classifier.name.split(",")[0]
+    try:
+        found = candidates(classifier.model, noise)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise UserError(f"--size {height}x{width} is not taken by {name}: {error}") from error
+    shown = found if arguments.all else Candidates([c for c in found if c.depends and c.is_stage])
+    if arguments.json:
+        entries = [
+            {
+                "name": c.name,
+                "type": c.type,
+                "grid": list(c.grid),
+                "channels": c.channels,
+                "influence": float(c.influence),
+                "calls": c.calls,
+                "default": c.name == found.choice,
+            }
+            for c in shown
+        ]
+        print_json({"model": name, "size": [height, width], "default": found.choice, "layers": entries})
+    else:
+        print(f"{name}, images of {height} x {width}")
+        print(shown)
+
+
+def as_size(text: str) -> tuple[int, int]:
+    """Read height and width."""
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text.strip().lower())
+    if match is None:
+        raise UserError(f"--size must be height and width as in 224x320, got '{text}'")
+    return int(match[1]), int(match[2])

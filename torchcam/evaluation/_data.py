@@ -1,0 +1,175 @@
+"""The batches of a data set: what is in one, and which of them a process takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data.distributed import DistributedSampler
+from torch.utils.data.sampler import RandomSampler, WeightedRandomSampler
+
+from torchcam._tensors import map_tensors
+
+__all__ = ["Batch", "Stream"]
+
+_IMAGE_KEYS = ("input_tensor", "input", "inputs", "image", "images", "pixel_values", "x")
+_CLASS_KEYS = ("class_idx", "label", "labels", "class", "y")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs and what is known about them.
+
+    Attributes:
+        image: the model's input, (N, C, *spatial)
+        labels: the class of each, (N,), if it is known
+        extras: what else there is by name, such as the `masks` of :class:`torchcam.metrics.Localization`
+    """
+
+    image: Tensor
+    labels: list[int] | None = None
+    extras: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, raw: Any, device: torch.device) -> Batch:
+        """Understand what a loader gives.
+
+        Raises:
+            TypeError: if it holds no inputs, or labels that are not integers
+            ValueError: if there is not one label for each input
+        """
+        image, labels, extras = _parts(raw)
+        if not isinstance(image, Tensor):
+            raise TypeError(
+                "`loader` must give batches of (input, class), of (input, class, {name: more}), or dicts with an input "
+                f"({', '.join(_IMAGE_KEYS)}) and a class ({', '.join(_CLASS_KEYS)}); got {_describe(raw)}"
+            )
+        if labels is not None:
+            labels = torch.as_tensor(labels)
+            if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+                raise TypeError(f"`loader` must give classes as integers, got a tensor of {labels.dtype}")
+            if tuple(labels.shape) != (len(image),):
+                raise ValueError(
+                    f"`loader` must give one class for each of {len(image)} inputs, got shape {tuple(labels.shape)}"
+                )
+            labels = labels.tolist()
+        move = {name: map_tensors(lambda t: t.to(device, non_blocking=True), value) for name, value in extras.items()}
+        return cls(image.to(device, non_blocking=True), labels, move)
+
+
+def _parts(raw: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """Give the input, the classes and the rest."""
+    if isinstance(raw, Tensor):
+        return raw, None, {}
+    if isinstance(raw, Mapping):
+        rest = dict(raw)
+        image = next((rest.pop(key) for key in _IMAGE_KEYS if key in rest), None)
+        labels = next((rest.pop(key) for key in _CLASS_KEYS if key in rest), None)
+        return image, labels, rest
+    if isinstance(raw, Sequence) and 1 <= len(raw) <= 3:
+        image, labels, extras = (*raw, None, None)[:3]
+        if extras is None or isinstance(extras, Mapping):
+            return image, labels, dict(extras or {})
+    return None, None, {}
+
+
+def _describe(raw: Any) -> str:
+    if isinstance(raw, Mapping):
+        return f"a mapping of {sorted(map(str, raw))}"
+    if isinstance(raw, (list, tuple)):
+        return f"a {type(raw).__name__} of ({', '.join(type(item).__name__ for item in raw)})"
+    return type(raw).__name__
+
+
+class Stream:
+    """The batches of a loader, of which process ``rank`` of ``size`` takes every ``size``-th.
+
+    The batches are those that a single process would see: nothing is padded, and no sample comes twice. A
+    ``DataLoader`` over a data set with random access does not load what other processes take or what is finished; from
+    any other iterable it is taken out and dropped.
+
+    Args:
+        loader: a ``DataLoader``, or any iterable of batches
+        rank: the number of this process
+        size: the number of processes
+    """
+
+    def __init__(self, loader: Iterable[Any], rank: int = 0, size: int = 1) -> None:
+        if not isinstance(loader, Iterable):
+            raise TypeError(f"`loader` must be an iterable of batches, got {type(loader).__name__}")
+        self.loader, self.rank, self.size = loader, rank, size
+        self.total: int | None = _length(loader)
+
+    @property
+    def own(self) -> int | None:
+        """The number of batches that this process takes, if it is known."""
+        return None if self.total is None else len(range(self.rank, self.total, self.size))
+
+    def check_order(self) -> None:
+        """Check that the batches are the same each time, in each process.
+
+        Raises:
+            ValueError: if the loader shuffles, or shares the data out itself
+        """
+        batches = getattr(self.loader, "batch_sampler", None)
+        samplers = [getattr(self.loader, "sampler", None), batches, getattr(batches, "sampler", None)]
+        reasons = {
+            RandomSampler: "draws its samples at random",
+            WeightedRandomSampler: "draws its samples at random",
+            DistributedSampler: "repeats samples to share them out evenly",
+        }
+        found = ((one, why) for one in samplers for kind, why in reasons.items() if isinstance(one, kind))
+        sampler, why = next(found, (None, None))
+        if why is not None:
+            raise ValueError(
+                f"`loader` has a {type(sampler).__name__}, which {why}; an evaluation that is resumed or shared by "
+                "processes takes the same batches each time, and shares them out itself: make it with shuffle=False "
+                "and no `sampler`"
+            )
+
+    def after(self, finished: int) -> Iterator[Any]:
+        """Give this process's batches but for the first ``finished``."""
+        start = self.rank + finished * self.size
+        loader = self.loader
+        if start == 0 and self.size == 1:
+            return iter(loader)
+        if (
+            type(loader) is DataLoader
+            and loader.batch_sampler is not None
+            and not isinstance(loader.dataset, IterableDataset)
+        ):
+            return iter(_with_batches(loader, list(islice(loader.batch_sampler, start, None, self.size))))
+        return islice(iter(loader), start, None, self.size)
+
+
+def _with_batches(loader: DataLoader[Any], batches: list[list[int]]) -> DataLoader[Any]:
+    """Give a loader as this one that loads only some batches."""
+    workers: dict[str, Any] = {}
+    if loader.num_workers:
+        workers = {
+            "timeout": loader.timeout,
+            "worker_init_fn": loader.worker_init_fn,
+            "multiprocessing_context": loader.multiprocessing_context,
+            "prefetch_factor": loader.prefetch_factor,
+        }
+    return DataLoader(
+        loader.dataset,
+        batch_sampler=batches,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        generator=loader.generator,
+        **workers,
+    )
+
+
+def _length(loader: Any) -> int | None:
+    try:
+        return len(loader)
+    except TypeError:  # generators have none, nor do loaders of iterable data sets that do not know theirs
+        return None

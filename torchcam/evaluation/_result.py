@@ -1,0 +1,276 @@
+"""The table that an evaluation ends in."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from torchcam._files import written_whole
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions
+    from rich.table import Table
+
+__all__ = ["FORMATS", "Evaluation", "MethodResult", "check_format"]
+
+FORMATS = {".json": "to_json", ".csv": "to_csv", ".md": "to_markdown", ".txt": "__str__"}
+"""The formats that an evaluation can be saved in, by the file's suffix."""
+
+_ARROWS = {True: "↑", False: "↓", None: ""}
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """How one method did.
+
+    Attributes:
+        values: what each metric computed, by the metric's name and then by the value's
+        measured: the number of samples in each metric's means, where the metric says
+        left_out: the number of samples that each metric left out, their map or scores not finite, where it says
+        empty: the number of samples that a metric left out because they hold no evidence to compare with
+        nan_maps: the number of samples whose map was not finite
+        seconds: the time that a map took, in the mean over the samples; its metrics aside
+    """
+
+    values: Mapping[str, Mapping[str, float]]
+    measured: Mapping[str, int]
+    left_out: Mapping[str, int]
+    empty: Mapping[str, int]
+    nan_maps: int
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Evaluation:
+    """What :func:`torchcam.evaluate` found. Prints as a table; ``result["GradCAM", "avg_drop"]`` is one number of it.
+
+    Attributes:
+        methods: the results of each method, by its name
+        higher_is_better: for each metric and each of its values whether a high one is good; None where it is neither
+        num_samples: the number of samples
+        agreement: the share of the samples whose explained class is the one that the model predicts
+        settings: how the evaluation was made
+    """
+
+    methods: Mapping[str, MethodResult]
+    higher_is_better: Mapping[str, Mapping[str, bool | None]]
+    num_samples: int
+    agreement: float
+    settings: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    def __getitem__(self, place: tuple[str, str]) -> float:
+        """Give one number: of a method, and of a value's name, with its metric's name before it where that is needed.
+
+        Raises:
+            KeyError: if there is no such method or value
+        """
+        method, value = place
+        if method not in self.methods:
+            raise KeyError(f"there is no method '{method}'; there are {', '.join(self.methods)}")
+        titles = {title: column for column, title in self._titles().items()}
+        full = {f"{metric}.{key}": (metric, key) for metric, key in titles.values()}
+        found = titles.get(value) or full.get(value)
+        if found is None:
+            raise KeyError(f"there is no value '{value}'; there are {', '.join(titles)}")
+        return self.methods[method].values[found[0]][found[1]]
+
+    def _titles(self) -> dict[tuple[str, str], str]:
+        """Give the title of each column: the value's name, with its metric's where several have it."""
+        columns = [(metric, key) for metric, keys in self.higher_is_better.items() for key in keys]
+        count = Counter(key for _, key in columns)
+        return {(metric, key): key if count[key] == 1 else f"{metric}.{key}" for metric, key in columns}
+
+    def _best(self) -> set[tuple[str, str, str]]:
+        """Give the places of the best numbers: method, metric, value."""
+        best = set()
+        for metric, key in self._titles():
+            direction = self.higher_is_better[metric][key]
+            numbers = {name: entry.values[metric][key] for name, entry in self.methods.items()}
+            finite = [number for number in numbers.values() if math.isfinite(number)]
+            if direction is not None and len(set(finite)) > 1:
+                top = max(finite) if direction else min(finite)
+                best |= {(name, metric, key) for name, number in numbers.items() if number == top}
+        return best
+
+    @property
+    def summary(self) -> str:
+        """What the table is about, in a sentence."""
+        images = "1 sample" if self.num_samples == 1 else f"{self.num_samples} samples"
+        return f"{images}; in {self.agreement:.1%} the explained class is the one that the model predicts"
+
+    @property
+    def notes(self) -> list[str]:
+        """What has to be said about the numbers: what is missing in them."""
+        notes = []
+        for name, entry in self.methods.items():
+            if entry.nan_maps:
+                notes.append(f"{name}: {entry.nan_maps} of {self.num_samples} maps are NaN; no metric includes them")
+            for metric, count in entry.left_out.items():
+                if count > entry.nan_maps:
+                    rest = count - entry.nan_maps
+                    notes.append(f"{name}: {metric} leaves out {rest} more of {self.num_samples}, scores not finite")
+            for metric, count in entry.empty.items():
+                if count:
+                    notes.append(f"{name}: {metric} leaves out {count} of {self.num_samples}, their masks empty")
+        return notes
+
+    # Formats.
+
+    def _header(self) -> list[str]:
+        arrows = [f"{title} {_ARROWS[self.higher_is_better[m][k]]}".strip() for (m, k), title in self._titles().items()]
+        return ["method", *arrows, "NaN maps", "s / map"]
+
+    def _rows(self, mark: Sequence[str] = ("", "")) -> Iterator[list[str]]:
+        best = self._best()
+        for name, entry in self.methods.items():
+            cells = []
+            for metric, key in self._titles():
+                cell = _number(entry.values[metric][key])
+                cells.append(cell.join(mark) if (name, metric, key) in best else cell)
+            yield [name, *cells, str(entry.nan_maps), _number(entry.seconds)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give everything, as JSON can hold it: NaN and infinity become None."""
+        return {
+            "schema_version": 1,
+            "num_samples": self.num_samples,
+            "agreement": _plain(self.agreement),
+            "methods": {
+                name: {
+                    "values": {
+                        metric: {key: _plain(v) for key, v in values.items()} for metric, values in entry.values.items()
+                    },
+                    "measured": dict(entry.measured),
+                    "left_out": dict(entry.left_out),
+                    "empty": dict(entry.empty),
+                    "nan_maps": entry.nan_maps,
+                    "seconds_per_map": _plain(entry.seconds),
+                }
+                for name, entry in self.methods.items()
+            },
+            "higher_is_better": {metric: dict(keys) for metric, keys in self.higher_is_better.items()},
+            "settings": dict(self.settings),
+        }
+
+    def to_json(self) -> str:
+        """Give everything as JSON."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False, ensure_ascii=False)
+
+    def to_csv(self) -> str:
+        """Give the table as CSV, a row per method, with all digits."""
+        titles = self._titles()
+        metrics = [
+            metric for metric in self.higher_is_better if any(metric in m.left_out for m in self.methods.values())
+        ]
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        left_out = [f"{metric}.left_out" for metric in metrics]
+        writer.writerow(["method", *titles.values(), *left_out, "num_samples", "nan_maps", "seconds_per_map"])
+        for name, entry in self.methods.items():
+            values = [repr(entry.values[metric][key]) for metric, key in titles]
+            missing = [entry.left_out.get(metric, "") for metric in metrics]
+            writer.writerow([name, *values, *missing, self.num_samples, entry.nan_maps, repr(entry.seconds)])
+        return text.getvalue()
+
+    def to_markdown(self) -> str:
+        """Give the table as Markdown, the best numbers in bold."""
+        header = self._header()
+        rows = [header, ["---", *["---:"] * (len(header) - 1)], *self._rows(("**", "**"))]
+        lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+        return "\n".join([*lines, "", f"{self.summary}.", *(f"\n{note}." for note in self.notes)]) + "\n"
+
+    _repr_markdown_ = to_markdown
+
+    def save(self, path: str | Path) -> Path:
+        """Write the result to a file, in the format that its suffix names: .json, .csv, .md or .txt.
+
+        Raises:
+            ValueError: if the suffix is another
+        """
+        path = Path(path)
+        method = check_format(path)
+        text: str = getattr(self, method)()
+        with written_whole(path) as part:
+            part.write_text(text if text.endswith("\n") else f"{text}\n", encoding="utf-8")
+        return path
+
+    def _groups(self, widths: Sequence[int], width: int) -> list[list[int]]:
+        """Share the columns but the first out to tables that are not wider than a terminal, each metric's together."""
+        numbers = iter(range(1, len(widths)))
+        parts = [[next(numbers) for _ in keys] for keys in self.higher_is_better.values()]
+        groups: list[list[int]] = [[]]
+        for part in [*parts, list(numbers)]:
+            whole = widths[0] + sum(widths[column] for column in part)
+            if groups[-1] and whole + sum(widths[column] for column in groups[-1]) > width:
+                groups.append([])
+            for column in part:
+                if groups[-1] and widths[0] + sum(widths[c] for c in groups[-1]) + widths[column] > width:
+                    groups.append([])
+                groups[-1].append(column)
+        return groups
+
+    def _tables(self, width: int) -> Iterator[Table]:
+        """Split the table into ones that are not wider than a terminal."""
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        header, rows = self._header(), list(self._rows(("*", "*")))
+        widths = [max(len(row[column].strip("*")) for row in [header, *rows]) + 3 for column in range(len(header))]
+        for group in self._groups(widths, width):
+            table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+            table.add_column(Text(header[0]), no_wrap=True)
+            for column in group:
+                table.add_column(Text(header[column]), justify="right", no_wrap=True)
+            for row in rows:
+                cells = [Text(row[c].strip("*"), style="bold green" if row[c].startswith("*") else "") for c in group]
+                table.add_row(Text(row[0]), *cells)
+            yield table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
+        from rich.text import Text
+
+        for table in self._tables(options.max_width):
+            yield table
+            yield Text()
+        yield Text(f"{self.summary}.")
+        for note in self.notes:
+            yield Text(f"{note}.", style="yellow")
+
+    def __repr__(self) -> str:
+        from rich.console import Console
+
+        console = Console(file=io.StringIO(), width=120, color_system=None, force_terminal=False)
+        with console.capture() as capture:
+            console.print(self)
+        return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def check_format(path: str | Path) -> str:
+    """Give the name of the method that makes what a file is to hold.
+
+    Raises:
+        ValueError: if the file's suffix names no format
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in FORMATS:
+        raise ValueError(f"'{path}' has no suffix that says what to write; there are {', '.join(FORMATS)}")
+    return FORMATS[suffix]
+
+
+def _number(value: float) -> str:
+    if not math.isfinite(value):
+        return "NaN" if math.isnan(value) else str(value)
+    return f"{value:.2e}" if 0 < abs(value) < 5e-4 or abs(value) >= 1e5 else f"{value:.4f}"
+
+
+def _plain(value: float) -> float | None:
+    return value if math.isfinite(value) else None

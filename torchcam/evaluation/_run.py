@@ -1,0 +1,439 @@
+"""The evaluation itself: batch by batch, method by method, each map shared by all metrics."""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from torchcam import __version__
+from torchcam._passes import forwards_replaced, model_device, untouched
+from torchcam.layers import TargetLayer
+from torchcam.methods._replay import positive_integer
+from torchcam.methods.core import plain_tensors
+from torchcam.metrics.core import maps_of, watched
+from torchcam.targets import class_scores
+
+from ._checkpoint import Checkpoint, checksum, describe
+from ._contestants import Contestant, LogitsFn, make_contestants, plain_attributes, plainly
+from ._data import Batch, Stream
+from ._result import Evaluation, MethodResult
+from ._team import Team
+
+__all__ = ["discard_checkpoint", "evaluate"]
+
+ClassSource = Literal["label", "predicted"]
+
+
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[Any],
+    methods: Any,
+    metrics: Any = ("ClassificationMetric", "DeletionInsertionMetric"),
+    *,
+    target_layer: TargetLayer | Sequence[TargetLayer] | None = None,
+    logits_fn: LogitsFn | None = None,
+    class_source: ClassSource = "label",
+    batch_size: int | None = None,
+    checkpoint: str | Path | None = None,
+    keep_checkpoint: bool = False,
+    progress: bool = False,
+    distributed: bool | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Evaluation:
+    """Measure the maps of several methods by several metrics, over a data set.
+
+    Each batch is explained once by each method, and all its metrics measure the same maps. The model runs in evaluation
+    mode on its own device, and is left as it was. Samples whose map is not finite are counted, and no metric includes
+    them.
+
+    With a ``checkpoint``, the sums are written after each batch: the same call goes on after the last one that was
+    finished, with the same result to the bit as if nothing had happened. What it takes up must be the same in all
+    settings and in each bit of the model; of the data only type and number are compared.
+
+    In a process group (``torchrun``), each process takes every n-th batch and all get the same result. No sample is
+    repeated, and the batches are those of a single process, so that its result differs by rounding only (but for
+    extractors with a moving ``generator``). The processes go in step, and an error in one ends all of them.
+
+    Args:
+        model: the model
+        loader: a ``DataLoader`` or any iterable of batches: (input, class), (input, class, {name: more}), dicts such as
+            {"image": ..., "label": ...}, or inputs alone. What is named goes to each metric that takes it, such as the
+            ``masks`` of :class:`torchcam.metrics.Localization`.
+        methods: names or classes of :mod:`torchcam.methods`, extractors on ``model``, or functions from the model to an
+            extractor, such as ``partial(GradCAM, target_layer="layer4")``; in a dict, by their names in the table
+        metrics: names or classes of :mod:`torchcam.metrics`, or functions from an extractor to a
+            :class:`torchmetrics.Metric` whose ``update`` takes ``(input, class_idx)`` and preferably ``maps=``
+        target_layer: the layer(s) for methods that are given by name or class, as they take them
+        logits_fn: for metrics that are given by name or class, the function from the model's output to the scores, such
+            as a softmax; the maps explain the score after it
+        class_source: whether to explain the class that comes with an input, or the one that the model predicts
+        batch_size: largest number of inputs in one pass, for the methods and metrics that run many; by default theirs
+        checkpoint: a folder that keeps what is finished
+        keep_checkpoint: whether to leave the checkpoint there in the end, or else to remove it
+        progress: whether to show a progress bar with the time left
+        distributed: whether to share the work with the other processes; by default, if there is a process group
+        settings: more about the evaluation, to be compared with the checkpoint's and recorded in the result: what a
+            JSON file can hold
+
+    Returns:
+        the table
+
+    Raises:
+        TypeError: if an argument has the wrong type
+        ValueError: if a name is unknown, ``loader`` gives nothing, no labels, or shuffles where it must not, or the
+            checkpoint belongs to another evaluation
+        RuntimeError: if another process has failed
+
+    Example:
+        >>> import torch
+        >>> from torchcam import evaluate
+        >>> from torchcam.demo import load_model, sample_images
+        >>> batches = [(sample.to_tensor(), [sample.labels[0]]) for sample in sample_images()]
+        >>> methods = ["GradCAM", "RandomCAM"]
+        >>> result = evaluate(load_model(), batches, methods, target_layer="layer4", logits_fn=torch.sigmoid)
+        >>> result["GradCAM", "avg_drop"] < result["RandomCAM", "avg_drop"]
+        True
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
+    if class_source not in ("label", "predicted"):
+        raise ValueError(f"`class_source` must be 'label' or 'predicted', got {class_source!r}")
+    if logits_fn is not None and not callable(logits_fn):
+        raise TypeError(f"`logits_fn` must be callable or None, got {logits_fn!r}")
+    if batch_size is not None:
+        positive_integer("batch_size", batch_size)
+    team = Team(distributed)
+    with ExitStack() as stack, plain_tensors():
+        run: _Run | None = None
+        with _together(team):
+            stream = Stream(loader, team.rank, team.size)
+            device = model_device(model)
+            contestants = make_contestants(
+                stack,
+                model,
+                methods,
+                metrics,
+                target_layer=target_layer,
+                logits_fn=logits_fn,
+                batch_size=batch_size,
+                device=device if device.type == "cuda" else torch.device("cpu"),
+            )
+            record = _settings(model, stream, contestants, logits_fn, class_source, settings, team)
+            kept = None if checkpoint is None else Checkpoint(checkpoint, team.rank, team.size)
+            run = _Run(model, stream, contestants, logits_fn, class_source, team, kept, record)
+            run.resume()
+        if not team.agree(zlib.crc32(json.dumps(record, sort_keys=True).encode())):
+            raise ValueError("the processes of the group were given different settings, models or data")
+        run.go(progress)
+        result = run.result()
+        if kept is not None and not keep_checkpoint:
+            team.sum(torch.zeros(1))  # all of them have the result
+            kept.remove()
+    return result
+
+
+def discard_checkpoint(checkpoint: str | Path) -> None:
+    """Remove what :func:`evaluate` has kept in a folder, and the folder if nothing else is in it."""
+    Checkpoint(checkpoint).remove()
+
+
+@contextmanager
+def _together(team: Team) -> Iterator[None]:
+    """Let all processes fail if one does."""
+    failed = False
+    try:
+        yield
+    except Exception:
+        failed = True
+        raise
+    finally:
+        if failed:
+            with suppress(RuntimeError):  # the error that is on its way says more
+                team.step(working=False, failed=True)
+    team.step(working=True, failed=False)
+
+
+def _settings(
+    model: nn.Module,
+    stream: Stream,
+    contestants: Sequence[Contestant],
+    logits_fn: LogitsFn | None,
+    class_source: str,
+    more: Mapping[str, Any] | None,
+    team: Team,
+) -> dict[str, Any]:
+    """Describe an evaluation, the same way in every run."""
+    dataset = getattr(stream.loader, "dataset", None)
+    try:
+        num_samples = None if dataset is None else len(dataset)
+    except TypeError:
+        num_samples = None
+    first = contestants[0]
+    record: dict[str, Any] = {
+        "torchcam": __version__,
+        "model": {
+            "class": f"{type(model).__module__}.{type(model).__qualname__}",
+            "checksum": checksum(model),
+        },
+        "methods": {one.name: one.description for one in contestants},
+        "metrics": {
+            name: {
+                "made_by": first.descriptions[name],
+                "class": describe(type(metric)),
+                **{key: _jsonable(value) for key, value in plain_attributes(metric).items()},
+            }
+            for name, metric in first.metrics.items()
+        },
+        "logits_fn": None if logits_fn is None else describe(logits_fn),
+        "class_source": class_source,
+        "data": {
+            "loader": describe(type(stream.loader)),
+            "dataset": None if dataset is None else describe(type(dataset)),
+            "samples": num_samples,
+            "batches": stream.total,
+            "batch_size": getattr(stream.loader, "batch_size", None),
+        },
+        "processes": team.size,
+    }
+    if more is not None:
+        try:
+            record["settings"] = json.loads(json.dumps(dict(more)))
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"`settings` must be what a JSON file can hold: {error}") from error
+    return record
+
+
+def _jsonable(value: Any) -> Any:
+    return [_jsonable(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+class _Run:
+    """What an evaluation has and where it is."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stream: Stream,
+        contestants: Sequence[Contestant],
+        logits_fn: LogitsFn | None,
+        class_source: str,
+        team: Team,
+        checkpoint: Checkpoint | None,
+        settings: dict[str, Any],
+    ) -> None:
+        self.model = getattr(model, "_orig_mod", model)
+        self.device = model_device(model)
+        self.stream = stream
+        self.contestants = contestants
+        self.logits_fn = logits_fn
+        self.class_source = class_source
+        self.team = team
+        self.checkpoint = checkpoint
+        self.settings = settings
+        self.finished = 0
+        # samples, predicted as explained; and of each method: maps of NaN, seconds
+        self.tally = torch.zeros(2 + 2 * len(contestants), dtype=torch.float64)
+
+    # The checkpoint.
+
+    def resume(self) -> None:
+        """Go back to where an earlier run was."""
+        if self.team.size > 1 or self.checkpoint is not None:
+            self.stream.check_order()
+        kept = None if self.checkpoint is None else self.checkpoint.load(self.settings)
+        if kept is None:
+            return
+        self.finished = kept["finished"]
+        self.tally = kept["tally"]
+        for one, states, generators in zip(self.contestants, kept["states"], kept["generators"], strict=True):
+            for name, metric in one.metrics.items():
+                metric.load_state_dict({key: _moved(value, metric.device) for key, value in states[name].items()})
+            for generator, state in zip(one.generators, generators, strict=True):
+                generator.set_state(state)
+
+    def keep(self, finished: int) -> None:
+        """Write down what is finished, this number of batches."""
+        if self.checkpoint is not None:
+            self.checkpoint.save(
+                self.settings,
+                finished=finished,
+                tally=self.tally,
+                states=[
+                    {name: metric.state_dict() for name, metric in one.metrics.items()} for one in self.contestants
+                ],
+                generators=[[generator.get_state() for generator in one.generators] for one in self.contestants],
+            )
+
+    # The batches.
+
+    def go(self, progress: bool) -> None:
+        """Take one batch after the other, in step with the other processes."""
+        with self._bar(progress) as bar:
+            batches = self.stream.after(self.finished)
+            working = True
+            try:
+                while True:
+                    try:
+                        raw = next(batches, None) if working else None
+                        working = raw is not None
+                        if working:
+                            self._take(raw, bar)
+                            self.keep(self.finished + 1)
+                            self.finished += 1  # only now: an interrupt says what is kept
+                    except Exception as error:
+                        self._explain_where(error)
+                        with suppress(RuntimeError):  # the error that is on its way says more
+                            self.team.step(working=False, failed=True)
+                        raise
+                    if not self.team.step(working=working, failed=False):
+                        break
+            except KeyboardInterrupt as interrupt:
+                self._explain_where(interrupt)
+                raise
+
+    def _explain_where(self, error: BaseException) -> None:
+        own = self.stream.own
+        done = f"{self.finished} {'batches' if own is None else f'of {own} batches'}"
+        kept = "" if self.checkpoint is None else f", and are kept in '{self.checkpoint.folder}'"
+        whose = f"process {self.team.rank}: " if self.team.together else ""
+        error.add_note(f"{whose}{done} were finished{kept}")
+
+    @contextmanager
+    def _bar(self, shown: bool) -> Iterator[Callable[[str], None]]:
+        """Show how far it is, counting each method of a batch, and give what says which one is next."""
+        if not shown or self.team.rank:
+            yield lambda _title: None
+            return
+        from tqdm.auto import tqdm
+
+        own, steps = self.stream.own, len(self.contestants)
+        bar_format = None if own is None else "{desc}{percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left"
+        total, initial = None if own is None else own * steps, self.finished * steps
+        with tqdm(total=total, initial=initial, bar_format=bar_format, unit="map", smoothing=0.05, leave=False) as bar:
+
+            def advance(title: str) -> None:
+                if title:
+                    of = "" if own is None else f" of {own}"
+                    bar.set_description(f"batch {self.finished + 1}{of}, {title}", refresh=True)
+                else:
+                    bar.update()
+
+            yield advance
+
+    def _take(self, raw: Any, advance: Callable[[str], None]) -> None:
+        """Explain a batch by each method, and measure the maps."""
+        batch = Batch.read(raw, self.device)
+        with untouched(self.model), torch.inference_mode(), self._scored_by(self.logits_fn):
+            predicted: list[int] = class_scores(self.model(batch.image)).argmax(1).tolist()
+        classes = predicted if self.class_source == "predicted" else batch.labels
+        if classes is None:
+            raise ValueError(
+                "`loader` gives inputs without classes: pass class_source='predicted' to explain what the model "
+                "predicts"
+            )
+        part = torch.zeros_like(self.tally)
+        part[0], part[1] = len(classes), sum(a == b for a, b in zip(classes, predicted, strict=True))
+        for number, one in enumerate(self.contestants):
+            advance(one.name)
+            with plainly(f"the method {one.name}, batch {self.finished + 1} of this process"):
+                started = self._now()
+                maps = {id(self.logits_fn): self._explain(one, batch.image, classes, self.logits_fn)}
+                part[3 + 2 * number] = self._now() - started
+                part[2 + 2 * number] = (~maps[id(self.logits_fn)].flatten(1).isfinite().all(1)).sum()
+            for name, metric in one.metrics.items():
+                accepted = one.accepted[name]
+                options = {key: value for key, value in batch.extras.items() if key in accepted}
+                with plainly(f"the metric {name} of the method {one.name}, batch {self.finished + 1} of this process"):
+                    if "maps" in accepted:
+                        own_fn = getattr(metric, "logits_fn", self.logits_fn)
+                        if id(own_fn) not in maps:
+                            maps[id(own_fn)] = self._explain(one, batch.image, classes, own_fn)
+                        options["maps"] = maps[id(own_fn)]
+                    metric.update(batch.image, classes, **options)
+            advance("")
+        self.tally = self.tally + part
+
+    def _explain(self, one: Contestant, image: Tensor, classes: list[int], logits_fn: LogitsFn | None) -> Tensor:
+        """Give the maps of a batch, (N, *spatial)."""
+        with plain_tensors(), self._scored_by(logits_fn), watched(one.extractor):
+            return maps_of(one.extractor, self.model(image), image, class_idx=classes)
+
+    def _scored_by(self, logits_fn: LogitsFn | None) -> Any:
+        """Make ``logits_fn`` a part of the model inside the block."""
+        if logits_fn is None:
+            return forwards_replaced({})
+
+        def wrap(_model: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda *args, **kwargs: logits_fn(forward(*args, **kwargs))
+
+        return forwards_replaced({self.model: wrap})
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    # The end.
+
+    def result(self) -> Evaluation:
+        """Add up what the processes have found."""
+        tally = self.team.sum(self.tally).tolist()
+        num_samples = int(tally[0])
+        if not num_samples:
+            raise ValueError("`loader` gives no batches: there is nothing to evaluate")
+        entries, directions = {}, {}
+        for number, one in enumerate(self.contestants):
+            values: dict[str, dict[str, float]] = {}
+            measured: dict[str, int] = {}
+            left_out: dict[str, int] = {}
+            empty: dict[str, int] = {}
+            for name, metric in one.metrics.items():
+                values[name] = self._compute(name, metric)
+                directions[name] = {key: _direction(metric, key) for key in values[name]}
+                for counts, state in ((measured, "total"), (left_out, "nan_count"), (empty, "empty_count")):
+                    if isinstance(count := getattr(metric, state, None), Tensor):
+                        counts[name] = int(self.team.sum(count.cpu()))
+            nan_maps, seconds = tally[2 + 2 * number : 4 + 2 * number]
+            entries[one.name] = MethodResult(values, measured, left_out, empty, int(nan_maps), seconds / num_samples)
+        return Evaluation(
+            methods=MappingProxyType(entries),
+            higher_is_better=MappingProxyType(directions),
+            num_samples=num_samples,
+            agreement=tally[1] / num_samples,
+            settings=MappingProxyType(self.settings),
+        )
+
+    def _compute(self, name: str, metric: Metric) -> dict[str, float]:
+        """Compute a metric over the samples of all processes."""
+        metric.distributed_available_fn = lambda: self.team.together
+        metric.to(self.team.device)
+        with warnings.catch_warnings(), self.team.watching():
+            # A process may have had no batch, or those of an earlier run.
+            warnings.filterwarnings("ignore", message="The ``compute`` method of metric", category=UserWarning)
+            computed = metric.compute()
+        values = computed if isinstance(computed, Mapping) else {name: computed}
+        try:
+            return {str(key): float(value) for key, value in values.items()}
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise TypeError(f"the metric {name} does not compute single numbers: {error}") from error
+
+
+def _direction(metric: Metric, key: str) -> bool | None:
+    """Tell whether a high value is good."""
+    found = getattr(metric, "key_higher_is_better", {}).get(key, metric.higher_is_better)
+    return None if found is None else bool(found)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
