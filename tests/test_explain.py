@@ -19,6 +19,7 @@ from tests.methods_under_test import LAYERS, make_input, make_model
 from torchcam import methods
 from torchcam.explain import explain, explain_classes, written_whole
 from torchcam.methods import FinerCAM, GradCAM, LayerCAM, LeGrad, RefineCAM, ScoreCAM
+from torchcam.targets import RawScore
 from torchcam.utils import overlay_mask
 
 # The arguments that each method needs on the nets of `methods_under_test`.
@@ -28,6 +29,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     if isinstance(getattr(methods, name), type)
 }
 ARGUMENTS["CAM"] = {"target_layer": "block2", "method_kwargs": {"fc_layer": "fc"}}
+ARGUMENTS["SESS"]["method_kwargs"] = {"window_size": 12, "scales": 2}
 ARGUMENTS.pop("DeepFeatureFactorization", None)  # does not explain a class
 for takes_none in {"FullGrad", "GuidedBackprop"} & set(ARGUMENTS):
     ARGUMENTS[takes_none]["target_layer"] = None
@@ -221,10 +223,10 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("changes", "error", "message"),
         [
-            ({"input_tensor": torch.rand(2, 3, 12, 12)}, ValueError, r"one sample.*\(2, 3, 12, 12\)"),
-            ({"input_tensor": torch.rand(3, 12, 12)}, ValueError, r"one sample.*\(3, 12, 12\)"),
+            ({"input_tensor": torch.rand(0, 3, 12, 12)}, ValueError, r"one sample.*\(0, 3, 12, 12\)"),
+            ({"input_tensor": torch.rand(3, 12, 12)}, ValueError, r"one sample.*\(3, 12, 12\).*unsqueeze\(0\)"),
             ({"input_tensor": torch.rand(12)}, ValueError, r"one sample.*\(12,\)"),
-            ({"input_tensor": [[0.0]]}, TypeError, "`input_tensor` must be a tensor, got list"),
+            ({"input_tensor": [[0.0]]}, TypeError, "`input_tensor` must be a tensor, a path, .* got list"),
             ({"model": len}, TypeError, "`model` must be a torch.nn.Module"),
             ({"expected_class_idx": 3}, ValueError, "between 0 and 2 for a model with 3 classes, got 3"),
             ({"expected_class_idx": -1}, ValueError, "`expected_class_idx` must lie .* got -1"),
@@ -233,8 +235,42 @@ class TestErrors:
             ({"class_names": ["a", "b"]}, ValueError, "`class_names` has 2 names, but .* 3 classes"),
             ({"class_names": "abc"}, TypeError, "`class_names` must be a sequence of strings"),
             ({"class_names": [0, 1, 2]}, TypeError, "`class_names` must be a sequence of strings"),
-            ({"method": "GradCAM"}, TypeError, "`method` must be a CAM class .* got 'GradCAM'"),
+            ({"method": "GradCAMM"}, ValueError, "`method` 'GradCAMM' is not a method of torchcam; closest: GradCAM"),
             ({"method": nn.Linear}, TypeError, "`method` must be a CAM class"),
+            ({"method": []}, ValueError, "`method` names no method"),
+            ({"method": [GradCAM, "grad-cam"]}, ValueError, "`method` names GradCAM more than once: tell them apart"),
+            (
+                {"method": ["GradCAM", "LayerCAM"], "target_layer": {"CAM": "block1"}},
+                ValueError,
+                "`target_layer` of several methods must be a mapping from 'GradCAM', 'LayerCAM', got 'CAM'",
+            ),
+            (
+                {"method": ["GradCAM", "LayerCAM"], "method_kwargs": {"reshape_transform": None}},
+                ValueError,
+                "`method_kwargs` of several methods must be a mapping from .* got 'reshape_transform'",
+            ),
+            (
+                {"method": ["GradCAM", "LayerCAM"], "method_kwargs": {"LayerCAM": 3}},
+                TypeError,
+                "`method_kwargs` of LayerCAM must be a mapping, got int",
+            ),
+            ({"method_kwargs": 3}, TypeError, "`method_kwargs` must be a mapping, got int"),
+            ({"class_idx": 3}, ValueError, "`class_idx` must lie between 0 and 2 .* got 3"),
+            ({"class_idx": [0, -1]}, ValueError, "`class_idx` must lie .* got -1"),
+            ({"class_idx": []}, ValueError, "`class_idx` names no class"),
+            ({"class_idx": [[0], [1]]}, ValueError, "`class_idx` of a batch .* got 2"),
+            ({"class_idx": "0"}, TypeError, "`class_idx` must be an integer, got '0' of type str"),
+            ({"expected_class_idx": [0, 1]}, ValueError, "`expected_class_idx` must be one class, .* 1 inputs, got 2"),
+            ({"targets": 3}, TypeError, "`targets` must be callable, got 3 of type int"),
+            ({"targets": []}, ValueError, "`targets` names no target"),
+            ({"targets": {"a": 3}}, TypeError, "`targets` must be callable, got 3"),
+            ({"targets": RawScore(), "class_idx": 0}, ValueError, "`targets` or `class_idx`, not both"),
+            ({"targets": RawScore(), "top_k": 1}, ValueError, "`targets` or `top_k`, not both"),
+            ({"relu": 3}, ValueError, "`relu` must be None, True, False or 'negative', got 3"),
+            ({"batch_size": 0}, ValueError, "`batch_size`"),
+            ({"transform": 3}, TypeError, "`transform` must be callable, got 3"),
+            ({"weights": 3}, TypeError, "`weights` must be weights of torchvision such as .* got 3"),
+            ({"to_probabilities": lambda logits: logits[0]}, ValueError, r"keep the shape \(1, 3\) of the scores, got"),
             ({"method_kwargs": {"target_layer": "block1"}}, ValueError, "pass `target_layer` itself"),
             ({"target_layer": "block3"}, ValueError, "'block3' is not a module of Net; closest: "),
             ({"method": LeGrad, "target_layer": None}, TypeError, "`target_layer` must name the transformer block"),
@@ -424,6 +460,17 @@ class TestWrittenWhole:
             part.write_text("new")
             assert path.read_text() == "old"
         assert path.read_text() == "new"
+        assert list(tmp_path.iterdir()) == [path]
+
+    def test_two_at_once_do_not_share_a_neighbour(self, tmp_path: Path) -> None:
+        path = tmp_path / "file.txt"
+        with written_whole(path) as outer:
+            outer.write_text("outer")
+            with written_whole(path) as inner:
+                assert inner != outer
+                inner.write_text("inner")
+            assert path.read_text() == "inner"
+        assert path.read_text() == "outer"
         assert list(tmp_path.iterdir()) == [path]
 
     def test_parent_that_is_a_file(self, tmp_path: Path) -> None:

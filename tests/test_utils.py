@@ -1,9 +1,12 @@
+import re
+
 import numpy as np
 import pytest
+import torch
 from matplotlib.colors import ListedColormap
 from PIL import Image
 
-from torchcam.utils import overlay_mask
+from torchcam.utils import colormap_of, overlay_map, overlay_mask
 
 # Matplotlib's jet at its ends and in the middle (entry 128 of 256).
 COLD, MIDDLE, HOT = (0, 0, 128), (125, 255, 122), (128, 0, 0)
@@ -202,3 +205,32 @@ class TestArguments:
     def test_colormap_of_a_wrong_type(self) -> None:
         with pytest.raises(TypeError, match="`colormap` must be a name or a matplotlib Colormap, got int"):
             overlay_mask(self.image, self.mask, colormap=3)
+
+
+class TestOverlayMap:
+    def test_numbers_of_any_kind_are_drawn_as_a_mask_is(self) -> None:
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8))
+        values = np.random.default_rng(1).random((3, 4))
+        expected = overlay_mask(image, Image.fromarray(values.astype(np.float32)), "jet", 0.3)
+        for given in (values, values.tolist(), torch.from_numpy(values)):
+            assert np.array_equal(np.array(overlay_map(image, given, "jet", 0.3)), np.array(expected))
+
+    def test_signed_maps_have_their_middle_at_zero(self) -> None:
+        row = pixels(overlay_map(Image.new("L", (3, 1)), [[-1.0, 0.0, 1.0]], "gray", 0, signed=True))[0]
+        assert row == [(0, 0, 0), (128, 128, 128), (255, 255, 255)]
+
+    def test_the_signed_default_leaves_the_image_alone_at_zero(self) -> None:
+        image = Image.new("RGB", (3, 1), (10, 20, 30))
+        against, nothing, for_it = pixels(overlay_map(image, [[-1.0, 0.0, 1.0]], alpha=0, signed=True))[0]
+        assert nothing == (10, 20, 30)
+        assert against == (59, 76, 192)  # the ends of matplotlib's coolwarm
+        assert for_it == (180, 4, 38)
+
+    def test_defaults(self) -> None:
+        assert pixels(overlay_map(Image.new("L", (2, 1)), [[0.0, 1.0]], alpha=0))[0] == [(68, 1, 84), (253, 231, 37)]
+        assert colormap_of("jet", signed=True).name == "jet"
+
+    @pytest.mark.parametrize("shape", [(3,), (1, 2, 2), (0, 2)])
+    def test_what_is_no_map(self, shape: tuple[int, ...]) -> None:
+        with pytest.raises(ValueError, match=re.escape(f"(height, width), got shape {shape}")):
+            overlay_map(Image.new("L", (2, 2)), np.zeros(shape))

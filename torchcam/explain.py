@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
-import json
-import math
-import operator
-import os
 import platform
-import shutil
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
 import numpy as np
 import torch
@@ -22,156 +17,86 @@ from PIL import Image
 from torch import Tensor, nn
 
 from torchcam import __version__
+from torchcam._choice import Choice, as_class_names
+from torchcam._explanation import Explanations, MethodMaps, PredictionExplanation, plain
+from torchcam._files import written_whole
+from torchcam._inputs import Inputs, read_inputs
+from torchcam._methods import CALL_OPTIONS, as_method, by_method, takes
 from torchcam._passes import untouched
-from torchcam._tensors import to_float
+from torchcam._tensors import over_channels, to_float
 from torchcam.layers import TargetLayer
 from torchcam.methods import GradCAM
 from torchcam.methods._replay import positive_integer
 from torchcam.methods.core import plain_tensors
-from torchcam.targets import read_logits
-from torchcam.utils import overlay_mask
+from torchcam.targets import Selector, read_logits
 
-__all__ = ["PredictionExplanation", "explain", "explain_classes", "written_whole"]
+if TYPE_CHECKING:
+    from torchcam.trust import TrustReport
+
+__all__ = ["Explanations", "MethodMaps", "PredictionExplanation", "explain", "explain_classes", "written_whole"]
+
+Method = type[Any] | str
+Layers = TargetLayer | Sequence[TargetLayer] | None
 
 
-@dataclass(frozen=True, eq=False)
-class PredictionExplanation:
-    """What a model said of one input, and which regions made it say so. All tensors are on the CPU.
+class _Options(TypedDict, total=False):
+    """The keyword arguments of `explain`."""
 
-    Attributes:
-        logits: the class scores, (1, classes)
-        predicted_class_idx: the class with the highest score
-        expected_class_idx: the class that was expected, if one was named
-        cams: the maps of the predicted class, and of the expected one: class index to one map (*spatial) in [0, 1] per
-            target layer (methods that merge layers: one in all)
-        method: the name of the method's class
-        target_layers: the names of the target layers
-        model: the name of the model's class, with its module
-        input_shape: the shape of the input, (1, C, *spatial)
-        versions: the versions of Python, torch and torchcam
-        class_names: the names of the classes, if they were given
-        method_kwargs: the arguments of the method, as plain values
-    """
+    expected_class_idx: Any
+    class_names: Sequence[str] | None
+    method: Method | Sequence[Method] | Mapping[str, Method]
+    target_layer: Layers | Mapping[Any, Layers]
+    method_kwargs: Mapping[Any, Any] | None
+    top_k: int | None
+    class_idx: Any
+    targets: Any
+    relu: bool | Literal["negative"] | None
+    transform: Any
+    weights: Any
+    image: Any
+    to_probabilities: Callable[[Tensor], Tensor] | None
+    batch_size: int
 
-    logits: Tensor
-    predicted_class_idx: int
-    expected_class_idx: int | None
-    cams: Mapping[int, tuple[Tensor, ...]]
-    method: str
-    target_layers: tuple[str, ...]
-    model: str
-    input_shape: tuple[int, ...]
-    versions: Mapping[str, str]
-    class_names: tuple[str, ...] | None = None
-    method_kwargs: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
-    def save(self, directory: str | Path, image: Image.Image, alpha: float = 0.5) -> Path:
-        """Write the explanation into a directory of its own, all of it or nothing.
+@overload
+def explain(
+    model: nn.Module, input_tensor: Tensor | str | Path | Image.Image | Mapping[str, Any], **options: Unpack[_Options]
+) -> PredictionExplanation: ...  # a batch in a tensor has the type of the sequence that it becomes only when it runs
 
-        The directory holds `image.png` (in mode `F`: `image.tiff`), for each class and layer
-        `class-<index>-layer-<number>` as `.npy` (the map), `-heatmap.png` (the map in grey) and `-overlay.png` (the map
-        over the image), and `manifest.json`, which says what was done.
 
-        Args:
-            directory: where to write; made if needed, with its parents
-            image: the image that was explained, cut as it was for the model: maps are stretched to its full size
-            alpha: the opacity of the image in the overlays, in [0, 1)
-
-        Returns:
-            the directory
-
-        Raises:
-            FileExistsError: if ``directory`` exists and is not empty
-            TypeError: if ``image`` is not a PIL image
-            ValueError: if the maps are not two-dimensional, ``alpha`` is out of range, or the image's mode unsupported
-        """
-        directory = Path(directory)
-        if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
-            raise FileExistsError(
-                f"`directory` '{directory}' exists and is not an empty directory: name another one, or remove it first"
-            )
-        if not isinstance(image, Image.Image):
-            raise TypeError(f"`image` must be a PIL image, got {type(image).__name__}")
-        shapes = {tuple(cam.shape) for maps in self.cams.values() for cam in maps}
-        if any(len(shape) != 2 for shape in shapes):
-            raise ValueError(
-                f"only maps (height, width) can be drawn over an image, these have shapes {sorted(shapes)}"
-            )
-
-        with written_whole(directory) as folder:
-            folder.mkdir()
-            picture = "image.tiff" if image.mode == "F" else "image.png"  # PNG has no floating-point pixels
-            image.save(folder / picture)
-            classes = {str(index): self._save_class(folder, index, image, alpha) for index in self.cams}
-            manifest = {
-                "schema_version": 1,
-                "prediction": self._reference(self.predicted_class_idx),
-                "expected": None if self.expected_class_idx is None else self._reference(self.expected_class_idx),
-                "classes": classes,
-                "logits": [_json_number(logit) for logit in self.logits[0].tolist()],
-                "method": self.method,
-                "method_kwargs": dict(self.method_kwargs),
-                "target_layers": list(self.target_layers),
-                "model": self.model,
-                "input_shape": list(self.input_shape),
-                "versions": dict(self.versions),
-                "image": picture,
-                "image_size": list(image.size),
-                "alpha": alpha,
-            }
-            text = json.dumps(manifest, indent=2, allow_nan=False, ensure_ascii=False)
-            (folder / "manifest.json").write_text(text + "\n", encoding="utf-8")
-        return directory
-
-    def _save_class(self, folder: Path, index: int, image: Image.Image, alpha: float) -> dict[str, Any]:
-        """Write one class's maps, and give its entry for the manifest."""
-        maps = self.cams[index]
-        layers = (
-            [[name] for name in self.target_layers] if len(maps) == len(self.target_layers) else [self.target_layers]
-        )
-        artifacts = []
-        for number, (names, cam) in enumerate(zip(layers, maps, strict=True)):
-            stem = f"class-{index}-layer-{number}"
-            values = cam.numpy().astype(np.float32)
-            grey = (255 * np.nan_to_num(values)).round().astype(np.uint8)
-            np.save(folder / f"{stem}.npy", cam.numpy(), allow_pickle=False)
-            Image.fromarray(grey).save(folder / f"{stem}-heatmap.png")
-            overlay_mask(image, Image.fromarray(values), alpha=alpha).save(folder / f"{stem}-overlay.png")
-            artifacts.append(
-                {
-                    "target_layers": list(names),
-                    "map": f"{stem}.npy",
-                    "heatmap": f"{stem}-heatmap.png",
-                    "overlay": f"{stem}-overlay.png",
-                }
-            )
-        logits = self.logits[0].double()
-        return {
-            **self._reference(index),
-            "logit": _json_number(logits[index].item()),
-            "probability": _json_number(logits.softmax(0)[index].item()),
-            "artifacts": artifacts,
-        }
-
-    def _reference(self, index: int) -> dict[str, Any]:
-        return {"class_idx": index, "class_name": None if self.class_names is None else self.class_names[index]}
+@overload
+def explain(
+    model: nn.Module, input_tensor: Sequence[Any] | np.ndarray[Any, Any], **options: Unpack[_Options]
+) -> Explanations: ...
 
 
 def explain(
     model: nn.Module,
-    input_tensor: Tensor,
+    input_tensor: Any,
     *,
-    expected_class_idx: int | None = None,
+    expected_class_idx: Any = None,
     class_names: Sequence[str] | None = None,
-    method: type[Any] = GradCAM,
-    target_layer: TargetLayer | Sequence[TargetLayer] | None = None,
-    method_kwargs: Mapping[str, Any] | None = None,
-    top_k: int = 1,
-) -> PredictionExplanation:
-    """Explain what a classifier predicts for one input.
+    method: Method | Sequence[Method] | Mapping[str, Method] = GradCAM,
+    target_layer: Layers | Mapping[Any, Layers] = None,
+    method_kwargs: Mapping[Any, Any] | None = None,
+    top_k: int | None = None,
+    class_idx: Any = None,
+    targets: Any = None,
+    relu: bool | Literal["negative"] | None = None,
+    transform: Any = None,
+    weights: Any = None,
+    image: Any = None,
+    to_probabilities: Callable[[Tensor], Tensor] | None = None,
+    batch_size: int = 32,
+) -> PredictionExplanation | Explanations:
+    """Explain what a model predicts for one input, or for each of a batch.
 
-    The model runs in evaluation mode and without gradients below the target layer, and is left as it was. All classes
-    share one forward pass; the method adds its own cost for each, and the search for a default layer one pass.
+    The model runs in evaluation mode and without gradients below the target layers, and is left as it was. All classes
+    and methods share one forward pass; each method adds its own cost for each class, and one pass if it has to search
+    for its default layer. The result shows itself in a notebook.
+
+    An image becomes a tensor by ``transform``, or that of ``weights``, or, for a model of timm, the one it was trained
+    with. There is no other default: an image that is prepared in the wrong way is explained in the wrong way.
 
     Example:
         >>> from torchcam.demo import CLASS_NAMES, load_model, sample_images
@@ -179,64 +104,179 @@ def explain(
         >>> sample = sample_images()[0]
         >>> result = explain(load_model(), sample.to_tensor(), class_names=CLASS_NAMES, target_layer="layer4")
         >>> folder = result.save("explanation", sample.image)  # doctest: +SKIP
+        >>> several = explain(load_model(), sample.to_tensor(), method=["GradCAM", "LayerCAM"], class_idx=sample.labels)
+        >>> several.methods, list(several.cams) == list(sample.labels)
+        (('GradCAM', 'LayerCAM'), True)
 
     Args:
-        model: the classifier
-        input_tensor: one input as the model takes it, (1, C, *spatial)
-        expected_class_idx: a class to explain beside the predicted one, say, the true one
-        class_names: the names of all classes, in the order of the scores
-        method: the class of the method
-        target_layer: the layer(s) to look at, as the method takes them
-        method_kwargs: further arguments of the method
-        top_k: how many classes with the highest scores are explained, the predicted one first
+        model: the model
+        input_tensor: one input as the model takes it, (1, C, *spatial), or a batch (N, C, *spatial); or an image: the
+            path of a file, a PIL image, or an array (height, width[, channels]) of bytes or of floats in [0, 1]; or a
+            list of images, or of tensors (C, *spatial); or the model's keyword arguments in a mapping
+        expected_class_idx: a class to explain beside the others, say, the true one; of a batch one for all, or a list
+            of one for each input
+        class_names: the names of all classes, in the order of the scores; by default those of ``weights``, or those
+            that a model of transformers knows
+        method: the class of the method, or its name; several in a list, or in a mapping from what each shall be called
+        target_layer: the layer(s) to look at, as the method takes them; for several methods the same, or a mapping from
+            methods to layers
+        method_kwargs: further arguments of the method: of its constructor, or of its call (``relu``,
+            ``comparison_idx``, ``eps``, ``target_shape``); of several methods, a mapping from methods to arguments
+        top_k: how many classes with the highest scores are explained, the predicted one first; 1, or 0 with
+            ``class_idx``
+        class_idx: the class to explain, or a list of several. Of a batch one for all, a list of one for each input, or
+            a list of as many for each.
+        targets: in place of classes, what to explain of any output: a callable from one sample's output to a scalar
+            (see :mod:`torchcam.targets`), several in a mapping from their names, or in a list: of one input's several
+            targets, of a batch's one for each input
+        relu: True for the evidence for the classes, ``"negative"`` for that against them, False for both in signed
+            maps; None for what each method does by itself
+        transform: function from a PIL image to a tensor (C, *spatial), or an image processor of transformers. The image
+            that is shown is the model's view, with the transform's normalisation undone where it can be found.
+        weights: weights of torchvision, or their name: their transform is taken, and the names of the classes
+        image: what to show in place of the model's view: an image as above, or a list of one for each input
+        to_probabilities: function from the scores (N, classes) to the probabilities that are shown: softmax by default;
+            ``torch.sigmoid`` where classes do not exclude each other. A single score is shown as it is.
+        batch_size: largest number of inputs in one forward pass
 
     Returns:
-        the scores, the maps and how they were made
+        the scores, the maps and how they were made; of a batch or a list, a sequence of as many
 
     Raises:
+        FileNotFoundError: if there is no file of that name
         TypeError: if an argument has the wrong type
-        ValueError: if ``input_tensor`` is not one sample, a class does not exist, there are fewer than ``top_k``,
-            ``class_names`` has the wrong length, the scores are not (1, classes) or not finite, or the method cannot
-            handle the model
+        ValueError: if ``input_tensor`` is no input, or an image without a known ``transform``; a class does not exist,
+            there are fewer than ``top_k``, ``class_names`` has the wrong length, the scores are not (N, classes) or not
+            finite, or a method cannot handle the model
     """
-    positive_integer("top_k", top_k)
-    expected = _as_index(expected_class_idx)
-    names = _as_class_names(class_names)
-
-    def choose(logits: Tensor) -> list[int]:
-        num_classes = logits.shape[1]
-        if names is not None and len(names) != num_classes:
-            raise ValueError(
-                f"`class_names` has {len(names)} names, but the model gives scores of {num_classes} classes"
-            )
-        if expected is not None and not 0 <= expected < num_classes:
-            raise ValueError(
-                f"`expected_class_idx` must lie between 0 and {num_classes - 1} for a model with {num_classes} "
-                f"classes, got {expected}"
-            )
-        if top_k > num_classes:
-            raise ValueError(f"`top_k` must lie between 1 and the {num_classes} classes of the model, got {top_k}")
-        highest: list[int] = logits[0].topk(top_k).indices.tolist()
-        return highest if expected is None else [*highest, expected]
-
-    logits, cams, extractor = explain_classes(
-        model, input_tensor, choose, method=method, target_layer=target_layer, method_kwargs=method_kwargs
-    )
-    return PredictionExplanation(
-        logits=logits.cpu(),
-        predicted_class_idx=next(iter(cams)),
-        expected_class_idx=expected,
-        cams=MappingProxyType({index: tuple(cam[0].cpu() for cam in maps) for index, maps in cams.items()}),
-        method=method.__name__,
-        target_layers=tuple(extractor.target_names),
-        model=f"{type(model).__module__}.{type(model).__qualname__}",
-        input_shape=tuple(input_tensor.shape),
-        versions=MappingProxyType(
+    if top_k is not None:
+        positive_integer("top_k", top_k)
+    positive_integer("batch_size", batch_size)
+    recipes = _as_recipes(method, target_layer, method_kwargs, relu)
+    names = as_class_names(class_names)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
+    model = getattr(model, "_orig_mod", model)  # what `torch.compile` was given: compiled code runs no hooks
+    with plain_tensors():
+        inputs = read_inputs(model, input_tensor, transform, weights, image)
+    names = inputs.class_names if names is None else names
+    count = len(inputs.tensor)
+    choice = Choice(count, inputs.is_batch, class_idx, expected_class_idx, top_k, targets, names)
+    about: dict[str, Any] = {
+        "model": f"{type(model).__module__}.{type(model).__qualname__}",
+        "input_shape": (1, *inputs.tensor.shape[1:]),
+        "versions": MappingProxyType(
             {"python": platform.python_version(), "torch": str(torch.__version__), "torchcam": __version__}
         ),
-        class_names=names,
-        method_kwargs=MappingProxyType({name: _plain(value) for name, value in (method_kwargs or {}).items()}),
+        "class_names": names,
+    }
+    found: list[PredictionExplanation] = []
+    with _extractors(model, recipes, tuple(inputs.tensor.shape[1:])) as extractors:
+        step = batch_size if inputs.kwargs is None else count
+        for start in range(0, count, step):
+            samples = slice(start, min(start + step, count))
+            answers = _explained(model, inputs, samples, choice, recipes, extractors)
+            for number, (answer, results) in enumerate(answers, start):
+                first = next(iter(results.values()))
+                found.append(
+                    PredictionExplanation(
+                        logits=answer.logits,
+                        predicted_class_idx=answer.predicted,
+                        expected_class_idx=choice.expected[number],
+                        cams=first.cams,
+                        method=first.method,
+                        target_layers=first.target_layers,
+                        method_kwargs=first.method_kwargs,
+                        results=MappingProxyType(results),
+                        image=inputs.pictures[number],
+                        probabilities=_probabilities(answer.logits, to_probabilities),
+                        scores=MappingProxyType(answer.scores),
+                        _try_out=_trial_of(model, recipes, inputs, number, results, to_probabilities, names),
+                        **about,
+                    )
+                )
+    return Explanations(found) if inputs.is_batch else found[0]
+
+
+def _trial_of(
+    model: nn.Module,
+    recipes: Sequence[_Recipe],
+    inputs: Inputs,
+    number: int,
+    results: Mapping[str, MethodMaps],
+    to_probabilities: Callable[[Tensor], Tensor] | None,
+    class_names: Sequence[str] | None,
+) -> _Trial | None:
+    """Give what tries out the maps of one input, by the same methods on the same layers; it keeps that input alone."""
+    if inputs.kwargs is not None:
+        return None
+    layers: dict[str, Any] = {}
+    classes: dict[str, Method] = {}
+    for recipe in recipes:
+        classes.setdefault(recipe.method.__name__, recipe.method)
+        found = list(results[recipe.name].target_layers)
+        layers.setdefault(recipe.method.__name__, None if found == ["input"] else found)
+    first = next(iter(layers.values()))
+    if len(layers) == 1:
+        for other in ("GradCAM", "LayerCAM", "ReciproCAM"):
+            layers.setdefault(other, first)
+            classes.setdefault(other, other)
+    picture = inputs.pictures[number]
+    return _Trial(
+        weakref.ref(model),
+        inputs.tensor[number : number + 1].detach().clone(),  # a view would hold on to the batch
+        {
+            "methods": list(classes.values()),
+            "target_layer": layers,
+            "method_kwargs": {recipe.method.__name__: dict(recipe.options) for recipe in reversed(recipes)},
+            "call_kwargs": {recipe.method.__name__: dict(recipe.call_options) for recipe in reversed(recipes)},
+            "images": None if picture is None else [picture],
+            "class_names": class_names,
+            "to_probabilities": to_probabilities,
+        },
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Trial:
+    """Tries out the maps of one input as long as there is the model, of which it holds nothing; a pickle leaves it out.
+
+    Attributes:
+        model: a reference to the model that does not keep it
+        image: the input, (1, C, *spatial)
+        settings: the arguments of the report
+    """
+
+    model: Callable[[], nn.Module | None]
+    image: Tensor
+    settings: Mapping[str, Any]
+
+    def __call__(self, **options: Any) -> TrustReport:
+        model = self.model()
+        if model is None:
+            raise RuntimeError(
+                "the model that was explained is gone, an explanation does not hold on to it: keep it in a variable, "
+                "or call `torchcam.trust.trust(model, input_tensor)`"
+            )
+        from torchcam.trust import trust  # what it measures with takes long to import
+
+        settings = dict(self.settings)
+        if "methods" in options:
+            given = options["methods"]
+            asked = [as_method(one, "methods") for one in ([given] if isinstance(given, (str, type)) else given)]
+            names = [one.__name__ for one in asked]
+            layers = settings["target_layer"]
+            first = next(iter(layers.values()))
+            settings["target_layer"] = {name: layers.get(name, first) for name in names}
+            for argument in ("method_kwargs", "call_kwargs"):
+                settings[argument] = {name: settings[argument].get(name, {}) for name in names}
+        return trust(model, self.image, **{**settings, **options})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Trial:
+        return self
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return type(None), ()
 
 
 def explain_classes(
@@ -245,7 +285,7 @@ def explain_classes(
     choose: Callable[[Tensor], Iterable[int]],
     *,
     method: type[Any] = GradCAM,
-    target_layer: TargetLayer | Sequence[TargetLayer] | None = None,
+    target_layer: Layers = None,
     method_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[Tensor, dict[int, list[Tensor]], Any]:
     """Run a classifier once on one input, and explain the classes that are chosen by its scores.
@@ -266,11 +306,7 @@ def explain_classes(
         TypeError: if an argument has the wrong type
         ValueError: if ``input_tensor`` is not one sample, or the scores are not (1, classes) or not finite
     """
-    options = dict(method_kwargs or {})
-    if not (isinstance(method, type) and hasattr(method, "fuse_cams") and _takes(method.__call__, "class_idx")):
-        raise TypeError(f"`method` must be a CAM class such as GradCAM, got {method!r}")
-    if "target_layer" in options:
-        raise ValueError("`method_kwargs` holds 'target_layer': pass `target_layer` itself")
+    recipes = _as_recipes(method, target_layer, method_kwargs, None)
     if not isinstance(input_tensor, Tensor):
         raise TypeError(f"`input_tensor` must be a tensor, got {type(input_tensor).__name__}")
     if input_tensor.ndim < 3 or len(input_tensor) != 1:
@@ -278,88 +314,236 @@ def explain_classes(
             f"`input_tensor` must be one sample with its batch dimension, (1, C, *spatial), got shape "
             f"{tuple(input_tensor.shape)}"
         )
-    if _takes(method, "input_shape"):
-        options.setdefault("input_shape", tuple(input_tensor.shape[1:]))
-    with plain_tensors(), method(model, target_layer=target_layer, **options) as extractor:
-        watching = getattr(extractor, "base_cam", extractor)
-        with untouched(model, recorder=watching):
-            output = model(input_tensor)
-            logits = to_float(read_logits(output).detach()).clone()
-            if logits.ndim != 2 or len(logits) != 1:
-                raise ValueError(
-                    f"the model must give class scores of shape (1, classes), got {tuple(logits.shape)}; for other "
-                    "outputs call the method itself with `targets`"
-                )
-            if not logits.max().isfinite():
-                raise ValueError("the model's scores are NaN or infinite: there is no class to explain")
-            again = {"retain_graph": True} if getattr(watching, "_uses_gradients", False) else {}
-            cams = {index: extractor(index, output, **again) for index in dict.fromkeys(choose(logits))}
-    return logits, cams, extractor
+    with (
+        _extractors(model, recipes, tuple(input_tensor.shape[1:])) as extractors,
+        untouched(model, recorder=_watching(extractors)),
+    ):
+        output = model(input_tensor)
+        logits = _class_scores(output, 1)
+        chosen = dict.fromkeys(choose(logits))
+        cams = {index: recipes[0].maps(extractors[0], output, {"class_idx": index}) for index in chosen}
+    return logits, cams, extractors[0]
+
+
+# Which methods.
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """How one method is to be run.
+
+    Attributes:
+        name: what it is called
+        method: its class
+        target_layer: the layers, as it takes them
+        options: the arguments of its constructor
+        call_options: the arguments of its call
+    """
+
+    name: str
+    method: type[Any]
+    target_layer: Any
+    options: Mapping[str, Any]
+    call_options: Mapping[str, Any]
+
+    def make(self, model: nn.Module, input_shape: tuple[int, ...]) -> Any:
+        """Put the method on a model."""
+        options = dict(self.options)
+        if takes(self.method, "input_shape"):
+            options.setdefault("input_shape", input_shape)
+        return self.method(model, target_layer=self.target_layer, **options)
+
+    def maps(self, extractor: Any, output: Any, asked: Mapping[str, Any]) -> list[Tensor]:
+        """Compute maps, and keep the graph for whoever comes next."""
+        again = {"retain_graph": True} if getattr(_watched(extractor), "_uses_gradients", False) else {}
+        maps: list[Tensor] = extractor(scores=output, **asked, **again, **self.call_options)
+        return maps
+
+    @property
+    def signed(self) -> bool:
+        """Whether the maps have negative values."""
+        return self.call_options.get("relu") is False
+
+
+def _as_recipes(method: Any, target_layer: Any, method_kwargs: Any, relu: Any) -> list[_Recipe]:
+    """Check what is said of the methods, and sort it by method."""
+    several = isinstance(method, (list, tuple, Mapping))
+    classes = [
+        as_method(one) for one in (method.values() if isinstance(method, Mapping) else method if several else [method])
+    ]
+    labels = [str(label) for label in method] if isinstance(method, Mapping) else [one.__name__ for one in classes]
+    if not labels:
+        raise ValueError("`method` names no method")
+    twice = next((label for label in labels if labels.count(label) > 1), None)
+    if twice is not None:
+        raise ValueError(
+            f"`method` names {twice} more than once: tell them apart in a mapping such as "
+            f"{{'{twice} A': {twice}, '{twice} B': {twice}}}"
+        )
+    layers = by_method("target_layer", target_layer, labels) if isinstance(target_layer, Mapping) else {}
+    if method_kwargs is not None and not isinstance(method_kwargs, Mapping):
+        raise TypeError(f"`method_kwargs` must be a mapping, got {type(method_kwargs).__name__}")
+    options = dict(method_kwargs or {})
+    sorted_options = by_method("method_kwargs", options, labels) if several and options else {labels[0]: options}
+    recipes = []
+    for label, one in zip(labels, classes, strict=True):
+        mine = dict(sorted_options.get(label) or {})
+        if "target_layer" in mine:
+            raise ValueError("`method_kwargs` holds 'target_layer': pass `target_layer` itself")
+        call_options = {name: mine.pop(name) for name in CALL_OPTIONS & mine.keys()}
+        if relu is not None:
+            call_options.setdefault("relu", relu)
+        layer = layers.get(label) if isinstance(target_layer, Mapping) else target_layer
+        recipes.append(_Recipe(label, one, layer, mine, call_options))
+    return recipes
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Give a temporary neighbour of ``path`` to write a file or directory to, moved to its place at the end.
+def _extractors(model: nn.Module, recipes: Sequence[_Recipe], input_shape: tuple[int, ...]) -> Iterator[list[Any]]:
+    """Put the methods on a model inside the block."""
+    with plain_tensors(), ExitStack() as stack:
+        made = []
+        for recipe in recipes:
+            with _named(recipe, recipes):
+                made.append(stack.enter_context(recipe.make(model, input_shape)))
+        yield made
 
-    If the block raises, nothing of it stays. Missing parents are made.
-    """
-    missing = [parent for parent in path.parents if not parent.exists()]
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+
+@contextmanager
+def _named(recipe: _Recipe, recipes: Sequence[_Recipe]) -> Iterator[None]:
+    """Say of errors which of several methods they are from."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        if path.is_dir():  # an empty one: not every system lets a directory replace it
-            path.rmdir()
-        part.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            if part.is_dir():
-                shutil.rmtree(part)
-            else:
-                part.unlink(missing_ok=True)
-        with suppress(OSError):
-            for parent in missing:
-                parent.rmdir()
+        yield
+    except Exception as error:
+        if len(recipes) > 1:
+            error.add_note(f"This was {recipe.name}, one of the methods {', '.join(one.name for one in recipes)}.")
         raise
 
 
-def _takes(function: Callable[..., Any], argument: str) -> bool:
-    return argument in inspect.signature(function).parameters
+def _watched(extractor: Any) -> Any:
+    """Give the extractor that has the hooks: the innermost of those that wrap another."""
+    while hasattr(extractor, "base_cam"):
+        extractor = extractor.base_cam
+    return extractor
 
 
-def _as_index(expected_class_idx: Any) -> int | None:
-    if expected_class_idx is None:
-        return None
-    if isinstance(expected_class_idx, bool):
-        raise TypeError(f"`expected_class_idx` must be an integer, got the boolean {expected_class_idx!r}")
-    try:
-        return operator.index(expected_class_idx)
-    except TypeError:
-        raise TypeError(
-            f"`expected_class_idx` must be an integer, got {expected_class_idx!r} of type "
-            f"{type(expected_class_idx).__name__}"
-        ) from None
+def _watching(extractors: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(_watched(extractor) for extractor in extractors)
 
 
-def _as_class_names(class_names: Sequence[str] | None) -> tuple[str, ...] | None:
-    if class_names is None:
-        return None
-    if isinstance(class_names, str) or not all(isinstance(name, str) for name in class_names):
-        raise TypeError("`class_names` must be a sequence of strings, one per class")
-    return tuple(class_names)
+# The pass.
 
 
-def _plain(value: Any) -> Any:
-    """Give a value that JSON can hold, and that holds on to nothing: for most objects what they print."""
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, float):
-        return _json_number(value)
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value.__name__ if isinstance(value, type) else repr(value)
+@dataclass(frozen=True)
+class _Answer:
+    """What a model said of one input: its class scores (1, classes), the highest, and the scores of targets."""
+
+    logits: Tensor
+    predicted: int | None
+    scores: Mapping[str, float]
 
 
-def _json_number(number: float) -> float | None:
-    """Give a number as JSON can hold it, which knows neither NaN nor infinity."""
-    return number if math.isfinite(number) else None
+def _explained(
+    model: nn.Module,
+    inputs: Inputs,
+    samples: slice,
+    choice: Choice,
+    recipes: Sequence[_Recipe],
+    extractors: Sequence[Any],
+) -> list[tuple[_Answer, dict[str, MethodMaps]]]:
+    """Run the model once, and explain what it says of each input: by all methods, what was chosen."""
+    count = samples.stop - samples.start
+    num_spatial = inputs.tensor.ndim - 2
+    with untouched(model, recorder=_watching(extractors)):
+        output = inputs.call(model, samples)
+        if choice.targets is None:
+            logits = _class_scores(output, count)
+            keys: list[list[Any]] = list(choice.keys(logits, samples))
+            rows = zip(logits.cpu().unsqueeze(1), _predicted(logits), strict=True)
+            answers = [_Answer(row, index, {}) for row, index in rows]
+            columns = [{"class_idx": column if count > 1 else column[0]} for column in _columns(keys)]
+        else:
+            targets = choice.targets[samples]
+            keys = [list(named) for named in targets]
+            columns = [{"targets": column} for column in _columns([list(named.values()) for named in targets])]
+            answers = _answers_of_targets(output, keys, columns, choice.class_names, count)
+        results: list[dict[str, MethodMaps]] = [{} for _ in range(count)]
+        for recipe, extractor in zip(recipes, extractors, strict=True):
+            with _named(recipe, recipes):
+                maps = [_kept(recipe.maps(extractor, output, column), extractor, num_spatial) for column in columns]
+            for sample, named in enumerate(keys):
+                results[sample][recipe.name] = _method_maps(
+                    recipe, extractor, dict(zip(named, maps, strict=False)), sample
+                )
+    return list(zip(answers, results, strict=True))
+
+
+def _columns(rows: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    """Give the k-th entries of all rows for each k; a shorter row repeats its first, which nobody will read."""
+    return [[row[k] if k < len(row) else row[0] for row in rows] for k in range(max(map(len, rows)))]
+
+
+def _class_scores(output: Any, count: int) -> Tensor:
+    """Read the class scores (N, classes) off an output."""
+    logits = to_float(read_logits(output).detach()).clone()
+    if logits.ndim != 2 or len(logits) != count:
+        raise ValueError(
+            f"the model must give class scores of shape ({count}, classes), got {tuple(logits.shape)}; for other "
+            "outputs pass `targets`: say, of torchcam.targets Segmentation, BoxScores or Similarity"
+        )
+    broken = [row for row, finite in enumerate(logits.amax(1).isfinite().tolist()) if not finite]
+    if broken:
+        where = f" for the inputs {broken}" if count > 1 else ""
+        raise ValueError(f"the model's scores are NaN or infinite{where}: there is no class to explain")
+    return logits
+
+
+def _predicted(logits: Tensor) -> list[int]:
+    predicted: list[int] = logits.topk(1).indices[:, 0].tolist()
+    return predicted
+
+
+def _answers_of_targets(
+    output: Any, keys: list[list[str]], columns: list[dict[str, Any]], class_names: Any, count: int
+) -> list[_Answer]:
+    """Score the targets. The output counts as class scores where it has as many as there are names of classes."""
+    by_column = [Selector(None, column["targets"], count)(output).tolist() for column in columns]
+    scores = [{key: by_column[k][row] for k, key in enumerate(named)} for row, named in enumerate(keys)]
+    logits = None if class_names is None or isinstance(output, list) else to_float(read_logits(output).detach())
+    if logits is None or logits.shape != (count, len(class_names)):
+        return [_Answer(torch.zeros(1, 0), None, one) for one in scores]
+    rows = zip(logits.clone().cpu().unsqueeze(1), _predicted(logits), scores, strict=True)
+    return [_Answer(row, index, one) for row, index, one in rows]
+
+
+def _kept(maps: list[Tensor], extractor: Any, num_spatial: int) -> tuple[list[Tensor], Tensor]:
+    """Give the maps (N, *spatial) on the CPU, and what is drawn of them: fused."""
+    fused = extractor.fuse_cams(maps) if len(maps) > 1 else maps[0]
+    drawn = over_channels(fused) if fused.ndim - 1 > num_spatial else fused
+    return [cam.cpu() for cam in maps], drawn.cpu()
+
+
+def _method_maps(
+    recipe: _Recipe, extractor: Any, maps: Mapping[Any, tuple[list[Tensor], Tensor]], sample: int
+) -> MethodMaps:
+    """Take one input's maps out of those of a batch."""
+    options = {**recipe.options, **recipe.call_options}
+    return MethodMaps(
+        method=recipe.method.__name__,
+        target_layers=tuple(extractor.target_names),
+        method_kwargs=MappingProxyType({name: plain(value) for name, value in options.items()}),
+        cams=MappingProxyType({key: tuple(cam[sample].clone() for cam in layers) for key, (layers, _) in maps.items()}),
+        fused=MappingProxyType({key: fused[sample].clone() for key, (_, fused) in maps.items()}),
+        signed=recipe.signed,
+    )
+
+
+def _probabilities(logits: Tensor, function: Callable[[Tensor], Tensor] | None) -> Tensor | None:
+    """Turn scores (1, classes) into probabilities; a single score is none without a function."""
+    if function is None:
+        return logits.double().softmax(1) if logits.shape[1] > 1 else None
+    probabilities = function(logits) if logits.shape[1] else None
+    if probabilities is not None and (not isinstance(probabilities, Tensor) or probabilities.shape != logits.shape):
+        found = tuple(probabilities.shape) if isinstance(probabilities, Tensor) else type(probabilities).__name__
+        raise ValueError(f"`to_probabilities` must keep the shape {tuple(logits.shape)} of the scores, got {found}")
+    return probabilities

@@ -11,9 +11,15 @@ from PIL import Image
 
 if TYPE_CHECKING:
     from matplotlib.colors import Colormap
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["overlay_mask"]
+__all__ = ["COLORMAP", "SIGNED_COLORMAP", "overlay_map", "overlay_mask"]
+
+COLORMAP = "viridis"
+"""The default colormap of maps in [0, 1]: equal steps look equal, also in grey and to colour-blind eyes."""
+
+SIGNED_COLORMAP = "coolwarm"
+"""The colormap of signed maps: blue is against, red is for; what is near zero is left transparent."""
 
 # The value of full intensity, for each greyscale mode of Pillow that has one meaning.
 _FULL_SCALE = {"1": 1, "L": 255, "F": 1, "I;16": 65535, "I;16L": 65535, "I;16B": 65535, "I;16N": 65535}
@@ -65,14 +71,71 @@ def overlay_mask(
 
     background = _read_background(img)  # (H, W, 3)
     values = _resize(_read_mask(mask), img.size)  # (H, W)
-    colors = _ensure_colormap(colormap)(values).astype(np.float32)  # (H, W, 4), in [0, 1]
+    colors = find_colormap(colormap)(values).astype(np.float32)  # (H, W, 4), in [0, 1]
     opacity = (1 - float(alpha)) * colors[..., 3:]
     blend = background + opacity * (255 * colors[..., :3] - background)
     return Image.fromarray(np.rint(blend).astype(np.uint8))
 
 
-def _ensure_colormap(colormap: str | Colormap) -> Colormap:
-    """Look a colormap up by name, or return it as it is."""
+def overlay_map(
+    img: Image.Image,
+    values: ArrayLike,
+    colormap: str | Colormap | None = None,
+    alpha: float = 0.5,
+    *,
+    signed: bool = False,
+) -> Image.Image:
+    """Draw a map of numbers over an image, as :func:`overlay_mask` does.
+
+    Example:
+        >>> from PIL import Image
+        >>> from torchcam.utils import overlay_map
+        >>> image = Image.new("RGB", (4, 2), "white")
+        >>> overlay_map(image, [[-1.0, 0.0, 1.0]], signed=True).size
+        (4, 2)
+
+    Args:
+        img: the image below, see :func:`overlay_mask`.
+        values: the map (height, width): an array, a tensor on the CPU, or lists of numbers. In [0, 1]; in [-1, 1] if it
+            is `signed`. Values outside take the nearest end.
+        colormap: a matplotlib colormap, or the name of one; by default :data:`COLORMAP`, and for signed maps
+            :data:`SIGNED_COLORMAP`, transparent at zero. A diverging one has its middle at zero.
+        alpha: the opacity of `img`, in [0, 1).
+        signed: whether the map has negative values.
+
+    Returns:
+        An RGB image of the size of `img`.
+
+    Raises:
+        TypeError: see :func:`overlay_mask`.
+        ValueError: if `values` is not two-dimensional; and see :func:`overlay_mask`.
+    """
+    numbers = np.asarray(values, dtype=np.float32)
+    if numbers.ndim != 2 or not numbers.size:
+        raise ValueError(f"`values` must be a map (height, width), got shape {numbers.shape}")
+    mask = Image.fromarray((numbers + 1) / 2 if signed else numbers)
+    return overlay_mask(img, mask, colormap_of(colormap, signed), alpha)
+
+
+def colormap_of(colormap: str | Colormap | None, signed: bool) -> Colormap:
+    """Look a colormap up; None for the default of maps in [0, 1], or of signed ones: the latter, transparent at 0."""
+    if colormap is not None or not signed:
+        return find_colormap(COLORMAP if colormap is None else colormap)
+    from matplotlib.colors import ListedColormap
+
+    steps = np.linspace(-1, 1, 255)  # an odd number: zero has an entry of its own
+    colors = find_colormap(SIGNED_COLORMAP)((steps + 1) / 2)
+    colors[:, 3] = np.minimum(1, 1.5 * np.abs(steps))
+    return ListedColormap(colors, name=f"{SIGNED_COLORMAP}, transparent at 0")
+
+
+def find_colormap(colormap: str | Colormap) -> Colormap:
+    """Look a colormap up by name, or return it as it is.
+
+    Raises:
+        TypeError: if it is neither a name nor a colormap.
+        ValueError: if no colormap has that name.
+    """
     import matplotlib
     from matplotlib.colors import Colormap
 

@@ -1,0 +1,165 @@
+"""What is explained of each input: classes by their numbers or their scores, or targets."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .targets import OutputTarget
+
+__all__ = ["Choice", "as_class_names"]
+
+
+class Choice:
+    """What is explained of each input.
+
+    Args:
+        count: the number of inputs
+        is_batch: whether they are a batch, if only of one
+        class_idx: the classes, see `explain`
+        expected_class_idx: the expected classes
+        top_k: how many classes with the highest scores
+        targets: the targets in place of classes
+        class_names: the names of the classes, if they are known
+    """
+
+    def __init__(
+        self,
+        count: int,
+        is_batch: bool,
+        class_idx: Any,
+        expected_class_idx: Any,
+        top_k: int | None,
+        targets: Any,
+        class_names: tuple[str, ...] | None,
+    ) -> None:
+        self.class_names = class_names
+        self.expected = _per_input("expected_class_idx", expected_class_idx, count)
+        self.classes = _classes_per_input(class_idx, count, is_batch)
+        self.top_k = top_k if top_k is not None else int(class_idx is None)
+        self.targets = None if targets is None else _targets_per_input(targets, count, is_batch)
+        if targets is not None:
+            for name, given in (("class_idx", class_idx), ("expected_class_idx", expected_class_idx), ("top_k", top_k)):
+                if given is not None:
+                    raise ValueError(f"give `targets` or `{name}`, not both: targets take the place of classes")
+
+    def keys(self, logits: Tensor, samples: slice) -> list[list[int]]:
+        """Give the classes to explain of each input in ``samples``, by their scores (n, classes)."""
+        num_classes = logits.shape[1]
+        if self.class_names is not None and len(self.class_names) != num_classes:
+            raise ValueError(
+                f"`class_names` has {len(self.class_names)} names, but the model gives scores of {num_classes} classes"
+                "; the names may be those of `weights`: then pass `transform=weights.transforms()` in their place"
+            )
+        if self.top_k > num_classes:
+            raise ValueError(f"`top_k` must lie between 1 and the {num_classes} classes of the model, got {self.top_k}")
+        highest = logits.topk(max(self.top_k, 1)).indices.tolist()
+        chosen = []
+        for best, named, expected in zip(highest, self.classes[samples], self.expected[samples], strict=True):
+            for argument, indices in (("class_idx", named), ("expected_class_idx", [expected])):
+                wrong = [index for index in indices if index is not None and not 0 <= index < num_classes]
+                if wrong:
+                    raise ValueError(
+                        f"`{argument}` must lie between 0 and {num_classes - 1} for a model with {num_classes} "
+                        f"classes, got {wrong[0]}"
+                    )
+            extra = [] if expected is None else [expected]
+            chosen.append(list(dict.fromkeys([*best[: self.top_k], *named, *extra])))
+        return chosen
+
+
+def _per_input(argument: str, given: Any, count: int) -> list[int | None]:
+    """Read one class for all inputs, or a list of one (or None) for each."""
+    given = given.tolist() if isinstance(given, Tensor) and given.ndim else given
+    if not isinstance(given, (list, tuple)):
+        return [_as_index(argument, given)] * count
+    if len(given) != count:
+        raise ValueError(f"`{argument}` must be one class, or one for each of the {count} inputs, got {len(given)}")
+    return [_as_index(argument, one) for one in given]
+
+
+def _classes_per_input(given: Any, count: int, is_batch: bool) -> list[list[int]]:
+    """Read a class for all inputs; one or several for each; for a single input, several."""
+    if given is None:
+        return [[]] * count
+    given = given.tolist() if isinstance(given, Tensor) or hasattr(given, "tolist") else given
+    if not isinstance(given, (list, tuple, range)):
+        return [_indices([given])] * count
+    nested = any(isinstance(one, (list, tuple, range)) for one in given)
+    if not is_batch and not nested:
+        return [_indices(given)]
+    if len(given) != count:
+        raise ValueError(
+            f"`class_idx` of a batch must be one class, or a list of one (or of a list of several) for each of the "
+            f"{count} inputs, got {len(given)}"
+        )
+    return [_indices(one if isinstance(one, (list, tuple, range)) else [one]) for one in given]
+
+
+def _indices(values: Iterable[Any]) -> list[int]:
+    found = [_as_index("class_idx", value) for value in values]
+    if not found or None in found:
+        raise ValueError("`class_idx` names no class; leave it out to explain the predicted one")
+    return [index for index in found if index is not None]
+
+
+def _targets_per_input(given: Any, count: int, is_batch: bool) -> list[dict[str, OutputTarget]]:
+    """Read one target for all inputs, several by their names, or a list: of one input's, or of one for each."""
+    if isinstance(given, Mapping) or callable(given):
+        return [_named_targets(given)] * count
+    if not isinstance(given, (list, tuple)):
+        raise TypeError(f"`targets` must be callable, got {given!r} of type {type(given).__name__}")
+    if not is_batch:
+        return [_named_targets(given)]
+    if len(given) != count:
+        raise ValueError(
+            f"`targets` of a batch must be one callable, a mapping, or one for each of the {count} inputs, got "
+            f"{len(given)}"
+        )
+    return [_named_targets(one) for one in given]
+
+
+def _named_targets(given: Any) -> dict[str, OutputTarget]:
+    if isinstance(given, Mapping):
+        named = {str(name): target for name, target in given.items()}
+    else:
+        several = list(given) if isinstance(given, (list, tuple)) else [given]
+        names = [_name_of_target(target) for target in several]
+        named = {
+            name if names.count(name) == 1 else f"{name} {names[:place].count(name) + 1}": target
+            for place, (name, target) in enumerate(zip(names, several, strict=True))
+        }
+    if not named:
+        raise ValueError("`targets` names no target")
+    for target in named.values():
+        if not callable(target):
+            raise TypeError(f"`targets` must be callable, got {target!r} of type {type(target).__name__}")
+    return named
+
+
+def _name_of_target(target: Any) -> str:
+    name = getattr(target, "__name__", type(target).__name__)
+    class_idx = getattr(target, "class_idx", None)
+    return name if class_idx is None else f"{name}({class_idx})"
+
+
+def _as_index(argument: str, value: Any) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool):
+        raise TypeError(f"`{argument}` must be an integer, got the boolean {value!r}")
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"`{argument}` must be an integer, got {value!r} of type {type(value).__name__}") from None
+
+
+def as_class_names(class_names: Sequence[str] | None) -> tuple[str, ...] | None:
+    if class_names is None:
+        return None
+    if isinstance(class_names, str) or not all(isinstance(name, str) for name in class_names):
+        raise TypeError("`class_names` must be a sequence of strings, one per class")
+    return tuple(class_names)

@@ -1,0 +1,654 @@
+"""What an explanation is, and how it is looked at and kept."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from . import _figures, _page
+from ._figures import Cell, Row, Sheet
+from ._files import written_whole
+from ._inputs import as_rgb, read_picture
+from ._tensors import resize
+from .utils import overlay_map
+
+if TYPE_CHECKING:
+    from matplotlib.colors import Colormap
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+
+__all__ = ["Explanations", "MethodMaps", "PredictionExplanation", "plain"]
+
+SHOWN = 8  # inputs of a batch that a notebook shows
+TINY = 112  # pictures with less on their longest side are enlarged, so that maps over them are smooth
+
+
+@dataclass(frozen=True, eq=False)
+class MethodMaps:
+    """The maps that one method made of one input.
+
+    Attributes:
+        method: the name of the method's class
+        target_layers: the names of the target layers
+        method_kwargs: the arguments of the method, as plain values
+        cams: class index (or name of a target) to one map (*spatial) per target layer (methods that merge layers: one
+            in all)
+        fused: class index (or name of a target) to what is drawn: one map (*spatial), fused from those of all layers
+        signed: whether the maps are in [-1, 1], negative where the evidence is against, rather than in [0, 1]
+    """
+
+    method: str
+    target_layers: tuple[str, ...]
+    method_kwargs: Mapping[str, Any]
+    cams: Mapping[Any, tuple[Tensor, ...]]
+    fused: Mapping[Any, Tensor]
+    signed: bool = False
+
+    def layer_names(self, key: int | str) -> list[list[str]]:
+        """Give the layers that each map of a class was made from."""
+        layers, count = list(self.target_layers), len(self.cams[key])
+        return [[name] for name in layers] if count == len(layers) else [layers] * count
+
+    def values(self, key: int | str) -> NDArray[np.float32]:
+        """Give the map of a class as it is drawn, (height, width)."""
+        cam = self.fused[key].detach().float()
+        if cam.ndim != 2:
+            shapes = sorted({tuple(one.shape) for one in self.cams[key]})
+            raise ValueError(f"only maps (height, width) can be drawn over an image, these have shapes {shapes}")
+        return np.asarray(cam.cpu().numpy(), dtype=np.float32)
+
+    def note(self, key: int | str) -> str:
+        """Say what a picture of the map would not: that it is blank, or undefined."""
+        cam = self.fused[key]
+        if not bool(cam.isfinite().all()):
+            return "undefined (NaN)"
+        return "blank: nothing above 0" if not bool(cam.any()) else ""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PredictionExplanation:
+    """What a model said of one input, and which regions made it say so. All tensors are on the CPU.
+
+    A notebook shows it as a picture. `plot`, `overlay`, `save` and `to_html` make figures, images, files and a page.
+
+    Attributes:
+        logits: the class scores, (1, classes); (1, 0) if targets were explained and the output has no such scores
+        predicted_class_idx: the class with the highest score, None if there are no class scores
+        expected_class_idx: the class that was expected, if one was named
+        cams: the maps of the first method: class index (or name of a target) to one map (*spatial) in [0, 1] per
+            target layer (methods that merge layers: one in all)
+        method: the name of the first method's class
+        target_layers: the names of its target layers
+        model: the name of the model's class, with its module
+        input_shape: the shape of the input, (1, C, *spatial)
+        versions: the versions of Python, torch and torchcam
+        class_names: the names of the classes, if they are known
+        method_kwargs: the arguments of the first method, as plain values
+        results: the maps of every method, by its name
+        image: what the model sees, RGB; None where that is no picture
+        probabilities: the probabilities of the classes, (1, classes); None where there are none
+        scores: the scores of the targets, by their names
+    """
+
+    logits: Tensor
+    predicted_class_idx: int | None
+    expected_class_idx: int | None
+    cams: Mapping[Any, tuple[Tensor, ...]]
+    method: str
+    target_layers: tuple[str, ...]
+    model: str
+    input_shape: tuple[int, ...]
+    versions: Mapping[str, str]
+    class_names: tuple[str, ...] | None = None
+    method_kwargs: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    results: Mapping[str, MethodMaps] = field(default_factory=lambda: MappingProxyType({}))
+    image: Image.Image | None = None
+    probabilities: Tensor | None = None
+    scores: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    _try_out: Callable[..., Any] | None = None  # holds on to the input, but not to the model
+
+    def __post_init__(self) -> None:
+        if not self.results:
+            fused = {key: _fused(maps) for key, maps in self.cams.items()}
+            only = MethodMaps(self.method, self.target_layers, self.method_kwargs, self.cams, MappingProxyType(fused))
+            object.__setattr__(self, "results", MappingProxyType({self.method: only}))
+
+    # What it says.
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The names of the methods."""
+        return tuple(self.results)
+
+    @property
+    def maps(self) -> Mapping[str, Mapping[Any, tuple[Tensor, ...]]]:
+        """The maps of every method: its name to what `cams` is of the first."""
+        return MappingProxyType({name: result.cams for name, result in self.results.items()})
+
+    def name_of(self, key: int | str) -> str:
+        """Give the name of a class (or of a target), with its index."""
+        if isinstance(key, str):
+            return key
+        if self.class_names is None:
+            return f"class {key}"
+        name = self.class_names[key]
+        return name if name == str(key) else f"{name} ({key})"
+
+    def value_of(self, key: int | str) -> str:
+        """Say how sure the model is of a class: its probability, or else its score."""
+        if isinstance(key, str):
+            return f"score {self.scores[key]:.3g}" if key in self.scores else ""
+        if self.probabilities is None:
+            return f"score {self.logits[0, key]:.3g}"
+        share = float(self.probabilities[0, key])
+        return "<0.1%" if 0 < share < 0.0005 else f"{share:.1%}"
+
+    @property
+    def title(self) -> str:
+        """The prediction in one line."""
+        model = self.model.rpartition(".")[2]
+        if self.predicted_class_idx is None:
+            return f"{model}: {', '.join(map(self.name_of, self.cams))}"
+        title = f"{model} predicts {self.name_of(self.predicted_class_idx)}, {self.value_of(self.predicted_class_idx)}"
+        if self.expected_class_idx is not None and self.expected_class_idx != self.predicted_class_idx:
+            title += f"; expected was {self.name_of(self.expected_class_idx)}, {self.value_of(self.expected_class_idx)}"
+        return title
+
+    def __repr__(self) -> str:
+        methods = ", ".join(f"{name} of {', '.join(result.target_layers)}" for name, result in self.results.items())
+        return f"<{type(self).__name__}: {self.title}; maps of {len(self.cams)} by {methods or self.method}>"
+
+    def trust(self, class_idx: int | None = None, **options: Any) -> Any:
+        """Try out the first method's map of a class, and say in words whether to believe it.
+
+        The methods are those of the explanation, on the same layers; where there is one alone, two or three others are
+        added to compare it with.
+
+        Args:
+            class_idx: the class whose map is tried out, by default the first one explained
+            options: further arguments of :func:`torchcam.trust.trust`
+
+        Returns:
+            the report, a :class:`torchcam.trust.TrustReport`, for this one prediction
+
+        Raises:
+            RuntimeError: if the model is not at hand: it is gone, the explanation was made by hand or comes from a
+                pickle, or it is one of a model that takes more than its input tensor
+            ValueError: if targets were explained: what is tried out is a class
+        """
+        if self._try_out is None:
+            raise RuntimeError(
+                "this explanation knows no model (it was made by hand, comes from a pickle, or the model takes more "
+                "than one input tensor): call `torchcam.trust.trust(model, input_tensor)`"
+            )
+        if class_idx is None:
+            class_idx = next((key for key in self.cams if not isinstance(key, str)), None)
+            if class_idx is None:
+                raise ValueError("targets were explained, but a trust report is about a class: name a `class_idx`")
+        return self._try_out(class_idx=class_idx, **options)
+
+    # Pictures.
+
+    def overlay(
+        self,
+        class_idx: int | str | None = None,
+        method: str | None = None,
+        *,
+        image: Any = None,
+        alpha: float = 0.5,
+        colormap: str | Colormap | None = None,
+        grey: bool = True,
+    ) -> Image.Image:
+        """Draw one map over the image.
+
+        Args:
+            class_idx: which class (or the name of a target), by default the first one explained
+            method: the name of the method, by default the first
+            image: what to draw over, by default what the model sees
+            alpha: the opacity of the image, in [0, 1)
+            colormap: a matplotlib colormap, or the name of one such as "jet"; by default one whose steps look equal,
+                and a diverging one for signed maps
+            grey: whether the image is drawn in grey, so that all colour is the map's
+
+        Raises:
+            ValueError: if there is no such map, it is not two-dimensional, or ``alpha`` is out of range
+        """
+        result = self._result(method)
+        key = next(iter(result.cams)) if class_idx is None else class_idx
+        if key not in result.cams:
+            raise ValueError(f"`class_idx` {key!r} was not explained; there are maps of {list(result.cams)}")
+        values = result.values(key)
+        base = as_rgb(read_picture(image)) if image is not None else self._picture(values)
+        return overlay_map(base.convert("L") if grey else base, values, colormap, alpha, signed=result.signed)
+
+    def plot(
+        self,
+        *,
+        colormap: str | Colormap | None = None,
+        alpha: float = 0.5,
+        grey: bool = True,
+        dark: bool | None = None,
+        title: str | None = None,
+    ) -> Figure:
+        """Draw the image and all maps into a matplotlib figure: a row for each method, a column for each class.
+
+        The figure is none of pyplot's, so that nothing has to be closed. All maps share one scale of colours (signed
+        ones another).
+
+        Args:
+            colormap: as for `overlay`
+            alpha: the opacity of the image, in [0, 1)
+            grey: whether the image below a map is drawn in grey
+            dark: light text on dark paper, or the other way round; None for what matplotlib is set to
+            title: the figure's title, by default the prediction
+
+        Raises:
+            ValueError: if the maps are not two-dimensional, or ``alpha`` is out of range
+        """
+        return _figures.draw(
+            [self._sheet(alpha, colormap, grey)], self.title if title is None else title, colormap, dark
+        )
+
+    def to_html(
+        self,
+        path: str | Path | None = None,
+        *,
+        colormap: str | Colormap | None = None,
+        alpha: float = 0.5,
+        title: str | None = None,
+    ) -> str:
+        """Write a page to look at the maps with: opacity, class, method, and two maps side by side.
+
+        It is one file that fetches nothing, for any browser.
+
+        Args:
+            path: where to write it, if anywhere; a file that is there is replaced
+            colormap: the colormap of all maps; by default the reader has a choice
+            alpha: the opacity of the image when the page opens, in [0, 1)
+            title: the heading, by default the prediction
+
+        Returns:
+            the page
+
+        Raises:
+            ValueError: if the maps are not two-dimensional, or ``alpha`` is out of range
+        """
+        return _write_page([self], path, self.title if title is None else title, colormap, alpha)
+
+    def _repr_html_(self) -> str:
+        if not self._drawable():
+            return _figures.scores_as_html(self.title, [(self.name_of(key), self.value_of(key)) for key in self.cams])
+        return _figures.to_html([self._sheet()], self.title, None)
+
+    def _repr_png_(self) -> bytes | None:
+        return _figures.png(self.plot()) if self._drawable() else None
+
+    def _drawable(self) -> bool:
+        """Tell whether the maps are pictures."""
+        try:
+            return all(result.values(key).ndim == 2 for result in self.results.values() for key in result.cams)
+        except ValueError:
+            return False
+
+    def _result(self, method: str | None) -> MethodMaps:
+        if method is None:
+            return next(iter(self.results.values()))
+        if method not in self.results:
+            close = get_close_matches(str(method), self.results, n=3, cutoff=0.4) or list(self.results)
+            raise ValueError(f"`method` {method!r} made no maps here; there are {', '.join(map(repr, close))}")
+        return self.results[str(method)]
+
+    def _picture(self, values: NDArray[np.float32]) -> Image.Image:
+        """Give what a map is drawn over: what the model sees, or else nothing."""
+        if self.image is None:
+            return _enlarged(Image.new("RGB", values.shape[::-1], "grey"))
+        return _enlarged(self.image)
+
+    def _sheet(self, alpha: float = 0.5, colormap: str | Colormap | None = None, grey: bool = True) -> Sheet:
+        """Draw all there is to see, no larger than a figure shows it."""
+        rows = []
+        for name, result in self.results.items():
+            cells = []
+            for key in result.cams:
+                base = _figures.fitted(self._picture(result.values(key)), 512)
+                base = base.convert("L") if grey else base
+                drawn = overlay_map(base, result.values(key), colormap, alpha, signed=result.signed)
+                cells.append(Cell(drawn, result.note(key)))
+            rows.append(Row(name, ", ".join(result.target_layers), result.signed, cells))
+        captions = [(self.name_of(key), self.value_of(key)) for key in self.cams]
+        image = None if self.image is None else _figures.fitted(_enlarged(self.image), 512)
+        return Sheet(self.title, image, captions, rows)
+
+    def _page_item(self, name: str) -> _page.PageItem:
+        methods = [
+            _page.PageMethod(
+                label,
+                ", ".join(result.target_layers),
+                result.signed,
+                [result.values(key) for key in result.cams],
+                [result.note(key) for key in result.cams],
+            )
+            for label, result in self.results.items()
+        ]
+        roles = {self.predicted_class_idx: "predicted", self.expected_class_idx: "expected"}
+        if self.predicted_class_idx == self.expected_class_idx:
+            roles = {self.predicted_class_idx: "predicted, as expected"}
+        classes = []
+        for key in self.cams:
+            share = None if self.probabilities is None or isinstance(key, str) else float(self.probabilities[0, key])
+            tags = [roles[key]] if not isinstance(key, str) and key in roles else []
+            classes.append({"name": self.name_of(key), "value": self.value_of(key), "share": share, "tags": tags})
+        image = self.image if self.image is not None else self._picture(methods[0].maps[0])
+        return _page.PageItem(name, image, classes, methods)
+
+    # Files.
+
+    def save(
+        self,
+        directory: str | Path,
+        image: Image.Image | None = None,
+        alpha: float = 0.5,
+        *,
+        colormap: str | Colormap = "jet",
+    ) -> Path:
+        """Write the explanation into a directory of its own, all of it or nothing.
+
+        The directory holds `image.png` (in mode `F`: `image.tiff`), for each class and layer
+        `class-<index>-layer-<number>` as `.npy` (the map), `-heatmap.png` (the map in grey) and `-overlay.png` (the map
+        over the image), and `manifest.json`, which says what was done. Targets take the place of classes as
+        `target-<number>`. Further methods write the same into a directory each, `method-<number>`.
+
+        Args:
+            directory: where to write; made if needed, with its parents
+            image: the image that was explained, cut as it was for the model: maps are stretched to its full size. By
+                default what the model sees.
+            alpha: the opacity of the image in the overlays, in [0, 1)
+            colormap: a matplotlib colormap, or the name of one
+
+        Returns:
+            the directory
+
+        Raises:
+            FileExistsError: if ``directory`` exists and is not empty
+            TypeError: if ``image`` is not a PIL image
+            ValueError: if the maps are not two-dimensional, ``alpha`` is out of range, or the image's mode unsupported
+        """
+        directory = _free(directory)
+        image = self.image if image is None else image
+        if not isinstance(image, Image.Image):
+            raise TypeError(f"`image` must be a PIL image, got {type(image).__name__}")
+        shapes = {tuple(cam.shape) for result in self.results.values() for maps in result.cams.values() for cam in maps}
+        if any(len(shape) != 2 for shape in shapes):
+            raise ValueError(
+                f"only maps (height, width) can be drawn over an image, these have shapes {sorted(shapes)}"
+            )
+
+        with written_whole(directory) as folder:
+            folder.mkdir()
+            picture = "image.tiff" if image.mode == "F" else "image.png"  # PNG has no floating-point pixels
+            image.save(folder / picture)
+            methods = {}
+            for number, (name, result) in enumerate(self.results.items()):
+                place = f"method-{number}/" if number else ""
+                (folder / place).mkdir(exist_ok=True)
+                methods[name] = {
+                    "method": result.method,
+                    "method_kwargs": dict(result.method_kwargs),
+                    "target_layers": list(result.target_layers),
+                    "signed": result.signed,
+                    "classes": {
+                        str(key): self._save_class(folder, place, result, key, image, alpha, colormap)
+                        for key in result.cams
+                    },
+                }
+            first = next(iter(methods.values()))
+            manifest = {
+                "schema_version": 1,
+                "prediction": None if self.predicted_class_idx is None else self._reference(self.predicted_class_idx),
+                "expected": None if self.expected_class_idx is None else self._reference(self.expected_class_idx),
+                "classes": first["classes"],
+                "logits": [_json_number(logit) for logit in self.logits[0].tolist()],
+                "method": self.method,
+                "method_kwargs": dict(self.method_kwargs),
+                "target_layers": list(self.target_layers),
+                "model": self.model,
+                "input_shape": list(self.input_shape),
+                "versions": dict(self.versions),
+                "image": picture,
+                "image_size": list(image.size),
+                "alpha": alpha,
+                "methods": methods,
+            }
+            text = json.dumps(manifest, indent=2, allow_nan=False, ensure_ascii=False)
+            (folder / "manifest.json").write_text(text + "\n", encoding="utf-8")
+        return directory
+
+    def _save_class(
+        self,
+        folder: Path,
+        place: str,
+        result: MethodMaps,
+        key: int | str,
+        image: Image.Image,
+        alpha: float,
+        colormap: str | Colormap,
+    ) -> dict[str, Any]:
+        """Write one class's maps, and give its entry for the manifest."""
+        artifacts = []
+        what = f"target-{list(result.cams).index(key)}" if isinstance(key, str) else f"class-{key}"
+        for number, (names, cam) in enumerate(zip(result.layer_names(key), result.cams[key], strict=True)):
+            stem = f"{place}{what}-layer-{number}"
+            values = cam.numpy().astype(np.float32)
+            shares = (values + 1) / 2 if result.signed else values
+            grey = (255 * np.nan_to_num(shares)).round().astype(np.uint8)
+            np.save(folder / f"{stem}.npy", cam.numpy(), allow_pickle=False)
+            Image.fromarray(grey).save(folder / f"{stem}-heatmap.png")
+            drawn = overlay_map(image, values, None if result.signed else colormap, alpha, signed=result.signed)
+            drawn.save(folder / f"{stem}-overlay.png")
+            artifacts.append(
+                {
+                    "target_layers": names,
+                    "map": f"{stem}.npy",
+                    "heatmap": f"{stem}-heatmap.png",
+                    "overlay": f"{stem}-overlay.png",
+                }
+            )
+        entry = self._reference(key)
+        if isinstance(key, str):
+            return {**entry, "score": _json_number(self.scores.get(key, math.nan)), "artifacts": artifacts}
+        probability = None if self.probabilities is None else _json_number(self.probabilities[0, key].item())
+        logit = _json_number(self.logits[0, key].item())
+        return {**entry, "logit": logit, "probability": probability, "artifacts": artifacts}
+
+    def _reference(self, key: int | str) -> dict[str, Any]:
+        if isinstance(key, str):
+            return {"target": key}
+        return {"class_idx": key, "class_name": None if self.class_names is None else self.class_names[key]}
+
+
+class Explanations(Sequence[PredictionExplanation]):
+    """What a model said of each input of a batch. A notebook shows the first of them as pictures.
+
+    Args:
+        items: the explanations
+    """
+
+    def __init__(self, items: Sequence[PredictionExplanation]) -> None:
+        self._items = tuple(items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @overload
+    def __getitem__(self, index: int) -> PredictionExplanation: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Explanations: ...
+
+    def __getitem__(self, index: int | slice) -> PredictionExplanation | Explanations:
+        return Explanations(self._items[index]) if isinstance(index, slice) else self._items[index]
+
+    def __iter__(self) -> Iterator[PredictionExplanation]:
+        return iter(self._items)
+
+    def __repr__(self) -> str:
+        lines = [f"  {item!r}," for item in self._items[:SHOWN]]
+        more = [f"  … and {len(self) - SHOWN} more"] if len(self) > SHOWN else []
+        return "\n".join([f"<{type(self).__name__} of {len(self)} inputs:", *lines, *more, ">"])
+
+    @property
+    def title(self) -> str:
+        """What this is, in one line."""
+        return f"{len(self)} input{'s' if len(self) != 1 else ''}" + (
+            f" to {self[0].model.rpartition('.')[2]}" if self._items else ""
+        )
+
+    def overlay(
+        self, class_idx: int | str | None = None, method: str | None = None, **options: Any
+    ) -> list[Image.Image]:
+        """Draw one map over each image: see `PredictionExplanation.overlay`."""
+        return [item.overlay(class_idx, method, **options) for item in self._items]
+
+    def plot(
+        self,
+        *,
+        colormap: str | Colormap | None = None,
+        alpha: float = 0.5,
+        grey: bool = True,
+        dark: bool | None = None,
+        title: str | None = None,
+    ) -> Figure:
+        """Draw all images and maps into a matplotlib figure, a row for each input: see `PredictionExplanation.plot`."""
+        self._check_any()
+        sheets = [item._sheet(alpha, colormap, grey) for item in self._items]
+        return _figures.draw(sheets, self.title if title is None else title, colormap, dark)
+
+    def to_html(
+        self,
+        path: str | Path | None = None,
+        *,
+        colormap: str | Colormap | None = None,
+        alpha: float = 0.5,
+        title: str | None = None,
+    ) -> str:
+        """Write one page to look at the maps of all inputs with: see `PredictionExplanation.to_html`."""
+        self._check_any()
+        return _write_page(self._items, path, self.title if title is None else title, colormap, alpha)
+
+    def save(self, directory: str | Path, images: Sequence[Image.Image] | None = None, alpha: float = 0.5) -> Path:
+        """Write each explanation into a directory `input-<number>` of its own: see `PredictionExplanation.save`.
+
+        Args:
+            directory: where to write; made if needed, with its parents
+            images: the images that were explained, by default what the model sees
+            alpha: the opacity of the image in the overlays, in [0, 1)
+
+        Returns:
+            the directory
+        """
+        directory = _free(directory)
+        pictures = [None] * len(self) if images is None else list(images)
+        if len(pictures) != len(self):
+            raise ValueError(f"`images` must hold one image for each of the {len(self)} inputs, got {len(pictures)}")
+        digits = len(str(max(len(self) - 1, 0)))
+        with written_whole(directory) as folder:
+            folder.mkdir()
+            for number, (item, picture) in enumerate(zip(self._items, pictures, strict=True)):
+                item.save(folder / f"input-{number:0{digits}}", picture, alpha)
+        return directory
+
+    def _check_any(self) -> None:
+        if not self._items:
+            raise ValueError("there is no explanation in here, so there is nothing to draw")
+
+    def _repr_html_(self) -> str | None:
+        if not all(item._drawable() for item in self._items[:SHOWN]):
+            return "".join(item._repr_html_() for item in self._items[:SHOWN])
+        sheets = [item._sheet() for item in self._items[:SHOWN]]
+        return _figures.to_html(sheets, self.title, None, more=max(len(self) - SHOWN, 0))
+
+    def _repr_png_(self) -> bytes | None:
+        shown = self[:SHOWN]
+        return _figures.png(shown.plot(title=self.title)) if shown and all(i._drawable() for i in shown) else None
+
+
+def _write_page(
+    items: Sequence[PredictionExplanation],
+    path: str | Path | None,
+    title: str,
+    colormap: str | Colormap | None,
+    alpha: float,
+) -> str:
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 <= alpha < 1:
+        raise ValueError(f"`alpha` must be a number in [0, 1), got {alpha!r}")
+    page = _page.render(
+        [item._page_item(f"{number}: {item.title}") for number, item in enumerate(items)],
+        title,
+        _about(items[0]),
+        colormap,
+        alpha,
+    )
+    if path is not None:
+        with written_whole(Path(path)) as part:
+            part.write_text(page, encoding="utf-8")
+    return page
+
+
+def _about(item: PredictionExplanation) -> list[tuple[str, str]]:
+    """Say how maps were made."""
+    lines = [("model", item.model), ("input", " × ".join(map(str, item.input_shape)))]
+    for name, result in item.results.items():
+        options = ", ".join(f"{option}={value!r}" for option, value in result.method_kwargs.items())
+        lines.append((name, f"{result.method}({options}) of {', '.join(result.target_layers) or 'the input'}"))
+    return [*lines, *((name, version) for name, version in item.versions.items())]
+
+
+def _free(directory: str | Path) -> Path:
+    """Check that a directory can be written."""
+    directory = Path(directory)
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        raise FileExistsError(
+            f"`directory` '{directory}' exists and is not an empty directory: name another one, or remove it first"
+        )
+    return directory
+
+
+def _fused(maps: Sequence[Tensor]) -> Tensor:
+    """Fuse maps (*spatial) of several layers into one: the largest value at each position."""
+    shape = [max(sides) for sides in zip(*(cam.shape for cam in maps), strict=True)]
+    return torch.stack([resize(cam[None, None], shape)[0, 0] if len(maps) > 1 else cam for cam in maps]).amax(0)
+
+
+def _enlarged(image: Image.Image) -> Image.Image:
+    """Enlarge a tiny picture, pixel by pixel."""
+    times = -(-2 * TINY // max(image.size)) if max(image.size) < TINY else 1
+    return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
+
+
+def plain(value: Any) -> Any:
+    """Give a value that JSON can hold, and that holds on to nothing: for most objects what they print."""
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return _json_number(value)
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    # The address of an object says nothing, and changes from run to run.
+    return value.__name__ if isinstance(value, type) else re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
+def _json_number(number: float) -> float | None:
+    """Give a number as JSON can hold it, which knows neither NaN nor infinity."""
+    return number if math.isfinite(number) else None

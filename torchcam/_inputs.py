@@ -1,0 +1,320 @@
+"""From whatever people have in hand (a file, an image, an array, a tensor, a batch) to what the model takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor, nn
+
+from ._passes import find_image, model_device
+from ._tensors import map_tensors
+
+__all__ = ["Inputs", "as_rgb", "read_inputs", "read_picture"]
+
+Transform = Callable[..., Any]
+Normalisation = tuple[Sequence[float], Sequence[float]]
+
+_CHANNELS = {1, 3, 4}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a model is called with, and what that looks like.
+
+    Attributes:
+        tensor: the image-like input, (N, C, *spatial)
+        kwargs: the model's keyword arguments, that input among them; None if it is the only argument
+        is_batch: whether a batch was given, if only of one
+        pictures: what the model sees of each sample, RGB; None where that is no picture
+        class_names: the names of the classes, as far as the weights or the model know them
+    """
+
+    tensor: Tensor
+    kwargs: Mapping[str, Any] | None
+    is_batch: bool
+    pictures: tuple[Image.Image | None, ...]
+    class_names: tuple[str, ...] | None
+
+    def call(self, model: nn.Module, samples: slice) -> Any:
+        """Run a model on some of the samples; on all of them where there are other arguments."""
+        return model(self.tensor[samples]) if self.kwargs is None else model(**self.kwargs)
+
+
+def read_inputs(model: nn.Module, given: Any, transform: Any = None, weights: Any = None, image: Any = None) -> Inputs:
+    """Make the model's input of what was given.
+
+    Args:
+        model: the model
+        given: a tensor (N, C, *spatial), the model's keyword arguments in a mapping, an image (a path, a PIL image or
+            an array), or a list of images or of tensors (C, *spatial)
+        transform: function from a PIL image to a tensor (C, *spatial), or an image processor of transformers
+        weights: weights of torchvision, or their name, that know a transform and the names of the classes
+        image: what to show in place of the model's view: an image, or a list of one for each sample
+
+    Raises:
+        TypeError: if ``given`` is nothing of that kind
+        ValueError: if it is not a batch of inputs, or an image and it is not known how to make a tensor of it
+    """
+    if isinstance(weights, str):
+        from torchvision.models import get_weight
+
+        weights = get_weight(weights)
+    if transform is not None and not callable(transform):
+        raise TypeError(f"`transform` must be callable, got {transform!r}")
+    if weights is not None and not (hasattr(weights, "transforms") and hasattr(weights, "meta")):
+        raise TypeError(f"`weights` must be weights of torchvision such as ResNet18_Weights.DEFAULT, got {weights!r}")
+    if transform is None and weights is not None:
+        transform = weights.transforms()
+
+    kwargs: Mapping[str, Any] | None = None
+    is_batch = isinstance(given, (list, tuple)) or (isinstance(given, np.ndarray) and given.ndim == 4)
+    if isinstance(given, Tensor):
+        tensor = _check_tensor(given, model)
+        is_batch = len(given) != 1
+    elif isinstance(given, Mapping):
+        kwargs, tensor = given, _image_of(given)
+        is_batch = len(tensor) != 1
+    else:
+        items = list(given) if is_batch else [given]
+        if not items:
+            raise ValueError("`input_tensor` is an empty list: there is nothing to explain")
+        if all(isinstance(item, Tensor) for item in items):
+            tensor = _stack([item[0] if item.ndim > 3 and len(item) == 1 else item for item in items])
+        else:
+            images = [_for_model(read_picture(item), _input_channels(model)) for item in items]
+            transform = transform or _own_transform(model)
+            kwargs, tensor = _transformed(transform, images)
+            kwargs, tensor = _moved(model, kwargs, tensor)
+    return Inputs(
+        tensor,
+        kwargs if (kwargs is not None and len(kwargs) > 1) or isinstance(given, Mapping) else None,
+        is_batch,
+        _pictures(tensor, _normalisation(transform) or _normalisation(_pretrained(model)), image),
+        _class_names(model, weights),
+    )
+
+
+# Tensors.
+
+
+def _check_tensor(tensor: Tensor, model: nn.Module) -> Tensor:
+    shape = tuple(tensor.shape)
+    lacks_batch = tensor.ndim == 3 and len(tensor) in {3, 4} and _input_channels(model) is not None
+    if tensor.ndim < 3 or not len(tensor) or lacks_batch:
+        raise ValueError(
+            "`input_tensor` must be one sample with its batch dimension, (1, C, *spatial), or a batch "
+            f"(N, C, *spatial), got shape {shape}" + (": pass `input_tensor.unsqueeze(0)`" if lacks_batch else "")
+        )
+    return tensor
+
+
+def _image_of(kwargs: Mapping[str, Any]) -> Tensor:
+    found = find_image((), dict(kwargs))
+    if not isinstance(found, Tensor):
+        raise ValueError(  # noqa: TRY004 - a mapping is a right type
+            f"`input_tensor` is a mapping with {sorted(kwargs)}, none of which is a tensor of images (N, C, *spatial)"
+        )
+    return found
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    shapes = {tuple(tensor.shape) for tensor in tensors}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"the inputs of a batch must have one shape, these have {sorted(shapes)}: resize or crop them alike, or "
+            "explain them one by one"
+        )
+    return torch.stack(list(tensors))
+
+
+def _transformed(transform: Any, images: list[Image.Image]) -> tuple[Mapping[str, Any] | None, Tensor]:
+    """Apply a transform to images: the model's keyword arguments, where it makes such, and the batch."""
+    if "pixel_values" in (getattr(transform, "model_input_names", None) or ()):  # of transformers
+        kwargs = transform(images=images, return_tensors="pt")
+        return kwargs, _image_of(kwargs)
+    tensors = [transform(image) for image in images]
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"`transform` must make a tensor of an image, got {type(tensor).__name__}")
+    return None, _stack([t[0] if t.ndim > 3 and len(t) == 1 else t for t in tensors])
+
+
+def _moved(model: nn.Module, kwargs: Mapping[str, Any] | None, tensor: Tensor) -> tuple[Any, Tensor]:
+    """Move tensors to the model's device, floats to its type."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    device = model_device(model)
+
+    def move(value: Tensor) -> Tensor:
+        return value.to(device, dtype) if value.is_floating_point() else value.to(device)
+
+    if kwargs is None:
+        return None, move(tensor)
+    kwargs = map_tensors(move, dict(kwargs))
+    return kwargs, _image_of(kwargs)
+
+
+def _own_transform(model: nn.Module) -> Any:
+    """Give the transform that a model of timm was made for."""
+    if _pretrained(model) is not None:
+        from timm import data
+
+        timm: Any = data  # whose types do not tell what it exports
+        return timm.create_transform(**timm.resolve_model_data_config(model), is_training=False)
+    hint = (
+        "`transform=AutoImageProcessor.from_pretrained(...)`"
+        if hasattr(model, "config")
+        else "`weights=...` (torchvision)"
+    )
+    raise ValueError(
+        f"how {type(model).__name__} wants an image as a tensor is not known: pass a tensor (1, C, *spatial), "
+        f"`transform=` (a function from a PIL image to a tensor (C, H, W), with its normalisation), or {hint}"
+    )
+
+
+def _pretrained(model: nn.Module) -> Any:
+    """Give timm's description of how a model was trained."""
+    config = getattr(model, "pretrained_cfg", None)
+    return config if isinstance(config, Mapping) else None
+
+
+def _input_channels(model: nn.Module) -> int | None:
+    """Give the channels of the images that a model takes, by its first convolution; None without one."""
+    return next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+
+
+# Images.
+
+
+def read_picture(given: Any) -> Image.Image:
+    """Read an image: a file, upright; a PIL image; or an array (height, width[, channels]) of bytes or of [0, 1].
+
+    Raises:
+        FileNotFoundError: if there is no such file
+        TypeError: if ``given`` is none of these
+        ValueError: if the file holds no image, or the array has another shape or range
+    """
+    if isinstance(given, Image.Image):
+        return given
+    if isinstance(given, np.ndarray):
+        return _from_array(given)
+    if not isinstance(given, (str, Path)):
+        raise TypeError(
+            "`input_tensor` must be a tensor, a path, a PIL image, an array, a mapping of the model's arguments, or a "
+            f"list of images, got {type(given).__name__}"
+        )
+    if not Path(given).is_file():
+        raise FileNotFoundError(f"there is no file '{given}' to read an image from")
+    try:
+        with Image.open(given) as opened:
+            image = ImageOps.exif_transpose(opened)
+            image.load()
+    except (UnidentifiedImageError, OSError, ValueError) as error:
+        raise ValueError(f"'{given}' is not an image that Pillow can read: {error}") from error
+    return image
+
+
+def _from_array(array: np.ndarray[Any, Any]) -> Image.Image:
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim not in {2, 3} or (array.ndim == 3 and array.shape[2] not in _CHANNELS) or not array.size:
+        hint = ": pass `array.transpose(1, 2, 0)`" if array.ndim == 3 and array.shape[0] in _CHANNELS else ""
+        raise ValueError(f"an image as an array must be (height, width[, channels]), got {array.shape}{hint}")
+    if array.dtype == np.uint8:
+        return Image.fromarray(array)
+    if array.dtype.kind != "f":
+        raise TypeError(f"an image as an array must be uint8, or floats in [0, 1], got {array.dtype}")
+    if not ((array >= 0) & (array <= 1)).all():
+        raise ValueError(
+            f"an image as an array of floats must lie in [0, 1], got [{array.min():.3g}, {array.max():.3g}]: rescale "
+            "it, or pass what the model takes as a tensor (1, C, H, W)"
+        )
+    return Image.fromarray(np.rint(255 * array).astype(np.uint8))
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image of any mode to RGB; 16-bit greys are scaled, transparency is dropped.
+
+    Raises:
+        ValueError: if floating-point pixels lie outside [0, 1]
+    """
+    if image.mode.startswith("I"):  # `convert` would cut 16 bits off at 255
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    elif image.mode == "F":
+        image = _from_array(np.asarray(image))
+    return image.convert("RGB")
+
+
+def _for_model(image: Image.Image, channels: int | None) -> Image.Image:
+    return as_rgb(image).convert("L") if channels == 1 else as_rgb(image)
+
+
+# The model's view, as a picture.
+
+
+def _pictures(tensor: Tensor, normalisation: Normalisation | None, image: Any) -> tuple[Image.Image | None, ...]:
+    if image is None:
+        return tuple(_picture(sample, normalisation) for sample in tensor.detach())
+    images = list(image) if isinstance(image, (list, tuple)) else [image]
+    if len(images) != len(tensor):
+        raise ValueError(f"`image` must hold a picture for each of the {len(tensor)} inputs, got {len(images)}")
+    return tuple(as_rgb(read_picture(one)) for one in images)
+
+
+def _picture(sample: Tensor, normalisation: Normalisation | None) -> Image.Image | None:
+    """Show a sample (C, H, W): its normalisation undone where it is known, else stretched to the whole range."""
+    if sample.ndim != 3 or not sample.is_floating_point():
+        return None
+    pixels = torch.nan_to_num(sample.float())
+    if normalisation is not None and len(normalisation[0]) in {1, len(pixels)}:
+        mean, std = (
+            torch.as_tensor(v, dtype=torch.float32, device=pixels.device)[:, None, None] for v in normalisation
+        )
+        undone = pixels * std + mean
+        if undone.amin() > -0.02 and undone.amax() < 1.02:  # else it was normalised otherwise
+            pixels = undone
+    if len(pixels) != 3:
+        pixels = pixels.mean(0, keepdim=True).expand(3, -1, -1)
+    lowest, highest = pixels.amin(), pixels.amax()
+    if lowest < -0.02 or highest > 1.02:
+        pixels = (pixels - lowest) / (highest - lowest)
+    return Image.fromarray(pixels.clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).cpu().contiguous().numpy())
+
+
+def _normalisation(source: Any) -> Normalisation | None:
+    """Find mean and standard deviation in a transform, an image processor or a configuration."""
+    if source is None:
+        return None
+
+    def entry(name: str) -> Any:
+        return source.get(name) if isinstance(source, Mapping) else getattr(source, name, None)
+
+    for mean, std in (("mean", "std"), ("image_mean", "image_std")):
+        if _are_numbers(entry(mean)) and _are_numbers(entry(std)):
+            return list(entry(mean)), list(entry(std))
+    parts = [*(entry("transforms") or ()), entry("image_processor")] if not callable(entry("transforms")) else []
+    if isinstance(source, nn.Module):
+        parts += list(source.children())
+    return next((found for found in map(_normalisation, parts) if found is not None), None)
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, (list, tuple, Tensor)) and len(values) > 0
+
+
+# The names of the classes.
+
+
+def _class_names(model: nn.Module, weights: Any) -> tuple[str, ...] | None:
+    if weights is not None and weights.meta.get("categories"):
+        return tuple(weights.meta["categories"])
+    labels = getattr(getattr(model, "config", None), "id2label", None)  # of transformers
+    if not isinstance(labels, Mapping) or sorted(labels) != list(range(len(labels))):
+        return None
+    names = tuple(str(labels[index]) for index in range(len(labels)))
+    return None if all(name == f"LABEL_{index}" for index, name in enumerate(names)) else names
