@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -10,11 +12,12 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-__all__ = ["Maps", "Peer", "run"]
+__all__ = ["Maps", "Peer", "install", "load", "run"]
 
 Maps = Mapping[str, np.ndarray[Any, Any]]
 
@@ -64,7 +67,7 @@ def run(
     parser.add_argument("--as-peer", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.as_peer is None:
-        return 0 if compare(_maps_of(peer, options.peer_dir), options.tolerance) else 1
+        return 0 if compare(maps_of(peer, options.peer_dir), options.tolerance) else 1
     found = Path(str(__import__(peer.module).__file__)).resolve().parent.parent
     if found != options.peer_dir.resolve():
         raise SystemExit(f"the peer should come from {options.peer_dir}, but {found} was imported")
@@ -72,12 +75,45 @@ def run(
     return 0
 
 
-def _maps_of(peer: Peer, folder: Path) -> Maps:
-    """Let the peer compute its maps, in a process of its own."""
+def install(peer: Peer, folder: Path) -> None:
+    """Install a package into a folder of its own, unless it is there."""
     if not (folder / peer.module).is_dir():
         print(f"installing {', '.join(peer.requirements)} into {folder}", flush=True)
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
         subprocess.run([*command, *peer.requirements], check=True)  # noqa: S603 - nothing in it comes from elsewhere
+
+
+def load(peer: Peer, folder: Path, name: str) -> ModuleType:
+    """Import a package from a folder into this process, under a name that no other package has.
+
+    Under a name that is not its own, the package finds its own modules by relative imports. Under its own, what else it
+    needs is looked for in the folder last.
+    """
+    if name in sys.modules:
+        return sys.modules[name]
+    place = (folder / peer.module).resolve()
+    if not (place / "__init__.py").is_file():
+        raise SystemExit(f"{peer.requirements[0]} is not in {folder}")
+    if name == peer.module:
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))
+        return importlib.import_module(name)
+    spec = importlib.util.spec_from_file_location(name, place / "__init__.py", submodule_search_locations=[str(place)])
+    if spec is None or spec.loader is None:
+        raise SystemExit(f"{place} is not a package")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def maps_of(peer: Peer, folder: Path) -> Maps:
+    """Let the peer compute its maps, in a process of its own."""
+    install(peer, folder)
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / "maps.npz"
         subprocess.run(  # noqa: S603 - nothing in it comes from elsewhere

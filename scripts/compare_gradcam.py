@@ -166,7 +166,9 @@ def channel_scaled_full_grad(setting: Setting, _layer: str, classes: list[int]) 
 
     with FullGrad(setting.model) as extractor:
         setting.model(setting.x)
-        terms = [term.abs() for term in extractor._terms(Selector(classes, None, len(classes))) if term.ndim == 4]
+        terms: list[Tensor] = []
+        extractor._each_term(Selector(classes, None, len(classes)), terms.append)
+    terms = [term.abs() for term in terms if term.ndim == 4]
     shifted = [term - term.amin((2, 3), keepdim=True) for term in terms]
     channels = [term / (1e-7 + term.amax((2, 3), keepdim=True)) for term in shifted]
     return torch.stack([resize(term, setting.x.shape[2:]).sum(1) for term in channels]).sum(0)

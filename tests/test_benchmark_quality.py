@@ -1,0 +1,461 @@
+"""The benchmark of explanations: its pictures, its scores, what it shows, and its tables."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from torch import Tensor, nn
+
+from torchcam.demo import data as demo_data
+from torchcam.demo import load_model, make_scenes
+from torchcam.metrics import ADCC, ARCC, ClassificationMetric, DeletionInsertionMetric, Localization
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+sys.path.insert(0, str(SCRIPTS))  # the scripts import each other as a script does
+import _quality_contest as contest  # noqa: E402
+import _quality_models as models  # noqa: E402
+import _quality_scenes as scenes  # noqa: E402
+import _quality_stats as stats  # noqa: E402
+import benchmark_quality as bench  # noqa: E402
+
+sys.path.remove(str(SCRIPTS))
+
+MAKERS = (scenes.one_digit, scenes.two_digits, scenes.shortcut, scenes.grids)
+
+
+def one(name: str, model: nn.Module, method: str) -> contest.Contestant:
+    (found,) = contest.contestants(name, model, [method])
+    return found
+
+
+@pytest.fixture(scope="module")
+def pairs() -> scenes.Task:
+    return scenes.two_digits(6, 5)
+
+
+@pytest.fixture(scope="module")
+def four() -> scenes.Task:
+    return scenes.grids(8, 5)
+
+
+class TestPictures:
+    @pytest.mark.parametrize("make", MAKERS)
+    def test_same_seed_same_pictures(self, make: Any) -> None:
+        first, second, other = make(5, 3), make(5, 3), make(5, 4)
+        for field in fields(first):
+            assert torch.equal(getattr(first, field.name), getattr(second, field.name))
+        assert not torch.equal(first.images, other.images)
+        assert first.images.shape[1:] == (3, 96, 96)
+        assert first.truth.flatten(1).any(1).all()
+        assert not (first.truth & ~first.masks).any()
+
+    def test_handwriting_of_the_test_split_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked = []
+        load = demo_data._load_handwriting
+
+        def spy(split: str) -> Any:
+            asked.append(split)
+            return load(split)
+
+        monkeypatch.setattr(demo_data, "_load_handwriting", spy)
+        for make in MAKERS:
+            make(2, 0)
+        assert set(asked) == {"test"}
+        assert len(asked) == len(MAKERS)
+        asked.clear()
+        for name in ("vgg", "shortcut"):
+            models._training_set(name, models.ShortcutNet(), 2, 0, torch.Generator())
+        assert set(asked) == {"train"}
+
+    def test_two_digits_are_asked_about_in_turn(self, pairs: scenes.Task) -> None:
+        assert pairs.groups.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+        assert torch.equal(pairs.images[0::2], pairs.images[1::2])
+        assert torch.equal(pairs.masks[0::2], pairs.others[1::2])
+        assert torch.equal(pairs.masks[1::2], pairs.others[0::2])
+        assert (pairs.classes[0::2] != pairs.classes[1::2]).all()
+
+    def test_grids(self, four: scenes.Task) -> None:
+        corner = {tuple(mask.nonzero()[0].tolist()) for mask in four.masks}
+        assert corner == {(0, 0), (0, 48), (48, 0), (48, 48)}
+        assert (four.masks.sum((1, 2)) == 48 * 48).all()
+        erased = make_scenes(128, num_digits=1, size=48, digit_size=(28.0, 36.0), seed=np.random.default_rng(5))
+        for image, mask, class_idx in zip(four.images, four.masks, four.classes, strict=True):
+            cell = image[:, mask].reshape(3, 48, 48)
+            (index,) = (erased.images == cell).flatten(1).all(1).nonzero().flatten().tolist()
+            assert erased.labels[index, 0] == class_idx
+
+    @pytest.mark.parametrize("corners", [True, False])
+    def test_cues(self, corners: bool) -> None:
+        plain = make_scenes(40, num_digits=1, seed=1)
+        images, cues = scenes.add_cues(plain, plain.labels[:, 0], 1, corners=corners)
+        assert (cues.sum((1, 2)) == 16 * 16).all()
+        assert not (cues & plain.masks[:, 0]).any()
+        assert torch.equal((images != plain.images).any(1) & ~cues, torch.zeros_like(cues))
+        for image, cue, label in zip(images, cues, plain.labels[:, 0], strict=True):
+            torch.testing.assert_close(image[:, cue].mean(1), scenes.CUE_COLORS[label], atol=0.02, rtol=0)
+        places = {tuple(cue.nonzero()[0].tolist()) for cue in cues}
+        assert (places <= {(4, 4), (4, 76), (76, 4), (76, 76)}) is corners
+        assert len(places) >= 4
+
+    def test_found_by(self, pairs: scenes.Task) -> None:
+        logits = torch.ones(12, 10)
+        logits[3, pairs.classes[3]] = -1  # the second digit of the second picture is missed
+        assert pairs.found_by(logits, 3).groups.tolist() == [0, 0, 2, 2, 3, 3]
+
+
+class TestScores:
+    def test_grid_pointing(self, four: scenes.Task) -> None:
+        even = torch.ones(8, 96, 96)
+        assert bench.locate(even, four, "d")["d energy"].tolist() == pytest.approx([0.25] * 8)
+        right = bench.locate(four.masks.float(), four, "d")
+        assert right["d energy"].tolist() == right["d pointing"].tolist() == [1.0] * 8
+        wrong = bench.locate(four.others.float(), four, "d")
+        assert wrong["d energy"].tolist() == wrong["d pointing"].tolist() == [0.0] * 8
+        mixed = four.masks * 3.0 + four.others * 1.0
+        assert bench.locate(mixed, four, "d")["d energy"].tolist() == pytest.approx([0.5] * 8)
+
+    def test_two_digits(self, pairs: scenes.Task) -> None:
+        own, other = pairs.masks.float(), pairs.others.float()
+        nowhere = 1 - own - other
+        for maps, energy, pointing in ((own, 1, 1), (other, 0, 0), (0 * own, 0.5, 0.5), (nowhere, 0.5, 0.5)):
+            found = bench.locate(maps, pairs, "b")
+            assert found["b energy"].tolist() == [energy] * 12
+            assert found["b pointing"].tolist() == [pointing] * 12
+        found = bench.locate(0.8 * own + 0.4 * other + nowhere, pairs, "b")
+        areas = own.sum((1, 2)), other.sum((1, 2))
+        expected = 0.8 * areas[0] / (0.8 * areas[0] + 0.4 * areas[1])
+        torch.testing.assert_close(found["b energy"].float(), expected)
+        assert found["b pointing"].tolist() == [1.0] * 12
+
+    def test_a_map_that_ignores_the_class_is_exactly_at_chance(self, pairs: scenes.Task) -> None:
+        maps = torch.rand(6, 96, 96, generator=torch.Generator().manual_seed(0)).repeat_interleave(2, 0)
+        for values in bench.locate(maps, pairs, "b").values():
+            of_pictures = stats.group_means(values.numpy(), pairs.groups.numpy())
+            assert of_pictures == pytest.approx(np.full(6, 0.5))
+
+    def test_pointing_has_a_tolerance(self) -> None:
+        task = scenes.shortcut(4, 2)
+        maps = torch.zeros(4, 96, 96)
+        for row, cue in enumerate(task.masks):
+            top, left = cue.nonzero()[0].tolist()
+            maps[row, top + (19 if row % 2 else -4), left + 5] = 1  # 4 pixels below or above it
+        assert bench.locate(maps, task, "c")["c pointing"].tolist() == [1.0] * 4
+        assert bench.locate(maps.roll(12, 2), task, "c")["c pointing"].tolist() != [1.0] * 4
+
+    def test_each_sample_is_what_updates_of_one_give(self) -> None:
+        model, task = load_model().requires_grad_(False), scenes.one_digit(3, 1)
+        grad_cam = one("cnn", model, "GradCAM")
+        maps = grad_cam.explain(task.images, task.classes, task.truth)
+        witness = contest.Witness(load_model(), grad_cam.explain)
+        found = bench.judge_faith(witness, maps, task)
+        kinds: list[tuple[Any, dict[str, Any]]] = [
+            (ClassificationMetric, {}),
+            (DeletionInsertionMetric, {"steps": bench.STEPS}),
+            (ADCC, {}),
+            (ARCC, {}),
+        ]
+        for row in range(3):
+            expected = {}
+            for kind, options in kinds:
+                metric = kind(witness, bench.softmax, **options)
+                metric.update(task.images[row : row + 1], task.classes[row : row + 1], maps=maps[row : row + 1])
+                expected |= {key: float(value) for key, value in metric.compute().items()}
+            assert {key: float(found[key][row]) for key in found} == pytest.approx(
+                {key: expected[key] for key in found}, abs=1e-5
+            )
+        metric = Localization(tolerance=bench.TOLERANCE)
+        metric.update(task.images, maps=maps, masks=task.masks)
+        located = bench.locate(maps, task, "a")
+        assert float(located["a energy"].mean()) == pytest.approx(float(metric.compute()["energy"]))
+        assert float(located["a overlap"].mean()) == pytest.approx(float(metric.compute()["best_iou"]))
+
+    def test_maps_that_are_not_finite_are_left_out(self) -> None:
+        task = scenes.one_digit(2, 1)
+        maps = task.masks.float()
+        maps[1, 0, 0] = torch.nan
+        energy = bench.locate(maps, task, "a")["a energy"]
+        assert energy[0] == 1
+        assert energy[1].isnan()
+        assert stats.interval(energy.numpy(), 10, 0) == (1.0, 1.0, 1.0)
+
+    def test_the_second_map_explains_the_logit(self) -> None:
+        """What a metric makes of the model's output, a softmax, must not reach the method."""
+        model, task = load_model().requires_grad_(False), scenes.one_digit(2, 1)
+        plain = one("cnn", model, "GradCAMpp")  # depends on the scale of the score
+        asked: list[Tensor] = []
+
+        def explain(images: Tensor, classes: Tensor, truth: Tensor) -> Tensor:
+            asked.append(images)
+            return plain.explain(images, classes, truth)
+
+        witness = contest.Witness(load_model(), explain)
+        maps = plain.explain(task.images, task.classes, task.truth)
+        metric = ADCC(witness, bench.softmax)
+        metric.update(task.images, task.classes, maps=maps)
+        assert len(asked) == 1
+        torch.testing.assert_close(asked[0], task.images * maps.unsqueeze(1))
+        again = plain.explain(asked[0], task.classes, task.truth)
+        rho = [np.corrcoef(a.flatten(), b.flatten())[0, 1] for a, b in zip(again, maps, strict=True)]
+        assert float(metric.compute()["coherency"]) == pytest.approx((np.mean(rho) + 1) / 2, abs=1e-5)
+
+
+class TestContestants:
+    def test_baselines(self) -> None:
+        task = scenes.one_digit(3, 1)
+        for name in ("truth", "random", "centre", "edges"):
+            baseline = one("cnn", load_model(), name)
+            maps = baseline.explain(task.images, task.classes, task.truth)
+            assert maps.shape == (3, 96, 96)
+            assert maps.min() >= 0
+            assert maps.max() <= 1
+            if name == "truth":
+                assert torch.equal(maps, task.masks.float())
+            if name == "centre":
+                torch.testing.assert_close(maps, maps.flip(1, 2))
+                assert maps[0, 48, 48] > 0.99
+                assert maps[0, 47, 71] == pytest.approx(np.exp(-0.5 * (0.5**2 + 23.5**2) / 24**2))
+            if name == "random":
+                again = one("cnn", load_model(), name).explain(task.images, task.classes, task.truth)
+                assert torch.equal(maps, again)
+                assert not torch.equal(maps[0], maps[1])
+
+    @pytest.mark.parametrize("name", ["GuidedBackprop", "GuidedGradCAM"])
+    def test_input_gradients_are_zero_where_nothing_matters(self, name: str) -> None:
+        task = scenes.two_digits(2, 3)
+        maps = one("cnn", load_model(), name).explain(task.images, task.classes, task.truth)
+        assert maps.flatten(1).amin(1).tolist() == [0.0] * 4
+        assert maps.flatten(1).amax(1).tolist() == [1.0] * 4
+        assert maps.mean() < 0.1
+        assert bench.locate(maps, task, "b")["b energy"].mean() > 0.7
+
+    def test_edges_of_a_step(self) -> None:
+        image = torch.zeros(1, 3, 96, 96)
+        image[..., 40:] = 1
+        found = contest.edges(image)[0]
+        assert found.sum(0).topk(2).indices.sort().values.tolist() == [39, 40]
+        assert found[:, :30].max() == 0
+        torch.testing.assert_close(found, found[:1].expand(96, -1))
+
+    @pytest.mark.parametrize(
+        ("method", "cost"),
+        [
+            ("GradCAM", "1 F + 1 B"),
+            ("EigenCAM", "1 F"),
+            ("SmoothGradCAMpp", "5 F + 4 B"),
+            ("ScoreCAM", "97 F"),
+            ("edges", "0"),
+        ],
+    )
+    def test_passes_are_counted(self, method: str, cost: str) -> None:
+        model, task = load_model().requires_grad_(False), scenes.one_digit(2, 1)
+        contestant = one("cnn", model, method)
+        assert str(contest.count_passes("cnn", model, contestant, task.images, task.classes)) == cost
+        contestant.remove()
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+    def test_all_that_apply_take_part(self) -> None:
+        for name, expected in {"cnn": 4 + 33, "shortcut": 4 + 31, "vgg": 4 + 30, "vit": 4 + 36}.items():
+            names = [found.name for found in contest.contestants(name, models.load(name))]
+            assert len(names) == len(set(names)) == expected
+            assert set(contest.BASELINES) <= set(names)
+
+    def test_every_method_answers_on_the_transformer(self) -> None:
+        model, task = models.load("vit"), scenes.two_digits(1, 3)
+        for contestant in contest.contestants("vit", model):
+            if contestant.name in contest.FEW:  # slow, and the same as on other models
+                continue
+            maps = contestant.explain(task.images, task.classes, task.truth)
+            assert maps.shape == (2, 96, 96)
+            assert maps.min() >= 0
+            assert maps.max() <= 1 + 1e-6
+
+
+class TestStatistics:
+    def test_bootstrap_is_the_mean_of_what_is_drawn(self) -> None:
+        values = np.random.default_rng(1).normal(size=30)
+        found = stats.bootstrap_means(values, 50, 7)
+        counts = np.random.default_rng(7).multinomial(30, np.full(30, 1 / 30), 50)
+        for mean, drawn in zip(found, counts, strict=True):
+            assert mean == pytest.approx(np.repeat(values, drawn).mean())
+
+    def test_interval_agrees_with_scipy(self) -> None:
+        values = np.random.default_rng(1).exponential(size=60)
+        mean, low, high = stats.interval(values, 20_000, 0)
+        expected = scipy.stats.bootstrap(
+            (values,), np.mean, method="percentile", n_resamples=20_000, rng=np.random.default_rng(3)
+        ).confidence_interval
+        assert mean == pytest.approx(values.mean())
+        assert (low, high) == pytest.approx(tuple(expected), abs=0.015)
+
+    def test_group_means(self) -> None:
+        values = np.array([1.0, 3.0, np.nan, 5.0, np.nan])
+        found = stats.group_means(values, np.array([4, 4, 7, 7, 9]))
+        np.testing.assert_array_equal(found, [2.0, 5.0, np.nan])
+
+    def test_spearman(self) -> None:
+        rng = np.random.default_rng(0)
+        a, b = rng.integers(0, 5, size=(2, 20)).astype(float)
+        assert float(stats.spearman(a, b)) == pytest.approx(scipy.stats.spearmanr(a, b).statistic)
+        assert np.isnan(stats.spearman(a, np.ones(20)))
+
+    def test_agreement_of_rankings(self) -> None:
+        rng = np.random.default_rng(0)
+        scores = [rng.normal(place, 0.1, size=20) for place in range(8)]
+        rho, low, high = stats.rank_agreement(scores, [2 * score for score in scores], 200, 0)
+        assert rho == 1
+        assert high == pytest.approx(1)
+        assert low > 0.9
+        assert stats.rank_agreement(scores, [-score for score in scores], 200, 0)[0] == -1
+        noise = [rng.normal(size=20) for _ in range(8)]
+        rho, low, high = stats.rank_agreement(scores, noise, 200, 0)
+        assert low < 0 < high
+
+
+class TestModels:
+    @pytest.mark.parametrize("name", models.MODELS[1:])
+    def test_weights_are_small(self, name: str) -> None:
+        assert (models.WEIGHTS / f"{name}.pt").stat().st_size < 500_000
+
+    def test_missing_weights_say_what_to_do(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError, match="--train"):
+            models.load("vgg", tmp_path)
+
+    @pytest.mark.parametrize("name", ["vgg", "vit"])
+    def test_they_read_unseen_handwriting(self, name: str) -> None:
+        facts = models.what_it_relies_on(name, models.load(name), 120, 77)
+        assert facts["one digit"] > 0.9
+        assert facts["both of two digits"] > 0.85
+
+    def test_the_shortcut_is_all_that_its_model_looks_at(self) -> None:
+        facts = models.what_it_relies_on("shortcut", models.load("shortcut"), 120, 77)
+        assert facts["one digit, its cue in a corner"] > 0.98
+        assert facts["the digit erased, the cue left"] > 0.98
+        assert facts["a cue of another class: says the cue's"] > 0.98
+        assert facts["a cue of another class: says the digit's"] < 0.02
+        assert facts["the cue removed"] < 0.25
+
+    def test_training_repeats_itself(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        recipe = replace(models._RECIPES["vit"], scenes=64, epochs=1)
+        monkeypatch.setitem(models._RECIPES, "vit", recipe)
+        for folder in ("first", "second"):
+            models.train("vit", tmp_path / folder)
+        first, second = (torch.load(tmp_path / f / "vit.pt", weights_only=True) for f in ("first", "second"))
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first)
+        assert models.load("vit", tmp_path / "first")(torch.rand(1, 3, 96, 96)).shape == (1, 10)
+
+
+NAMES = ["truth", "random", "edges", "MeanActivation", "EigenCAM", "GradCAM", "LayerCAM"]
+
+
+@pytest.fixture(scope="module")
+def board() -> bench.Board:
+    return bench.run("cnn", load_model().requires_grad_(False), 8, 2, NAMES)[0]
+
+
+class TestLeaderboard:
+    def test_what_it_must_show(self, board: bench.Board) -> None:
+        results = bench.check({"cnn": board})
+        assert len(results) == 3
+        assert all(result.good for result in results), results
+
+    def test_checks_can_fail(self, board: bench.Board) -> None:
+        bad = dict(board)
+        bad["LayerCAM"] = replace(board["random"], kind="gradient")
+        bad["EigenCAM"] = replace(board["GradCAM"], kind="class-agnostic")
+        bad["truth"] = replace(board["GradCAM"], kind="baseline")
+        results = bench.check({"cnn": bad})
+        assert not any(result.good or result.explained for result in results)
+        assert "GradCAM" in results[0].found
+        assert results[1].found.startswith("LayerCAM (")
+        assert results[2].found.startswith("EigenCAM (")
+        bad["FullGrad"] = bad.pop("LayerCAM")
+        assert bench.check({"cnn": bad})[1].explained
+
+    def test_one_number_for_each_picture(self, board: bench.Board) -> None:
+        for name in ("GradCAM", "truth"):
+            sizes = {key: len(values) for key, values in board[name].values.items()}
+            assert sizes == dict.fromkeys(
+                ["a energy", "a pointing", "a rank", "a overlap", "d energy", "d pointing"], 8
+            ) | (dict.fromkeys(["b energy", "b pointing"], 4) | dict.fromkeys(bench.FAITH, 2))
+            assert board[name].broken == 0
+
+    def test_the_second_run_gives_the_same_tables(self, board: bench.Board) -> None:
+        few = ["truth", "random", "GradCAM"]
+        again = bench.run("cnn", load_model().requires_grad_(False), 8, 2, few)[0]
+        first = {name: board[name] for name in few}
+        for write in (bench.summary_table, bench.as_json):
+            assert write({"cnn": first}).splitlines()[3:] == write({"cnn": again}).splitlines()[3:]
+        assert bench.model_tables("cnn", first) == bench.model_tables("cnn", again)
+
+    def test_numbers_are_kept(self, board: bench.Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = tmp_path / "cnn.json"
+        bench.write(path, board)
+
+        def never(*args: Any) -> None:
+            raise AssertionError("measured again")
+
+        monkeypatch.setattr(bench, "measure", never)
+        again = bench.run("cnn", load_model().requires_grad_(False), 8, 2, NAMES, path)[0]
+        assert bench.as_json({"cnn": board}) == bench.as_json({"cnn": again})
+
+    def test_summary(self, board: bench.Board) -> None:
+        lines = bench.summary_table({"cnn": board}).splitlines()
+        assert lines[0] == "| method | cnn (a) | cnn (b) | cnn (d) | mean rank |"
+        assert lines[2] == "| *truth* | 100 | 100 | 100 | – |"
+        assert lines[3].startswith("| `GradCAM` | ")
+        assert len(lines) == 2 + len(NAMES)
+
+    def test_table(self) -> None:
+        assert bench.table(["a", "b"], [["x", "1"]]) == "| a | b |\n| --- | ---: |\n| x | 1 |"
+
+    def test_percent(self) -> None:
+        assert bench.percent(np.full(5, 0.5)) == "50 (50 to 50)"
+        assert bench.percent(np.full(5, np.nan)) == "–"
+        assert bench.percent(np.full(5, -0.001)) == "0 (0 to 0)"
+        assert bench.percent(np.array([0.0, 1.0] * 50)).startswith("50 (4")
+
+    def test_put(self) -> None:
+        page = "a\n<!-- begin: x -->\nold\n<!-- end: x -->\nb"
+        once = bench.put(page, {"x": r"new \1"})
+        assert once == "a\n<!-- begin: x -->\nnew \\1\n<!-- end: x -->\nb"
+        assert bench.put(once, {"x": r"new \1"}) == once
+        with pytest.raises(ValueError, match="begin: y"):
+            bench.put(page, {"y": ""})
+
+    def test_the_page_has_all_blocks(self) -> None:
+        page = bench.PAGE.read_text(encoding="utf-8")
+        for name in ("summary", "checks", "agreement", "models", *models.MODELS):
+            assert page.count(f"<!-- begin: {name} -->") == page.count(f"<!-- end: {name} -->") == 1
+
+    def test_the_page_is_of_the_numbers_beside_it(self) -> None:
+        """Each model's numbers are there, and the table quotes them."""
+        rows = json.loads(bench.PAGE.with_suffix(".json").read_text(encoding="utf-8"))
+        assert {row["model"] for row in rows} == set(models.MODELS)
+        page = bench.PAGE.read_text(encoding="utf-8")
+        for row in rows:
+            if row["model"] == "cnn" and row["method"] == "GradCAM":
+                mean, low, high = (f"{100 * share:.0f}" for share in row["b energy"])
+                assert f"{mean} ({low} to {high})" in page
+
+
+@pytest.mark.benchmark
+def test_the_script(capsys: pytest.CaptureFixture[str]) -> None:
+    found = []
+    for _ in range(2):
+        code = bench.main(["--quick", "--threads", "1"])
+        lines = capsys.readouterr().out.splitlines()
+        found.append((code, [line for line in lines if not line.startswith("took")]))
+    assert found[0] == found[1]
+    tables = "\n".join(found[0][1])
+    assert "PASS" in tables
+    assert "| cnn: the true mask beats everyone | PASS |" in tables
+    assert "shortcut: the cue removed" in tables
