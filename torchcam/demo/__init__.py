@@ -8,7 +8,7 @@ belong to which digit, so a map can be checked and not just looked at:
     >>> scores = model(sample.to_tensor())
 
 `make_scenes` makes as many more of these pictures as a benchmark needs; it takes the handwriting from scikit-learn
-(`pip install "torchcam[test]"`), everything else here does without.
+(`pip install "torchcam[demo]"`), everything else here does without.
 """
 
 from torchcam.demo.data import CLASS_NAMES, Scenes, make_scenes

@@ -75,7 +75,7 @@ def _load_handwriting(split: Split) -> tuple[Tensor, Tensor]:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImportError(
-            'making scenes needs the handwriting that scikit-learn ships: pip install "torchcam[test]" '
+            'making scenes needs the handwriting that scikit-learn ships: pip install "torchcam[demo]" '
             "(the demo model and its sample images work without it)"
         ) from error
     bunch = load_digits()
