@@ -98,6 +98,7 @@ class ADCC(_CoherencyMetric):
         ValueError: if ``batch_size`` is not positive
 
     Example:
+        >>> import torch
         >>> from functools import partial
         >>> from torchcam.methods import LayerCAM
         >>> from torchvision.models import resnet18
@@ -201,6 +202,7 @@ class ARCC(_CoherencyMetric):
         ValueError: if a percentile, ``noise`` or ``batch_size`` is out of range
 
     Example:
+        >>> import torch
         >>> from functools import partial
         >>> from torchcam.methods import LayerCAM
         >>> from torchvision.models import resnet18
