@@ -431,11 +431,18 @@ class Form:
             return None
         return map_tensors(lambda t: cls(tuple(t.shape), t.dtype, t.device), output)
 
-    def unknown(self, old: int, new: int) -> Tensor:
-        """Give a tensor of NaN of this form, with as many rows as ``new`` where there were as many as ``old``."""
+    def unknown(self, old: int, new: int, nan: dict[tuple[torch.dtype, torch.device], Tensor]) -> Tensor:
+        """Give a tensor of NaN of this form, with as many rows as ``new`` where there were as many as ``old``.
+
+        ``nan`` keeps the one value that all elements of a tensor are.
+        """
         batch = next((dimension for dimension, side in enumerate(self.shape[:2]) if side == old), None)
         shape = [new if dimension == batch else side for dimension, side in enumerate(self.shape)]
-        return torch.full((), torch.nan, dtype=self.dtype, device=self.device).expand(shape)
+        kind = self.dtype, self.device
+        if kind not in nan:
+            nan[kind] = torch.full((), torch.nan, dtype=self.dtype, device=self.device)
+        filled = nan[kind].expand(shape)
+        return filled.clone() if filled.numel() == 1 else filled  # of several, none can be written to
 
 
 @dataclass(frozen=True)
@@ -494,6 +501,7 @@ class _Head:
         self.layer = layer
         self.recorded = recorded
         self.batch = batch
+        self._nan: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         done = {inner for module, _ in recorded.before for inner in module.modules()} | set(layer.modules())
         self._formats = fast_formats(module for module in replay.model.modules() if module not in done)
 
@@ -534,14 +542,14 @@ class _Head:
         if self.batch == 0:
             copies = in_format(copies, self._formats)
         image = call.image
-        unknown = Form(tuple(image.shape), image.dtype, image.device).unknown(len(image), len(samples))
+        unknown = Form(tuple(image.shape), image.dtype, image.device).unknown(len(image), len(samples), self._nan)
         args, kwargs = call.with_image(unknown, samples)
         answers: defaultdict[nn.Module, deque[Any]] = defaultdict(deque)
         for module, form in self.recorded.before:
             answers[module].append(form)
 
         def fill(part: Any) -> Any:
-            return part.unknown(len(image), len(samples)) if isinstance(part, Form) else NotImplemented
+            return part.unknown(len(image), len(samples), self._nan) if isinstance(part, Form) else NotImplemented
 
         def answer(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
             def answered(*args: Any, **kwargs: Any) -> Any:
