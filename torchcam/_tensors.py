@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "blurred_out",
     "gaussian_blur",
     "is_constant",
     "map_structure",
@@ -112,6 +113,13 @@ def gaussian_blur(maps: Tensor, size: int, sigma: float) -> Tensor:
         matrix = maps.new_zeros(side, side).scatter_add_(1, sources, kernel.expand(side, -1))
         maps = torch.movedim(maps.movedim(axis, -1) @ matrix.mT, -1, axis)
     return maps
+
+
+def blurred_out(image: Tensor) -> Tensor:
+    """Blur inputs (N, C, *spatial) until nothing can be told: σ is an eighth of the shorter side."""
+    side = min(image.shape[2:])
+    with torch.autocast(image.device.type, enabled=False):
+        return gaussian_blur(to_float(image), 2 * (side // 4) + 1, max(side / 8, 1.0)).to(image)
 
 
 def is_constant(lowest: Tensor, highest: Tensor) -> Tensor:

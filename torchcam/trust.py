@@ -24,7 +24,7 @@ from torchcam._figures import data_uri, fitted
 from torchcam._files import written_whole
 from torchcam._methods import CALL_OPTIONS, as_method, by_method, takes
 from torchcam._passes import untouched
-from torchcam._tensors import gaussian_blur, is_constant, over_channels, resize, to_float
+from torchcam._tensors import blurred_out, is_constant, over_channels, resize, to_float
 from torchcam.layers import TargetLayer
 from torchcam.methods import MeanActivation
 from torchcam.methods._diagnose import Diagnosis, diagnose, of_samples
@@ -577,7 +577,7 @@ class _Trial:
         """Give the inputs without what is in them: blurred, in their mean colour, or in one grey."""
         image = self.image[samples]
         if kind == 0:
-            return _blurred(image)
+            return blurred_out(image)
         return image.mean(tuple(range(3 - kind, image.ndim)), keepdim=True).expand_as(image)
 
     def _evidence(self) -> list[Check]:
@@ -784,13 +784,6 @@ def _judged(name: str, value: float, higher_is_better: bool = True) -> Literal["
     if sign * value >= sign * passed:
         return "passed"
     return "failed" if not sign * value >= sign * failed else "doubtful"
-
-
-def _blurred(image: Tensor) -> Tensor:
-    """Blur inputs (N, C, *spatial) until nothing can be told: σ is an eighth of the shorter side."""
-    side = min(image.shape[2:])
-    with torch.autocast(image.device.type, enabled=False):
-        return gaussian_blur(to_float(image), 2 * (side // 4) + 1, max(side / 8, 1.0)).to(image)
 
 
 def _one(maps: Tensor | str, sample: int) -> Tensor | str:

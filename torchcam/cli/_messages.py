@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, NoReturn
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "UserError",
     "add_command",
     "add_json",
+    "add_outputs",
     "closest",
     "library_errors",
     "one_line",
@@ -51,6 +53,15 @@ def add_command(commands: Any, name: str, *, short: str, long: str, examples: st
 def add_json(parser: Any) -> None:
     """Add the option that every command has for other programs."""
     parser.add_argument("--json", action="store_true", help="print the result as JSON, and nothing else")
+
+
+def add_outputs(result: Any, what: str) -> None:
+    """Add the options of commands that can write their result to files; ``what`` says as what."""
+    result.add_argument(
+        "--output", metavar="FILE", type=Path, action="append", default=[], help=f"{what}; may be repeated"
+    )
+    result.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    add_json(result)
 
 
 def print_json(result: Any) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._messages import UserError, add_command, add_json, closest, one_line
+from ._messages import UserError, add_command, add_outputs, closest, one_line
 from ._methods import add_layers, check_layer_count, find_method, split, target_layer
 from ._models import Classifier, add_model, find_device, load_model
 from ._pictures import check_output, read_image, writing
@@ -121,16 +121,7 @@ def add_to(commands: Any) -> None:
         help="under torchrun: how long processes wait for each other, a batch at most (default: %(default)g)",
     )
     result = evaluate.add_argument_group("the result")
-    result.add_argument(
-        "--output",
-        metavar="FILE",
-        type=Path,
-        action="append",
-        default=[],
-        help="write it there, too, as .json, .csv, .md or .txt; may be repeated",
-    )
-    result.add_argument("--overwrite", action="store_true", help="replace files that are there")
-    add_json(result)
+    add_outputs(result, "write it there, too, as .json, .csv, .md or .txt")
 
 
 def run(arguments: argparse.Namespace) -> None:

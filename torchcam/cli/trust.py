@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._messages import UserError, add_command, add_json, library_errors, print_json
+from ._messages import UserError, add_command, add_outputs, library_errors, print_json
 from ._methods import add_layers, as_integers, check_layer_count, find_method, split, target_layer
 from ._models import add_model, find_device, load_model
 from ._pictures import check_output, read_image, writing
@@ -57,16 +57,7 @@ def add_to(commands: Any) -> None:
         "--chunk-size", metavar="N", type=int, default=32, help="images in one pass (default: %(default)s)"
     )
     result = trust.add_argument_group("the result")
-    result.add_argument(
-        "--output",
-        metavar="FILE",
-        type=Path,
-        action="append",
-        default=[],
-        help="write the report there, too, as .html, .json or .txt; may be repeated",
-    )
-    result.add_argument("--overwrite", action="store_true", help="replace files that are there")
-    add_json(result)
+    add_outputs(result, "write the report there, too, as .html, .json or .txt")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from torchcam import __version__
-from torchcam._passes import forwards_replaced, model_device, untouched
+from torchcam._passes import model_device, untouched
 from torchcam.layers import TargetLayer
 from torchcam.methods._replay import positive_integer
 from torchcam.methods.core import plain_tensors
-from torchcam.metrics.core import maps_of, watched
+from torchcam.metrics.core import logits_applied, maps_of, watched
 from torchcam.targets import class_scores
 
 from ._checkpoint import Checkpoint, checksum, describe
@@ -334,7 +334,7 @@ class _Run:
     def _take(self, raw: Any, advance: Callable[[str], None]) -> None:
         """Explain a batch by each method, and measure the maps."""
         batch = Batch.read(raw, self.device)
-        with untouched(self.model), torch.inference_mode(), self._scored_by(self.logits_fn):
+        with untouched(self.model), torch.inference_mode(), logits_applied(self.model, self.logits_fn):
             predicted: list[int] = class_scores(self.model(batch.image)).argmax(1).tolist()
         classes = predicted if self.class_source == "predicted" else batch.labels
         if classes is None:
@@ -366,18 +366,8 @@ class _Run:
 
     def _explain(self, one: Contestant, image: Tensor, classes: list[int], logits_fn: LogitsFn | None) -> Tensor:
         """Give the maps of a batch, (N, *spatial)."""
-        with plain_tensors(), self._scored_by(logits_fn), watched(one.extractor):
+        with plain_tensors(), logits_applied(self.model, logits_fn), watched(one.extractor):
             return maps_of(one.extractor, self.model(image), image, class_idx=classes)
-
-    def _scored_by(self, logits_fn: LogitsFn | None) -> Any:
-        """Make ``logits_fn`` a part of the model inside the block."""
-        if logits_fn is None:
-            return forwards_replaced({})
-
-        def wrap(_model: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-            return lambda *args, **kwargs: logits_fn(forward(*args, **kwargs))
-
-        return forwards_replaced({self.model: wrap})
 
     def _now(self) -> float:
         if self.device.type == "cuda":

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from torchcam._passes import Call, find_image, untouched
-from torchcam._tensors import gaussian_blur, is_constant, map_tensors, resize, to_float
+from torchcam._tensors import blurred_out, is_constant, map_tensors, resize, to_float
 from torchcam.layers import Candidates, candidates
 from torchcam.layout import Layout, has_consistent_stride
 from torchcam.targets import ClassIndex, OutputTarget, Selector, check_one_of, class_scores, read_logits
@@ -876,9 +876,7 @@ class _Examination:
         top = (ranks >= cam.shape[1] - share).reshape(len(image), 1, *image.shape[2:])
         bottom = (ranks < share).reshape_as(top)
         fills = [image.flatten(2).mean(2).reshape(*image.shape[:2], *[1] * (image.ndim - 2)).expand_as(image)]
-        side = min(image.shape[2:])
-        with torch.autocast(image.device.type, enabled=False):
-            fills.append(gaussian_blur(to_float(image), 2 * (side // 4) + 1, max(side / 8, 1.0)).to(image))
+        fills.append(blurred_out(image))
         score = self._score(self.output)
         everything = torch.ones_like(top)
         with untouched(self.model), torch.no_grad():

@@ -28,6 +28,7 @@ __all__ = [
     "as_image",
     "check_seed",
     "given_maps",
+    "logits_applied",
     "maps_of",
     "watched",
     "zero_where_broken",
@@ -323,7 +324,7 @@ class CAMMetric(Metric):
             RuntimeError: if there is neither an extractor nor ``maps``
         """
         image = as_image(input_tensor)
-        with plain_tensors(), self._logits_applied():
+        with plain_tensors(), logits_applied(self.model, self.logits_fn):
             explained = self._explain(image, class_idx, targets, maps)
             parts = self._measure(explained)
             self._add(parts, explained.valid)
@@ -375,17 +376,6 @@ class CAMMetric(Metric):
             state = getattr(self, name)
             # Not in place: a state may be a tensor of inference mode.
             setattr(self, name, state + value.to(state.device).to(state.dtype))
-
-    def _logits_applied(self) -> AbstractContextManager[None]:
-        """Make ``logits_fn`` a part of the model inside the block: what reads its output explains what follows it."""
-        logits_fn = self.logits_fn
-        if logits_fn is None:
-            return forwards_replaced({})
-
-        def wrap(_model: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-            return lambda *args, **kwargs: logits_fn(forward(*args, **kwargs))
-
-        return forwards_replaced({self.model: wrap})
 
     def _explain(
         self,
@@ -479,6 +469,17 @@ def check_seed(seed: int) -> int:
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"`seed` must be from -2**63 to 2**64 - 1, got {seed}")
     return seed
+
+
+def logits_applied(model: nn.Module, logits_fn: Callable[[Any], Any] | None) -> AbstractContextManager[None]:
+    """Make ``logits_fn`` a part of the model inside the block: what reads its output explains what follows it."""
+    if logits_fn is None:
+        return forwards_replaced({})
+
+    def wrap(_model: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: logits_fn(forward(*args, **kwargs))
+
+    return forwards_replaced({model: wrap})
 
 
 def maps_of(extractor: Extractor, output: Any, image: Tensor, **asked: Any) -> Tensor:
