@@ -1,0 +1,210 @@
+"""Replicas: copies of a model's modules that share its parameters, to run a model without a trace on it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FunctionType, MethodType, NoneType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["CallWrapper", "ExtractorHook", "replicate", "replicated"]
+
+_SHARED = frozenset({bool, int, float, str, bytes, NoneType, FunctionType, type, torch.dtype, torch.device, torch.Size})
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
+class ExtractorHook:
+    """A module hook of an extractor: replicas have none, and in copies of a model it does nothing and holds nothing."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy is made of the standard library alone: it can be loaded where this package is not installed.
+        return getattr, (contextlib.nullcontext(), "__exit__")  # takes any arguments and returns None
+
+
+class CallWrapper:
+    """Runs in place of ``module(...)``, around the module's forward and all of its hooks, while it is attached.
+
+    Unlike hooks, a wrapper can end what it began on every exception, and torch leaves it out of copies of the module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._inner: Callable[..., Any] | None = module._compiled_call_impl
+
+    def attach(self, module: nn.Module) -> None:
+        """Run in place of the module's calls from now on."""
+        vars(module)["_compiled_call_impl"] = self
+
+    def detach(self, module: nn.Module) -> None:
+        """Let the module's calls run as they did before."""
+        vars(module).pop("_compiled_call_impl", None)
+        if self._inner is not None:
+            vars(module)["_compiled_call_impl"] = self._inner
+
+    def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Run the module as if there was no wrapper."""
+        if self._inner is not None:
+            return self._inner(*args, **kwargs)
+        return module._call_impl(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return NoneType, ()
+
+
+def replicate(model: nn.Module) -> nn.Module:
+    """Return a copy of the tree of modules of ``model`` in evaluation mode that shares its parameters.
+
+    Buffers, other tensors and containers in attributes are copied; the user's hooks are kept, those of extractors left
+    out. So nothing that runs a replica changes the model. Wrappers for several devices hand their calls on to the
+    module they wrap, compiled modules are replaced with what was compiled. Names of modules stay the same.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        replica: nn.Module = _Copier()(model)
+    return replica
+
+
+@contextmanager
+def replicated(model: nn.Module) -> Iterator[nn.Module]:
+    """Return a replica of ``model`` to run inside the block.
+
+    If the model draws random numbers, the state of the global generators is restored on exit.
+    """
+    replica = replicate(model)
+    last_call = _LastCall(replica)
+    last_call.attach(replica)
+    generators = _global_generators(model)
+    states = [generator.get_state() for generator in generators]
+    try:
+        yield replica
+    finally:
+        changed = any(not torch.equal(g.get_state(), state) for g, state in zip(generators, states, strict=True))
+        # Another thread may draw from the same generators: its numbers must not be drawn twice.
+        if changed and (threading.active_count() == 1 or last_call.draws_random_numbers()):
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
+
+
+class _Copier:
+    """Copies values of attributes, each once: modules, tensors and containers; others are shared."""
+
+    def __init__(self) -> None:
+        self._copies: dict[int, tuple[Any, Any]] = {}  # with the original, which must outlive its key
+
+    def __call__(self, value: Any) -> Any:
+        kind = type(value)
+        if kind in _SHARED:
+            return value
+        known = self._copies.get(id(value))
+        if known is not None:
+            return known[1]
+        if isinstance(value, nn.Module):
+            return self._module(value)
+        if isinstance(value, Tensor):
+            return value if isinstance(value, nn.Parameter) else self._keep(value, value.detach().clone())
+        if kind in {list, deque}:
+            copied = self._keep(value, kind() if kind is list else deque(maxlen=value.maxlen))
+            copied.extend(map(self, value))
+            return copied
+        if kind in {dict, OrderedDict, defaultdict}:
+            copied = self._keep(value, defaultdict(value.default_factory) if kind is defaultdict else kind())
+            copied.update((self(key), self(item)) for key, item in value.items())
+            return copied
+        if kind in {set, tuple}:
+            return self._keep(value, kind(map(self, value)))
+        if kind is MethodType:
+            return MethodType(value.__func__, self(value.__self__)) if isinstance(value.__self__, nn.Module) else value
+        if kind is functools.partial:
+            keywords = {name: self(item) for name, item in value.keywords.items()}
+            return functools.partial(self(value.func), *map(self, value.args), **keywords)
+        return value
+
+    def _keep(self, value: Any, copied: Any) -> Any:
+        self._copies[id(value)] = value, copied
+        return copied
+
+    def _module(self, module: nn.Module) -> nn.Module:
+        if isinstance(module, torch.jit.ScriptModule):
+            return self._keep(module, module.copy().eval() if module.training else module)
+        if isinstance(module, _WRAPPERS):
+            return self._handing_on(module, "module")
+        if hasattr(module, "_orig_mod") and isinstance(module._orig_mod, nn.Module):  # what `torch.compile` returned
+            return self._handing_on(module, "_orig_mod")
+        replica: nn.Module = self._keep(module, object.__new__(type(module)))
+        attributes = vars(replica)
+        for name, value in vars(module).items():
+            if name in {"_forward_hooks", "_forward_pre_hooks"}:
+                kept = {key: hook for key, hook in value.items() if not isinstance(hook, ExtractorHook)}
+                attributes[name] = OrderedDict((key, self(hook)) for key, hook in kept.items())
+            elif name != "_compiled_call_impl":
+                attributes[name] = self(value)
+        attributes["training"] = False
+        return replica
+
+    def _handing_on(self, module: nn.Module, child: str) -> nn.Module:
+        replica = self._keep(module, _HandingOn(child))
+        replica.add_module(child, self(getattr(module, child)))
+        return replica.eval()
+
+
+class _HandingOn(nn.Module):
+    """Hands its calls on to its only child."""
+
+    def __init__(self, child: str) -> None:
+        super().__init__()
+        self.child = child
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the child."""
+        return getattr(self, self.child)(*args, **kwargs)
+
+
+class _LastCall(CallWrapper):
+    """Remembers how a replica was called last, to find out whether it draws random numbers."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self._module = module
+        self._arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._arguments = args, kwargs
+        return self.run(self._module, *args, **kwargs)
+
+    def draws_random_numbers(self) -> bool:
+        """Check whether the last call draws random numbers, by a repetition."""
+        if self._arguments is None:
+            return False
+        args, kwargs = self._arguments
+        with _DrawsWatched() as watch, torch.no_grad():
+            try:
+                self.run(self._module, *args, **kwargs)
+            except Exception:  # noqa: BLE001 - whatever a call raises that has raised before
+                return True
+        return watch.seen
+
+
+class _DrawsWatched(TorchDispatchMode):
+    """Notes whether an operation draws from a generator."""
+
+    seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation."""
+        self.seen = self.seen or torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
+
+
+def _global_generators(model: nn.Module) -> list[torch.Generator]:
+    """Return the default generators of the CPU and of the kind of device that the model is on."""
+    generators = [torch.default_generator]
+    device_type = next((parameter.device.type for parameter in model.parameters()), "cpu")
+    if device_type not in {"cpu", "meta"}:
+        generators += list(getattr(torch.get_device_module(device_type), "default_generators", ()))
+    return generators
