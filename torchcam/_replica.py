@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 __all__ = ["CallWrapper", "ExtractorHook", "replicate", "replicated"]
 
 _SHARED = frozenset({bool, int, float, str, bytes, NoneType, FunctionType, type, torch.dtype, torch.device, torch.Size})
+_MAPPINGS = frozenset({dict, OrderedDict, defaultdict})
+_EMPTY = frozenset({dict, OrderedDict, list, set, tuple})  # the types whose empty values are copied at once
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
@@ -101,6 +103,8 @@ class _Copier:
         kind = type(value)
         if kind in _SHARED:
             return value
+        if kind in _EMPTY and not value:
+            return kind()
         known = self._copies.get(id(value))
         if known is not None:
             return known[1]
@@ -112,7 +116,7 @@ class _Copier:
             copied = self._keep(value, kind() if kind is list else deque(maxlen=value.maxlen))
             copied.extend(map(self, value))
             return copied
-        if kind in {dict, OrderedDict, defaultdict}:
+        if kind in _MAPPINGS:
             copied = self._keep(value, defaultdict(value.default_factory) if kind is defaultdict else kind())
             copied.update((self(key), self(item)) for key, item in value.items())
             return copied
@@ -134,22 +138,24 @@ class _Copier:
             return self._keep(module, module.copy().eval() if module.training else module)
         if isinstance(module, _WRAPPERS):
             return self._handing_on(module, "module")
-        if hasattr(module, "_orig_mod") and isinstance(module._orig_mod, nn.Module):  # what `torch.compile` returned
+        if "_orig_mod" in module._modules:  # what `torch.compile` returned
             return self._handing_on(module, "_orig_mod")
         replica: nn.Module = self._keep(module, object.__new__(type(module)))
         attributes = vars(replica)
-        for name, value in vars(module).items():
-            if name in {"_forward_hooks", "_forward_pre_hooks"}:
-                kept = {key: hook for key, hook in value.items() if not isinstance(hook, ExtractorHook)}
-                attributes[name] = OrderedDict((key, self(hook)) for key, hook in kept.items())
-            elif name != "_compiled_call_impl":
-                attributes[name] = self(value)
+        attributes.update(vars(module))
+        attributes.pop("_compiled_call_impl", None)
         attributes["training"] = False
+        for name, value in attributes.items():
+            if type(value) not in _SHARED:
+                attributes[name] = self(value)
+        for hooks in (attributes["_forward_hooks"], attributes["_forward_pre_hooks"]):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, ExtractorHook)]:
+                del hooks[key]
         return replica
 
     def _handing_on(self, module: nn.Module, child: str) -> nn.Module:
         replica = self._keep(module, _HandingOn(child))
-        replica.add_module(child, self(getattr(module, child)))
+        replica.add_module(child, self(module._modules[child]))
         return replica.eval()
 
 
@@ -190,7 +196,7 @@ class _LastCall(CallWrapper):
         return watch.seen
 
 
-class _DrawsWatched(TorchDispatchMode):
+class _DrawsWatched(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
     """Notes whether an operation draws from a generator."""
 
     seen = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from torchcam._passes import Call, find_image, image_shape, model_device, paused, records, untouched
+from torchcam._replica import replicated
 from torchcam._tensors import map_tensors, min_max, resize, tensors_in, to_float
 from torchcam.layers import TargetLayer, automatic_layer, candidates, layer_names
 from torchcam.layout import Layout, find_layout, meant_tensors, replace_tensors
@@ -25,7 +27,7 @@ from ._record import BrokenSamples, Pass, Record, Request
 from ._replay import VariantRunner, run_chunks
 from ._stream import stream
 
-__all__ = ["_CAM", "OutputTarget", "is_finite", "one_by_one", "plain_tensors", "to_one_shape"]
+__all__ = ["_CAM", "OutputTarget", "is_finite", "on_replica", "one_by_one", "plain_tensors", "to_one_shape"]
 
 logger = logging.getLogger(__name__)
 
@@ -763,6 +765,35 @@ class _CAM:
             option: self.target_names if option == "target_layer" else getattr(self, option) for option in self._options
         }
         return f"{type(self).__name__}({', '.join(f'{option}={value}' for option, value in values.items())})"
+
+
+@contextmanager
+def on_replica(extractor: Any) -> Iterator[Any]:
+    """Return an extractor like ``extractor`` that watches a replica of its model; of a foreign one, itself."""
+    base = getattr(extractor, "base_cam", extractor)
+    if not isinstance(base, _CAM):
+        with untouched(extractor.model, recorder=extractor):
+            yield extractor
+        return
+    with replicated(base.model) as replica:
+        moved = copy.copy(base)
+        moved.model, moved.submodule_dict = replica, dict(replica.named_modules())
+        moved.hook_handles, moved._layer_handles, moved._own_modules = [], [], {replica}
+        moved._hooks_enabled = True
+        names, moved.target_names = (
+            moved.target_names,
+            [n if n in moved.submodule_dict else "" for n in moved.target_names],
+        )
+        moved._register_hooks()
+        moved.target_names = names
+        moved._record = Record(names)
+        if base is extractor:
+            yield moved
+        else:
+            wrapper = copy.copy(extractor)
+            wrapper.base_cam = moved
+            yield wrapper
+        moved.remove_hooks()
 
 
 @contextmanager
