@@ -17,7 +17,7 @@ from torchcam.layout import (
     find_layout,
     first_tensor,
     has_consistent_stride,
-    meant_tensors,
+    primary_tensors,
     patch_grid,
     replace_tensors,
 )
@@ -205,14 +205,14 @@ def test_the_tensors_meant_by_an_output() -> None:
     assert first_tensor((None, "x", [b, a])) is b
     assert first_tensor(Output("x", a, b)) is a
     assert first_tensor("no tensor") is None
-    assert meant_tensors("no tensor") == {}
-    assert meant_tensors(a) == {"": a}
-    assert meant_tensors((b, a)) == {"": b}
+    assert primary_tensors("no tensor") == {}
+    assert primary_tensors(a) == {"": a}
+    assert primary_tensors((b, a)) == {"": b}
     # All levels of a feature pyramid are meant, but not all entries of any dictionary.
-    assert list(meant_tensors({"0": a, "1": a + 1, "pool": b})) == ["['0']", "['1']", "['pool']"]
-    assert meant_tensors(OrderedDict([("0", a), ("pool", b)])) == {"['0']": a, "['pool']": b}
-    assert meant_tensors({"out": a, "aux": a + 1}) == {"": a}
-    assert meant_tensors({"map": a, "logits": b[:, :, 0, 0]}) == {"": a}
+    assert list(primary_tensors({"0": a, "1": a + 1, "pool": b})) == ["['0']", "['1']", "['pool']"]
+    assert primary_tensors(OrderedDict([("0", a), ("pool", b)])) == {"['0']": a, "['pool']": b}
+    assert primary_tensors({"out": a, "aux": a + 1}) == {"": a}
+    assert primary_tensors({"map": a, "logits": b[:, :, 0, 0]}) == {"": a}
 
 
 def test_replacing_keeps_everything_else() -> None:

@@ -1,12 +1,10 @@
-"""Run a model and leave it as it was; remember how it was called."""
+"""How a model was called, and what looks like an image among its arguments."""
 
 from __future__ import annotations
 
-import threading
-from collections import Counter
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from typing import Any
 
@@ -16,98 +14,47 @@ from torch import Tensor, nn
 from ._tensors import map_structure, map_tensors, tensors_in
 
 __all__ = [
-    "EVERYONE",
     "Call",
-    "caches_of",
     "find_image",
     "forwards_replaced",
     "image_shape",
     "model_device",
-    "paused",
-    "records",
     "untouched",
 ]
 
-_scope = threading.local()
-_paused: Counter[int] = Counter()
-
-EVERYONE = object()
-"""In place of one ``recorder``: all extractors record."""
-
-
-def records(extractor: object, model: nn.Module) -> bool:
-    """Tell whether the hooks of ``extractor`` on ``model`` shall look at the pass that runs now in this thread."""
-    only = getattr(_scope, "only", None)
-    return (only is None or any(one is extractor for one in only)) and not _paused[id(model)]
-
 
 @contextmanager
-def paused(model: nn.Module) -> Iterator[None]:
-    """Record nothing of ``model`` inside the block, in any thread: a backward pass may run parts of it again."""
-    _paused[id(model)] += 1
-    try:
-        yield
-    finally:
-        _paused[id(model)] -= 1
-        if not _paused[id(model)]:
-            del _paused[id(model)]
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Run ``model`` itself in evaluation mode inside the block; restore its flags, buffers and attributes afterwards.
 
-
-@contextmanager
-def untouched(model: nn.Module, recorder: object = None) -> Iterator[None]:
-    """Run ``model`` in evaluation mode inside the block, and leave no trace of it behind.
-
-    On every exit path each submodule's ``training`` flag, every buffer, the tensors, numbers and dictionaries that
-    modules keep in attributes, and the random number generators are what they were. Hooks of extractors record nothing
-    meanwhile, but for those of ``recorder``: one extractor, several in a tuple, or all if it is ``EVERYONE``.
+    For models whose hooks are not ours to move to a replica: other threads see the flags.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [
-        (module, name, buffer, None if buffer is None else (buffer.clone(), _version(buffer)))
-        for module, _ in modes
-        for name, buffer in module._buffers.items()
+    states = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    copies = [(buffer, buffer.clone()) for _, _, buffers in states for buffer in buffers.values() if buffer is not None]
+    containers = [
+        (value, copy.copy(value))
+        for _, attributes, _ in states
+        for name, value in attributes.items()
+        if type(value) in {dict, list, set} and not name.startswith("_")
     ]
-    caches = [(cache, dict(cache)) for cache in caches_of(model)]
-    values = [
-        (vars(module), name, value)
-        for module, _ in modes
-        for name, value in vars(module).items()
-        if isinstance(value, (Tensor, float)) and not name.startswith("_")
-    ]
-    outer = getattr(_scope, "only", None)
-    with _forked_rng(model):
+    with torch.random.fork_rng():
         try:
-            if recorder is not EVERYONE:
-                _scope.only = recorder if isinstance(recorder, tuple) else (recorder,)
-            for module, _ in modes:
+            for module, *_ in states:
                 module.training = False
             yield
         finally:
-            _scope.only = outer
-            for module, training in modes:
-                module.training = training
-            for module, name, buffer, kept in buffers:
-                module._buffers[name] = buffer
-                if buffer is not None and kept is not None:
-                    _restore(buffer, *kept)
-            for cache, items in caches:
-                cache.clear()
-                cache.update(items)
-            for attributes, name, value in values:
-                attributes[name] = value
-
-
-def caches_of(model: nn.Module) -> list[dict[Any, Any]]:
-    """List the dictionaries among the attributes of the modules: some keep there what evaluation mode lets them reuse.
-
-    What was computed from weights must not outlast a change of them: modules themselves notice calls of ``train()``.
-    """
-    return [
-        value
-        for module in model.modules()
-        for name, value in vars(module).items()
-        if type(value) is dict and not name.startswith("_")
-    ]
+            for module, attributes, buffers in states:
+                for now, before in ((vars(module), attributes), (module._buffers, buffers)):
+                    for name in now.keys() - before.keys():
+                        del now[name]
+                    now.update(before)
+            for buffer, kept in copies:
+                with torch.inference_mode(buffer.is_inference()), torch.no_grad():
+                    if not torch.equal(buffer, kept):  # a write would invalidate a graph that has saved the buffer
+                        buffer.copy_(kept)
+            for value, kept in containers:
+                value.clear()
+                (value.extend if isinstance(value, list) else value.update)(kept)
 
 
 @contextmanager
@@ -128,75 +75,61 @@ def forwards_replaced(
                 vars(module)["forward"] = forward
 
 
-def _version(tensor: Tensor) -> int | None:
-    """Give the version counter; inference tensors have none."""
-    return None if tensor.is_inference() else tensor._version
-
-
-def _restore(buffer: Tensor, value: Tensor, version: int | None) -> None:
-    # Untouched buffers are left alone: a write would invalidate a graph of the user's that has saved them.
-    if version is None or buffer._version != version:
-        with torch.inference_mode(buffer.is_inference()), torch.no_grad():
-            buffer.copy_(value)
-
-
-def _forked_rng(model: nn.Module) -> AbstractContextManager[None]:
-    devices = {parameter.device for parameter in model.parameters() if parameter.device.type not in {"cpu", "meta"}}
-    device_type = next((device.type for device in devices), "cuda")
-    return torch.random.fork_rng(sorted(devices, key=str), device_type=device_type)
-
-
 def model_device(model: nn.Module) -> torch.device:
     """Give the device of the first parameter or buffer of ``model``, the CPU where it has none."""
     tensor = next(chain(model.parameters(), model.buffers()), None)
     return torch.device("cpu") if tensor is None else tensor.device
 
 
-@dataclass(frozen=True)
 class Call:
     """The arguments a model was called with, held by reference.
 
-    Attributes:
+    Args:
         args: the positional arguments
         kwargs: the keyword arguments
-        versions: every tensor among them with its version at the time of the call
-        autocast: the type of device, whether autocast was on for it, and its type
         wanted: the name or position of the image-like argument, where it is not to be found by its looks
+
+    Attributes:
+        found: the image-like argument as it was given; None if there is none
+        autocast: the type of device, whether autocast was on for it, and its type
     """
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    versions: tuple[tuple[Tensor, int | None], ...]
-    autocast: tuple[str, bool, torch.dtype]
-    wanted: str | int | None = None
-
-    @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], wanted: str | int | None = None) -> Call:
-        """Remember a call. Inference tensors are copied, as no later change to them could be noticed."""
-        args, kwargs = map_tensors(lambda t: t.clone() if t.is_inference() else t, (args, dict(kwargs)))
-        tensors = tuple(tensors_in((args, kwargs)))
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], wanted: str | int | None = None) -> None:
+        tensors = list(tensors_in((args, kwargs)))
+        if any(tensor.is_inference() for tensor in tensors):  # no later change to such a tensor could be noticed
+            args, kwargs = map_tensors(lambda t: t.clone() if t.is_inference() else t, (args, kwargs))
+            tensors = list(tensors_in((args, kwargs)))
+        self.args = args
+        self.kwargs = dict(kwargs)
+        self.wanted = wanted
+        self.found = find_image(args, kwargs, wanted)
+        self._versions = [(tensor, None if tensor.is_inference() else tensor._version) for tensor in tensors]
         device_type = tensors[0].device.type if tensors else "cpu"
-        return cls(
-            args,
-            kwargs,
-            tuple((tensor, _version(tensor)) for tensor in tensors),
-            (device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)),
-            wanted,
-        )
+        enabled = torch.is_autocast_enabled(device_type)
+        self.autocast = device_type, enabled, torch.get_autocast_dtype(device_type) if enabled else None
 
-    def _found(self) -> Tensor | list[Tensor]:
-        for tensor, version in self.versions:
+    def check_unchanged(self) -> None:
+        """Raise a ``RuntimeError`` if an argument was modified in place since the call."""
+        for tensor, version in self._versions:
             if version is not None and tensor._version != version:
                 raise RuntimeError(
                     f"an input of shape {tuple(tensor.shape)} was modified in place between the forward pass and the "
                     "computation of the maps, so the pass cannot be repeated: pass a copy to the model (`x.clone()`), "
                     "or compute the maps before you change it"
                 )
-        found = find_image(self.args, self.kwargs, self.wanted)
-        if found is None:
-            shapes = [tuple(tensor.shape) for tensor, _ in self.versions]
+
+    def _image(self) -> Tensor | list[Tensor]:
+        self.check_unchanged()
+        if self.found is None:
+            shapes = [tuple(tensor.shape) for tensor, _ in self._versions]
             raise ValueError(f"no input of the model looks like an image (N, C, *spatial); it was called with {shapes}")
-        return found
+        return self.found
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the image-like input, the CPU where there is none."""
+        first = next(tensors_in(self.found), None)
+        return torch.device("cpu") if first is None else first.device
 
     @property
     def image(self) -> Tensor:
@@ -206,17 +139,17 @@ class Call:
             ValueError: if no argument is such a tensor
             RuntimeError: if an argument was modified in place since the call
         """
-        found = self._found()
+        found = self._image()
         return found if isinstance(found, Tensor) else torch.stack(found)
 
     def with_image(self, image: Tensor, samples: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Give the arguments with the image-like input replaced by ``image``.
+        """Return the arguments with the image-like input replaced by ``image``.
 
         Args:
             image: variants of the input, (B, C, *spatial)
             samples: the sample of the recorded batch that each variant belongs to, (B,)
         """
-        original = self._found()
+        original = self._image()
         batch_size = len(original)
 
         def substitute(value: Any) -> Any:
@@ -229,12 +162,12 @@ class Call:
         arguments: tuple[tuple[Any, ...], dict[str, Any]] = map_structure(substitute, (self.args, self.kwargs))
         return arguments
 
-    @contextmanager
-    def as_recorded(self) -> Iterator[None]:
-        """Restore the autocast state of the call inside the block."""
+    def as_recorded(self) -> AbstractContextManager[Any]:
+        """Return a context with the autocast state of the call."""
         device_type, enabled, dtype = self.autocast
-        with torch.autocast(device_type, dtype=dtype, enabled=enabled):
-            yield
+        if not enabled and not torch.is_autocast_enabled(device_type):
+            return nullcontext()
+        return torch.autocast(device_type, dtype=dtype, enabled=enabled)
 
 
 def find_image(args: Any, kwargs: dict[str, Any], wanted: str | int | None = None) -> Tensor | list[Tensor] | None:

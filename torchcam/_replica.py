@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import threading
+import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["CallWrapper", "ExtractorHook", "replicate", "replicated"]
+__all__ = ["CallWrapper", "ExtractorHook", "has_hooks", "replicate", "replicated"]
 
+_WRAPPED_CALL = nn.Module._wrapped_call_impl.__code__
 _SHARED = frozenset({bool, int, float, str, bytes, NoneType, FunctionType, type, torch.dtype, torch.device, torch.Size})
 _MAPPINGS = frozenset({dict, OrderedDict, defaultdict})
 _EMPTY = frozenset({dict, OrderedDict, list, set, tuple})  # the types whose empty values are copied at once
@@ -38,23 +41,33 @@ class CallWrapper:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._inner: Callable[..., Any] | None = module._compiled_call_impl
-
-    def attach(self, module: nn.Module) -> None:
-        """Run in place of the module's calls from now on."""
+        self._module = weakref.ref(module)
+        self._inner: Callable[..., Any] | None = vars(module).get("_compiled_call_impl")
         vars(module)["_compiled_call_impl"] = self
 
-    def detach(self, module: nn.Module) -> None:
-        """Let the module's calls run as they did before."""
-        vars(module).pop("_compiled_call_impl", None)
-        if self._inner is not None:
-            vars(module)["_compiled_call_impl"] = self._inner
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module."""
+        frame = sys._getframe(1)  # which of the replicas of `nn.DataParallel`, that take attributes along, is called
+        called = frame.f_locals["self"] if frame.f_code is _WRAPPED_CALL else self._module()
+        if called is not self._module() or torch.compiler.is_compiling():
+            return called._call_impl(*args, **kwargs)
+        return self.call(called, args, kwargs)
 
-    def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Run the module as if there was no wrapper."""
-        if self._inner is not None:
-            return self._inner(*args, **kwargs)
-        return module._call_impl(*args, **kwargs)
+    def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the module with what the wrapper adds."""
+        raise NotImplementedError
+
+    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the module as if there was no wrapper."""
+        return (module._call_impl if self._inner is None else self._inner)(*args, **kwargs)
+
+    def detach(self) -> None:
+        """Let the module's calls run as they did before."""
+        module = self._module()
+        if module is not None and vars(module).get("_compiled_call_impl") is self:
+            del vars(module)["_compiled_call_impl"]
+            if self._inner is not None:
+                vars(module)["_compiled_call_impl"] = self._inner
 
     def __reduce__(self) -> tuple[Any, ...]:
         return NoneType, ()
@@ -72,6 +85,16 @@ def replicate(model: nn.Module) -> nn.Module:
     return replica
 
 
+def has_hooks(model: nn.Module) -> bool:
+    """Check whether a hook of the user's is on a module, or on all modules that there are."""
+    everywhere = torch.nn.modules.module
+    return bool(everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks) or any(
+        not isinstance(hook, ExtractorHook)
+        for module in model.modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    )
+
+
 @contextmanager
 def replicated(model: nn.Module) -> Iterator[nn.Module]:
     """Return a replica of ``model`` to run inside the block.
@@ -80,12 +103,12 @@ def replicated(model: nn.Module) -> Iterator[nn.Module]:
     """
     replica = replicate(model)
     last_call = _LastCall(replica)
-    last_call.attach(replica)
     generators = _global_generators(model)
     states = [generator.get_state() for generator in generators]
     try:
         yield replica
     finally:
+        last_call.detach()
         changed = any(not torch.equal(g.get_state(), state) for g, state in zip(generators, states, strict=True))
         # Another thread may draw from the same generators: its numbers must not be drawn twice.
         if changed and (threading.active_count() == 1 or last_call.draws_random_numbers()):
@@ -174,23 +197,21 @@ class _HandingOn(nn.Module):
 class _LastCall(CallWrapper):
     """Remembers how a replica was called last, to find out whether it draws random numbers."""
 
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__(module)
-        self._module = module
-        self._arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    _arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the module."""
         self._arguments = args, kwargs
-        return self.run(self._module, *args, **kwargs)
+        return self.run(module, args, kwargs)
 
     def draws_random_numbers(self) -> bool:
         """Check whether the last call draws random numbers, by a repetition."""
-        if self._arguments is None:
+        module = self._module()
+        if module is None or self._arguments is None:
             return False
-        args, kwargs = self._arguments
         with _DrawsWatched() as watch, torch.no_grad():
             try:
-                self.run(self._module, *args, **kwargs)
+                self.run(module, *self._arguments)
             except Exception:  # noqa: BLE001 - whatever a call raises that has raised before
                 return True
         return watch.seen

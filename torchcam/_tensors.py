@@ -15,6 +15,7 @@ __all__ = [
     "blurred_out",
     "gaussian_blur",
     "is_constant",
+    "is_finite",
     "map_structure",
     "map_tensors",
     "min_max",
@@ -126,6 +127,11 @@ def is_constant(lowest: Tensor, highest: Tensor) -> Tensor:
     """Tell where the range from ``lowest`` to ``highest`` is no wider than float rounding makes it."""
     scale = torch.maximum(lowest.abs(), highest.abs())
     return highest - lowest <= 4 * torch.finfo(lowest.dtype).eps * scale
+
+
+def is_finite(tensor: Tensor) -> Tensor:
+    """Check which samples hold finite values only, (N,)."""
+    return (tensor.flatten(1) * 0).sum(1) == 0  # nothing else has a product with 0 that is not 0
 
 
 def min_max(maps: Tensor, start_dim: int = 1) -> Tensor:

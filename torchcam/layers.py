@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._passes import find_image, image_shape, model_device, untouched
+from ._passes import find_image, image_shape, model_device
+from ._replica import replicated
 from ._tensors import map_tensors, tensors_in
 from .layout import Layout, find_layout, first_tensor, has_consistent_stride, replace_tensors
 from .targets import read_logits
@@ -180,16 +181,14 @@ def candidates(model: nn.Module, *inputs: Any, **kwargs: Any) -> Candidates:
         calls[name] += 1
         return replace_tensors(output, [(tensor, copied)])
 
-    modules = {name: module for name, module in model.named_modules() if name}
-    handles = [module.register_forward_hook(partial(inspect, name)) for name, module in modules.items()]
     generator = torch.Generator().manual_seed(0)
-    try:
-        with untouched(model), torch.inference_mode(False), torch.enable_grad():
-            result = _call_probed(model, inputs, kwargs, generator)
-            gradients = _influences(result, list(outputs.values()), generator)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with replicated(model) as replica, torch.inference_mode(False), torch.enable_grad():
+        modules = {name: module for name, module in replica.named_modules() if name}
+        for name, module in modules.items():
+            module.register_forward_hook(partial(inspect, name))
+        _fill_zeros(replica, generator)
+        result = _call_probed(replica, inputs, kwargs)
+        gradients = _influences(result, list(outputs.values()), generator)
     scores = _dense_scores(result)
     found = []
     for (name, tensor), gradient in zip(outputs.items(), gradients, strict=True):
@@ -213,27 +212,29 @@ def candidates(model: nn.Module, *inputs: Any, **kwargs: Any) -> Candidates:
     return Candidates(found)
 
 
-def _call_probed(model: nn.Module, inputs: Any, kwargs: Any, generator: torch.Generator) -> Any:
-    """Call a model on copies of the inputs that carry a graph, with random numbers for all-zero parameters."""
+def _call_probed(replica: nn.Module, inputs: Any, kwargs: Any) -> Any:
+    """Call a replica on copies of the inputs that carry a graph."""
 
     def prepared(tensor: Tensor) -> Tensor:
         tensor = tensor.detach().clone()
         return tensor.requires_grad_().clone() if tensor.is_floating_point() else tensor
 
     inputs, kwargs = map_tensors(prepared, (inputs, kwargs))
-    wrapped: Any = model
-    while isinstance(wrapped, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        wrapped = wrapped.module  # as it is, the wrapper would copy or synchronise
-    model = getattr(wrapped, "_orig_mod", wrapped)  # and `torch.compile`'s would run no hooks
-    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-        return model(*inputs, **kwargs)
-    parameters = {}
-    for name, parameter in model.named_parameters():
-        value = parameter.detach()
-        if value.is_floating_point() and value.numel() and not value.any():
-            value = torch.randn(value.shape, generator=generator).mul_(0.02).to(value)
-        parameters[name] = value
-    return torch.func.functional_call(model, parameters, inputs, kwargs)
+    return replica(*inputs, **kwargs)
+
+
+def _fill_zeros(replica: nn.Module, generator: torch.Generator) -> None:
+    """Let a replica have random numbers for parameters that are all zero, and no gradients for any."""
+    for module in replica.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            value = parameter.detach()
+            if value.is_floating_point() and value.numel() and not value.any():
+                value = torch.randn(value.shape, generator=generator).mul_(0.02).to(value)
+            module._parameters[name] = nn.Parameter(value, requires_grad=False)
 
 
 def _influences(result: Any, tensors: list[Tensor], generator: torch.Generator) -> list[Tensor | None]:

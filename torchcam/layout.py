@@ -19,8 +19,8 @@ __all__ = [
     "find_layout",
     "first_tensor",
     "has_consistent_stride",
-    "meant_tensors",
     "patch_grid",
+    "primary_tensors",
     "replace_tensors",
 ]
 
@@ -33,8 +33,8 @@ def first_tensor(output: Any) -> Tensor | None:
     return next(tensors_in(output), None)
 
 
-def meant_tensors(output: Any) -> dict[str, Tensor]:
-    """Give the tensors that are meant by a layer's output, by what tells them apart.
+def primary_tensors(output: Any) -> dict[str, Tensor]:
+    """Give the primary tensors of a layer's output, by what tells them apart.
 
     That is one, without a name: the output itself, or the first tensor in a structure. Of a plain dictionary of maps
     of several sizes, as a feature pyramid returns, all are meant.

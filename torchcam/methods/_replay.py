@@ -2,73 +2,27 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchcam._passes import Call, forwards_replaced, untouched
+from torchcam._passes import Call, forwards_replaced
+from torchcam._replica import has_hooks, replicated
 from torchcam._tensors import map_structure, map_tensors, tensors_in, to_float
 from torchcam.layout import first_tensor, replace_tensors
 from torchcam.targets import Selector
 
-from ._folding import foldable, folded
-
-__all__ = [
-    "Edit",
-    "Form",
-    "RecordedLayer",
-    "Replay",
-    "VariantRunner",
-    "fast_formats",
-    "finite_number",
-    "gaussian_noise",
-    "in_format",
-    "is_close",
-    "positive_integer",
-    "run_chunks",
-    "seeded",
-]
+__all__ = ["Edit", "Replay", "VariantRunner", "gaussian_noise", "is_close", "run_chunks", "seeded"]
 
 Edit = Callable[[Tensor, Tensor], Tensor]
-
-
-def positive_integer(name: str, value: int) -> int:
-    """Check an argument that counts something.
-
-    Raises:
-        TypeError: if it is not an integer
-        ValueError: if it is not positive
-    """
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"`{name}` must be an integer, got {value!r} of type {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"`{name}` must be at least 1, got {value}")
-    return value
-
-
-def finite_number(name: str, value: float, lowest: float = -math.inf) -> float:
-    """Check an argument that is a finite number, ``lowest`` or more.
-
-    Raises:
-        TypeError: if it is not a number
-        ValueError: if it is not finite, or less
-    """
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"`{name}` must be a number, got {value!r} of type {type(value).__name__}")
-    if not (math.isfinite(value) and value >= lowest):
-        bound = "" if lowest == -math.inf else f", {lowest} or more"
-        raise ValueError(f"`{name}` must be a finite number{bound}, got {value}")
-    return value if isinstance(value, (int, float)) else float(value)
+Scorer = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]
 
 
 def seeded(generator: torch.Generator | int, device: torch.device) -> torch.Generator:
@@ -138,12 +92,12 @@ class VariantRunner:
     Args:
         model: the model
         call: the recorded call, of which the other arguments are taken; None if the variants are all of the input
-        compiled: the model as ``torch.compile`` gave it, to run in its place
+        compiled: whether it runs as ``torch.compile`` makes it
     """
 
-    def __init__(self, model: nn.Module, call: Call | None = None, compiled: Callable[..., Any] | None = None) -> None:
+    def __init__(self, model: nn.Module, call: Call | None = None, compiled: bool = False) -> None:
         self.call = call
-        self._forward = model if compiled is None else compiled
+        self._forward: Callable[..., Any] = torch.compile(model) if compiled else model
         self._formats = fast_formats(model.modules())
 
     def __call__(self, image: Tensor, samples: Tensor) -> Any:
@@ -190,8 +144,8 @@ def in_format(tensor: Tensor, formats: dict[int, torch.memory_format]) -> Tensor
 class Replay:
     """Scores of variants of a recorded pass.
 
-    Every method runs the model in evaluation mode and without gradients, without hooks of extractors, and leaves it as
-    it was. No more than ``batch_size`` variants are in memory at a time.
+    A replica of the model runs, in evaluation mode and without gradients. No more than ``batch_size`` variants are in
+    memory at a time.
 
     Args:
         model: the model
@@ -201,8 +155,7 @@ class Replay:
         progress: whether to show a progress bar
         description: its title
         autocast: the type to run in where the hardware has it faster; None for the one of the recorded pass
-        compiled: the model as ``torch.compile`` gave it, to be run on variants of the input
-        fold_batch_norm: whether batch normalisation is folded into convolutions while variants of the input run
+        compiled: whether variants of the input run as ``torch.compile`` makes the model
     """
 
     def __init__(
@@ -215,8 +168,7 @@ class Replay:
         progress: bool = False,
         description: str = "",
         autocast: torch.dtype | None = None,
-        compiled: Callable[..., Any] | None = None,
-        fold_batch_norm: bool = False,
+        compiled: bool = False,
     ) -> None:
         self.model = model
         self.call = call
@@ -225,8 +177,7 @@ class Replay:
         self.progress = progress
         self.description = description
         self.autocast = autocast
-        self.fold_batch_norm = fold_batch_norm
-        self._run = VariantRunner(model, call, compiled)
+        self.compiled = compiled
 
     def masked(self, variants: Callable[[slice], Tensor], samples: Tensor) -> Tensor:
         """Score variants of the input.
@@ -244,170 +195,90 @@ class Replay:
         """Score variants of the input, each of which has several forms: the mean of their scores.
 
         Args:
-            variants: gives one form after the other of the inputs (B, C, *spatial) of a slice of the variants
+            variants: yields one form after the other of the inputs (B, C, *spatial) of a slice of the variants
             samples: the sample of the recorded batch that each variant belongs to, (V,)
 
         Returns:
             the scores, (V,)
         """
+        with self._running() as replica:
+            run = VariantRunner(replica, self.call, self.compiled)
 
-        def evaluate(chunk: slice) -> Tensor:
-            rows = samples[chunk]
-            scores = [self.select(self._run(inputs, rows), rows) for inputs in variants(chunk)]
-            return scores[0] if len(scores) == 1 else torch.stack(scores).to(to_float(scores[0]).dtype).mean(0)
+            def evaluate(chunk: slice) -> Tensor:
+                rows = samples[chunk]
+                scores = [self.select(run(inputs, rows), rows) for inputs in variants(chunk)]
+                return scores[0] if len(scores) == 1 else torch.stack(scores).to(to_float(scores[0]).dtype).mean(0)
 
-        with self.running(), self._folded(samples):
-            scores = torch.cat(self._chunks(evaluate, len(samples)))
-        return scores.clone()
-
-    @contextmanager
-    def _folded(self, samples: Tensor) -> Iterator[None]:
-        """Fold batch normalisation into convolutions, if asked to and if a sample's output stays the same."""
-        if not self.fold_batch_norm:
-            yield
-            return
-        one = samples[:1]
-        image = self.call.image[one]
-        with foldable(self.model) as pairs:
-            expected = self._run(image, one)
-        with folded(pairs):
-            found = self._run(image, one)
-        same = all(
-            is_close(one, other) and bool(other.isfinite().all())
-            for one, other in zip(tensors_in(found), tensors_in(expected), strict=True)
-        )
-        with folded(pairs if same else []):
-            yield
+            chunks = self._chunks(evaluate, len(samples))
+        return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
 
     def edited(
-        self,
-        layer: nn.Module,
-        edit: Edit,
-        num_variants: int,
-        *,
-        batch: int = 0,
-        chosen: Tensor | None = None,
-        recorded: RecordedLayer | None = None,
+        self, layer: str, edit: Edit, num_variants: int, *, batch: int = 0, chosen: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Score the recorded inputs with the output of a layer replaced by edited copies.
 
-        Where the score depends on the recorded output of the layer and nothing else that the input decides, what
-        follows the layer runs on copies of that, and nothing else runs.
-
-        Otherwise what comes before the layer runs once per sample, on that sample alone, and is answered from memory
-        after; only what follows runs on the copies. Where that cannot take more rows than the input has (say, because a
-        connection around the layer is concatenated with its output), the whole model runs on repeated inputs instead.
+        What follows the layer runs on copies of its output, and what comes before is not computed again: first with NaN
+        in the place of everything else that the input decides, which shows whether the score depends on it, then with
+        the outputs of the modules before the layer. Where neither gives the score of the unedited output, or a hook of
+        the user's is on the model, which must see nothing but real rows, the whole model runs on repeated inputs.
 
         Args:
-            layer: the module whose output is edited, in its last call
+            layer: the name of the module whose output is edited, in its last call
             edit: from rows of the output (B, ...), which it may change, and the numbers of a variant of each (B,) to
                 the edited ones (B, ...)
             num_variants: the number of variants V of each sample
             batch: which dimension of the output is the batch
             chosen: the variants to score, (N, V), by default all; the others get the score without an edit
-            recorded: what a pass in evaluation mode recorded of the layer
 
         Returns:
             the scores without an edit, (N,), and those of the variants, (N, V)
         """
-        with self.running():
-            head = None if recorded is None else _Head(self, layer, recorded, batch)
-            unedited = None if head is None else head.scores_if_all_that_counts()
-            if head is not None and unedited is not None:
-                edited = self._edited_alone(head, unedited, edit, num_variants, chosen)
-            else:
-                unedited, edited = self._edited_by_sample(layer, batch, edit, num_variants, chosen)
-        return unedited.clone(), edited.clone()
+        with self._running() as replica:
+            unedited, score = self._scorer(replica, replica.get_submodule(layer), batch)
+            rows = torch.arange(len(unedited) * num_variants, device=unedited.device)
+            rows = rows if chosen is None else rows[chosen.flatten()]
+            owners, variants = rows.div(num_variants, rounding_mode="floor"), rows % num_variants
 
-    def _edited_alone(
-        self, head: _Head, unedited: Tensor, edit: Edit, num_variants: int, chosen: Tensor | None
-    ) -> Tensor:
-        rows = torch.arange(len(unedited) * num_variants, device=unedited.device)
-        rows = rows if chosen is None else rows[chosen.flatten()]
-        owners, variants = rows.div(num_variants, rounding_mode="floor"), rows % num_variants
+            def evaluate(chunk: slice) -> Tensor:
+                return score(owners[chunk], lambda copies: edit(copies, variants[chunk]))
 
-        def evaluate(chunk: slice) -> Tensor:
-            return head.score(owners[chunk], lambda copies: edit(copies, variants[chunk]))
+            edited = unedited.repeat_interleave(num_variants)
+            edited[rows] = torch.cat([edited[:0], *self._chunks(evaluate, len(rows))])
+        return unedited, edited.reshape(-1, num_variants)
 
-        edited = unedited.repeat_interleave(num_variants)
-        edited[rows] = torch.cat([edited[:0], *self._chunks(evaluate, len(rows))])
-        return edited.reshape(-1, num_variants)
-
-    def _edited_by_sample(
-        self, layer: nn.Module, batch: int, edit: Edit, num_variants: int, chosen: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        device = self.call.image.device
-        variants = torch.arange(num_variants, device=device)
-        unedited, edited = [], []
-        head_only = True
-        for sample in torch.arange(len(self.call.image), device=device).unsqueeze(1):
-            memory = _Memory(self.model, layer)
-            with memory.recording():
-                reference = self.select(self._forward(self.call.image[sample], sample), sample)
-            output = memory.layer_output
-            head_only = head_only and self._takes_more_rows(memory, batch, output, sample, reference)
-            score_copies = partial(self._score_copies, memory, batch, sample=sample, head_only=head_only)
-            wanted = variants if chosen is None else variants[chosen[sample].squeeze(0)]
-
-            def evaluate(
-                chunk: slice,
-                output: Tensor = output,
-                score: Callable[[Tensor], Tensor] = score_copies,
-                wanted: Tensor = wanted,
-            ) -> Tensor:
-                numbers = wanted[chunk]
-                return score(edit(output.repeat_interleave(len(numbers), batch), numbers))
-
-            scores = reference.repeat(num_variants)
-            scores[wanted] = torch.cat([scores[:0], *self._chunks(evaluate, len(wanted))])
-            unedited.append(reference)
-            edited.append(scores)
-        return torch.cat(unedited), torch.stack(edited)
-
-    def _takes_more_rows(self, memory: _Memory, batch: int, output: Tensor, sample: Tensor, reference: Tensor) -> bool:
-        """Find out whether the unedited output, as one row among others, still gets the score it has alone."""
-        blank = torch.zeros_like(output)
-        rows = [blank, output, blank][: self.batch_size] if self.batch_size > 1 else [output]
-        try:
-            scores = self._score_copies(memory, batch, torch.cat(rows, batch), sample, head_only=True)
-        except (RuntimeError, ValueError, IndexError):
-            return False
-        return is_close(scores[len(rows) // 2].reshape(reference.shape), reference)
-
-    def _score_copies(self, memory: _Memory, batch: int, copies: Tensor, sample: Tensor, head_only: bool) -> Tensor:
-        rows = sample.expand(copies.shape[batch])
-        inputs = sample if head_only else rows
-        with memory.answering(copies, from_memory=head_only):
-            return self.select(self._forward(self.call.image[inputs], inputs), rows)
-
-    def _forward(self, image: Tensor, samples: Tensor) -> Any:
-        args, kwargs = self.call.with_image(image, samples)
-        return self.model(*args, **kwargs)
+    def _scorer(self, replica: nn.Module, layer: nn.Module, batch: int) -> tuple[Tensor, Scorer]:
+        """Return the scores of the unedited outputs, (N,), and a function that scores edited ones."""
+        pass_ = _RecordedOrder(self, replica, layer)
+        if pass_.layer_calls == 1 and isinstance(pass_.layer_output, Tensor) and not has_hooks(replica):
+            for known in (False, True):
+                head = _Head(
+                    self, replica, layer, pass_ if not known else _RecordedOrder(self, replica, layer, known), batch
+                )
+                if head.proves_itself():
+                    return pass_.scores, head.score
+        return pass_.scores, _WholeModel(self, replica, layer, pass_.layer_calls).score
 
     def _chunks(self, evaluate: Callable[[slice], Tensor], total: int) -> list[Tensor]:
         return run_chunks(evaluate, total, self.batch_size, progress=self.progress, description=self.description)
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """Run the model as every method here does."""
-        # No inference mode: a module that keeps a tensor for later (a position table, say) must keep a usable one.
+    def _running(self) -> Iterator[nn.Module]:
+        """Return a replica to run as every method here does."""
+        autocast = (
+            nullcontext() if self.autocast is None else torch.autocast(self.call.device.type, dtype=self.autocast)
+        )
         with (
-            untouched(self.model),
+            replicated(self.model) as replica,
             torch.inference_mode(False),
             torch.no_grad(),
             self.call.as_recorded(),
-            self._autocast(),
+            autocast,
         ):
-            yield
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self.autocast is None:
-            return nullcontext()
-        return torch.autocast(self.call.image.device.type, dtype=self.autocast)
+            yield replica
 
 
 def is_close(found: Tensor, expected: Tensor) -> bool:
-    """Tell whether numbers are the same, up to what another order of the same operations makes of them."""
+    """Check whether numbers are the same, up to what another order of the same operations makes of them."""
     if not expected.is_floating_point():
         return torch.equal(found, expected)
     tolerance = max(torch.finfo(found.dtype).eps, torch.finfo(expected.dtype).eps) ** 0.5
@@ -417,7 +288,7 @@ def is_close(found: Tensor, expected: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
-class Form:
+class _Form:
     """What a tensor was like, without its values."""
 
     shape: tuple[int, ...]
@@ -425,14 +296,12 @@ class Form:
     device: torch.device
 
     @classmethod
-    def of(cls, output: Any) -> Any:
-        """Give an output with the form of each tensor in its place; None if one holds no floating-point numbers."""
-        if not all(tensor.is_floating_point() for tensor in tensors_in(output)):
-            return None
-        return map_tensors(lambda t: cls(tuple(t.shape), t.dtype, t.device), output)
+    def of(cls, tensor: Tensor) -> _Form:
+        """Return the form of a tensor."""
+        return cls(tuple(tensor.shape), tensor.dtype, tensor.device)
 
     def unknown(self, old: int, new: int, nan: dict[tuple[torch.dtype, torch.device], Tensor]) -> Tensor:
-        """Give a tensor of NaN of this form, with as many rows as ``new`` where there were as many as ``old``.
+        """Return a tensor of NaN of this form, with as many rows as ``new`` where there were as many as ``old``.
 
         ``nan`` keeps the one value that all elements of a tensor are.
         """
@@ -443,21 +312,6 @@ class Form:
             nan[kind] = torch.full((), torch.nan, dtype=self.dtype, device=self.device)
         filled = nan[kind].expand(shape)
         return filled.clone() if filled.numel() == 1 else filled  # of several, none can be written to
-
-
-@dataclass(frozen=True)
-class RecordedLayer:
-    """What a pass in evaluation mode recorded of a layer that ran once, and returned one tensor.
-
-    Attributes:
-        output: what it returned
-        before: the outermost modules that had finished when it started, in order, and the form of what each returned
-        model_output: what the model returned
-    """
-
-    output: Tensor
-    before: Sequence[tuple[nn.Module, Any]]
-    model_output: Any
 
 
 class _UnknownDecidesError(Exception):
@@ -490,66 +344,116 @@ def _holds_nan(arguments: Any) -> bool:
     return any(bool(tensor.isnan().any()) for tensor in tensors_in(arguments) if tensor.is_floating_point())
 
 
-class _Head:
-    """What follows a layer, run on rows of its recorded output.
+class _RecordedOrder:
+    """What one pass of a replica over the recorded input shows: what ran before a layer, and what it returned.
 
-    All that the input decides, but for that output, is made NaN: whatever depends on it shows.
+    Attributes:
+        before: the outermost modules that had finished when the layer started, in order, and the outputs of each, or
+            their forms unless they are ``known``
+        layer_output: what the layer returned last
+        layer_calls: how often it ran
+        scores: the scores of the samples, (N,)
     """
 
-    def __init__(self, replay: Replay, layer: nn.Module, recorded: RecordedLayer, batch: int) -> None:
+    def __init__(self, replay: Replay, replica: nn.Module, layer: nn.Module, known: bool = False) -> None:
+        self.before: list[tuple[nn.Module, Any]] = []
+        self.layer_output: Any = None
+        self.layer_calls = 0
+        self.known = known
+
+        def note(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+            def noted(*args: Any, **kwargs: Any) -> Any:
+                count = len(self.before)
+                output = forward(*args, **kwargs)
+                if not self.layer_calls:  # in the place of the modules inside
+                    kept = map_tensors(Tensor.clone if known else _Form.of, output)
+                    self.before[count:] = [] if module is layer else [(module, kept)]
+                return output
+
+            return noted
+
+        def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+            self.layer_calls += 1
+            self.layer_output = map_tensors(Tensor.clone, output)
+
+        handle = layer.register_forward_hook(keep)  # behind the hooks of the user's, which may change the output
+        inner = [module for module in replica.modules() if module is not replica]
+        samples = torch.arange(len(replay.call.image), device=replay.call.image.device)
+        try:
+            with forwards_replaced(dict.fromkeys(inner, note)):
+                args, kwargs = replay.call.with_image(replay.call.image, samples)
+                self.scores = replay.select(replica(*args, **kwargs), samples)
+        finally:
+            handle.remove()
+        if not self.layer_calls:
+            raise RuntimeError(
+                f"the target layer {type(layer).__name__} was not reached in a repeated pass, so its output cannot be "
+                "edited: the model may call it through an object that is no module"
+            )
+
+
+class _Head:
+    """What follows a layer, run on rows of its recorded output, with what came before answered from the record."""
+
+    def __init__(
+        self, replay: Replay, replica: nn.Module, layer: nn.Module, recorded: _RecordedOrder, batch: int
+    ) -> None:
         self.replay = replay
+        self.replica = replica
         self.layer = layer
         self.recorded = recorded
         self.batch = batch
         self._nan: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         done = {inner for module, _ in recorded.before for inner in module.modules()} | set(layer.modules())
-        self._formats = fast_formats(module for module in replay.model.modules() if module not in done)
+        self._formats = fast_formats(module for module in replica.modules() if module not in done)
 
-    def scores_if_all_that_counts(self) -> Tensor | None:
-        """Score the outputs as they are, (N,); None if something else than a row's output counts for its score.
-
-        The scores must be those of the recorded pass, and those of a row the same among others.
-        """
-        batch_size, num_samples = self.replay.batch_size, len(self.replay.call.image)
-        samples = torch.arange(num_samples, device=self.recorded.output.device)
-        count = min(3, batch_size)
+    def proves_itself(self) -> bool:
+        """Check whether the scores of the outputs as they are are those of the pass, and one row's among others."""
+        size, expected = self.replay.batch_size, self.recorded.scores
+        samples = torch.arange(len(expected), device=self.recorded.layer_output.device)
+        count = min(3, size)
 
         def blank_others(rows: Tensor) -> Tensor:
             others = [row for row in range(count) if row != count // 2]
             return rows.index_fill_(self.batch, torch.tensor(others, device=rows.device), 0)
 
-        if any(form is None for _, form in self.recorded.before):
-            return None
+        tensors = [tensor for _, output in self.recorded.before for tensor in _forms_in(output)]
+        if not self.recorded.known and not all(tensor.dtype.is_floating_point for tensor in tensors):
+            return False
         try:
-            expected = self.replay.select(self.recorded.model_output, samples)
-            with _UnknownWatched():  # type: ignore[no-untyped-call]
+            with nullcontext() if self.recorded.known else _UnknownWatched():  # type: ignore[no-untyped-call]
                 first = self.score(samples[:1])
                 among = self.score(samples[:1].expand(count), blank_others) if count > 1 else first
             if not is_close(among[count // 2 : count // 2 + 1], first):
-                return None
-            found = torch.cat(run_chunks(lambda chunk: self.score(samples[chunk]), num_samples, batch_size))
+                return False
+            found = torch.cat(run_chunks(lambda chunk: self.score(samples[chunk]), len(samples), size))
         except torch.OutOfMemoryError:
             raise
         except Exception:  # noqa: BLE001 - whatever a model raises at what is not like its input
-            return None
-        return found if is_close(found, expected) else None
+            return False
+        return is_close(found, expected)
 
     def score(self, samples: Tensor, edit: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Score the outputs of samples, (B,), as they are or edited."""
-        call, select = self.replay.call, self.replay.select
-        copies = self.recorded.output.index_select(self.batch, samples)
+        call = self.replay.call
+        copies = self.recorded.layer_output.index_select(self.batch, samples)
         copies = copies if edit is None else edit(copies)
         if self.batch == 0:
             copies = in_format(copies, self._formats)
-        image = call.image
-        unknown = Form(tuple(image.shape), image.dtype, image.device).unknown(len(image), len(samples), self._nan)
-        args, kwargs = call.with_image(unknown, samples)
+        image, old, new = call.image, len(call.image), len(samples)
+        rows = image[samples] if self.recorded.known else _Form.of(image).unknown(old, new, self._nan)
+        args, kwargs = call.with_image(rows, samples)
         answers: defaultdict[nn.Module, deque[Any]] = defaultdict(deque)
-        for module, form in self.recorded.before:
-            answers[module].append(form)
+        for module, output in self.recorded.before:
+            answers[module].append(output)
 
         def fill(part: Any) -> Any:
-            return part.unknown(len(image), len(samples), self._nan) if isinstance(part, Form) else NotImplemented
+            if isinstance(part, _Form):
+                return part.unknown(old, new, self._nan)
+            if not isinstance(part, Tensor):
+                return NotImplemented
+            dimension = next((axis for axis, side in enumerate(part.shape[:2]) if side == old), None)
+            return part.clone() if dimension is None else part.index_select(dimension, samples)
 
         def answer(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
             def answered(*args: Any, **kwargs: Any) -> Any:
@@ -559,79 +463,48 @@ class _Head:
 
         wrappers = dict.fromkeys(answers, answer)
         with forwards_replaced({**wrappers, self.layer: lambda *_: lambda *_args, **_kwargs: copies}):
-            return select(self.replay.model(*args, **kwargs), samples)
+            return self.replay.select(self.replica(*args, **kwargs), samples)
 
 
-class _Memory:
-    """What the modules of a model returned before a layer started, to be given again without computing it.
+class _WholeModel:
+    """The whole model, run on repeated inputs with the last output of a layer edited."""
 
-    Only the outermost modules are remembered: those that are not called by another that has finished as well.
-    """
-
-    def __init__(self, model: nn.Module, layer: nn.Module) -> None:
-        self.model = model
+    def __init__(self, replay: Replay, replica: nn.Module, layer: nn.Module, layer_calls: int) -> None:
+        self.replay = replay
+        self.replica = replica
         self.layer = layer
-        self._answers: list[tuple[nn.Module, Any]] = []
-        self._layer_calls = 0
-        self._layer_returned: Any = None
+        self.layer_calls = layer_calls
 
-    @property
-    def layer_output(self) -> Tensor:
-        """The tensor the layer returned."""
-        output = first_tensor(self._layer_returned)
-        if output is None:
-            raise RuntimeError(f"the target layer {type(self.layer).__name__} was not reached in a repeated pass")
-        return output
-
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Remember what the modules return in the pass that runs inside the block."""
-
-        def remember(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-            def recorded(*args: Any, **kwargs: Any) -> Any:
-                before = len(self._answers)
-                output = forward(*args, **kwargs)
-                if module is self.layer:
-                    self._layer_calls += 1
-                    self._layer_returned = map_tensors(Tensor.clone, output)
-                    del self._answers[before:]
-                elif not self._layer_calls:
-                    self._answers[before:] = [(module, map_tensors(Tensor.clone, output))]
-                return output
-
-            return recorded
-
-        inner = (module for module in self.model.modules() if module is not self.model)
-        with forwards_replaced(dict.fromkeys([*inner, self.layer], remember)):
-            yield
-        if self._layer_calls > 1:  # only the last call is edited, so those before it have to be computed
-            self._answers.clear()
-
-    @contextmanager
-    def answering(self, copies: Tensor, *, from_memory: bool) -> Iterator[None]:
-        """Let the layer return ``copies`` in the pass that runs inside the block, the others what they returned."""
-        answers: defaultdict[nn.Module, deque[Any]] = defaultdict(deque)
-        for module, output in self._answers if from_memory else []:
-            answers[module].append(output)
+    def score(self, samples: Tensor, edit: Callable[[Tensor], Tensor]) -> Tensor:
+        """Score the edited outputs of samples, (B,)."""
         calls = 0
 
-        def answer(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-            def answered(*args: Any, **kwargs: Any) -> Any:
-                if answers[module]:
-                    return map_tensors(Tensor.clone, answers[module].popleft())
-                return forward(*args, **kwargs)
+        def replace(_module: nn.Module, _args: Any, output: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            tensor = first_tensor(output)
+            if calls < self.layer_calls or tensor is None:
+                return None
+            return replace_tensors(output, [(tensor, edit(tensor.clone()))])
 
-            return answered
+        call = self.replay.call
+        args, kwargs = call.with_image(call.image[samples], samples)
+        handle = self.layer.register_forward_hook(replace)
+        try:
+            return self.replay.select(self.replica(*args, **kwargs), samples)
+        finally:
+            handle.remove()
 
-        def give_copies(_layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-            def edited(*args: Any, **kwargs: Any) -> Any:
-                nonlocal calls
-                calls += 1
-                if calls < self._layer_calls:
-                    return forward(*args, **kwargs)
-                return replace_tensors(self._layer_returned, [(self.layer_output, copies)])
 
-            return edited
+def _forms_in(output: Any) -> list[Any]:
+    """List the tensors, or the forms in their place, of a structure."""
+    found: list[Any] = []
 
-        with forwards_replaced({**dict.fromkeys(answers, answer), self.layer: give_copies}):
-            yield
+    def collect(part: Any) -> Any:
+        if not isinstance(part, (Tensor, _Form)):
+            return NotImplemented
+        found.append(part)
+        return part
+
+    map_structure(collect, output)
+    return found

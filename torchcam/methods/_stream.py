@@ -17,25 +17,26 @@ __all__ = ["stream"]
 
 def stream(
     extractor: Any,
-    watching: Any,
     batches: Iterable[Any],
     class_idx: Any | Callable[[Any], Any],
     targets: Any,
     **kwargs: Any,
 ) -> Iterator[list[Tensor]]:
-    """Run the model of an extractor on batches and yield the maps of each; ``watching`` is who has the hooks."""
+    """Run the model of an extractor on batches and yield the maps of each."""
     if class_idx is not None and targets is not None:
         raise ValueError("give `class_idx` or `targets`, not both")
+    from .core import on_replica  # which needs this module
+
     device = model_device(extractor.model)
     for batch in batches:
         args, options = _arguments(batch)
         args, options = map_tensors(lambda t: t.to(device, non_blocking=True), (args, options))
-        with watching._inner_pass():
+        with on_replica(extractor) as watching:
             with torch.inference_mode():
-                output = extractor.model(*args, **options)
+                output = watching.model(*args, **options)
                 asked = _asked(extractor, class_idx, targets, output)
-            maps = extractor(**({"scores": output, **asked} if watching._explains_scores else {}), **kwargs)
-        del args, options, output, asked, batch  # nothing of a batch stays while its maps are looked at
+            maps = watching(scores=output, **asked, **kwargs)
+        del args, options, output, asked, watching, batch  # nothing of a batch stays while its maps are looked at
         yield maps
         del maps
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from torchcam._tensors import tensors_in, to_float
-from torchcam.layout import meant_tensors
+from torchcam.layout import primary_tensors
 
 from ._findings import listed
 
@@ -70,7 +70,7 @@ class Watch:
             self.calls[name] += 1
             self.changed.pop(name, None)
             self._handed[name] = [
-                (tensor, tensor._version) for tensor in meant_tensors(output).values() if not tensor.is_inference()
+                (tensor, tensor._version) for tensor in primary_tensors(output).values() if not tensor.is_inference()
             ]
 
     def _look(self, culprit: str) -> None:

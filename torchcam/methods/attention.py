@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-import sys
 import weakref
-from collections.abc import Callable, Sequence
-from types import FrameType, FunctionType
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from types import FunctionType
 from typing import Any, Literal
 
 import torch
@@ -14,18 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from torchcam._passes import untouched
+from torchcam._replica import ExtractorHook, replicate
 from torchcam._tensors import to_float
 from torchcam.layers import TargetLayer
-from torchcam.layout import first_tensor, patch_grid
-from torchcam.targets import ClassIndex, OutputTarget, Selector
+from torchcam.layout import patch_grid
 
-from ._record import Record
-from .core import _CAM
+from ._gradients import differentiate
+from ._recorder import Pass, Recorder
+from ._running import thread
+from .core import _CAM, Request
 
 __all__ = ["AttentionRollout", "LeGrad", "TransformerAttribution"]
 
-_modes: Any = torch.overrides  # the functions for the stack of modes have no types
 _SOFTMAX = {torch.softmax, F.softmax, Tensor.softmax, torch.special.softmax}
 # Under a function mode, this function is one call as a whole; its copy is the calls that it is made of.
 _multi_head_attention = FunctionType(
@@ -36,25 +37,35 @@ _multi_head_attention = FunctionType(
 
 
 class _Watch(TorchFunctionMode):
-    """Compute attention explicitly, and note its probabilities, while a module of an extractor runs.
+    """Computes attention explicitly, and notes its probabilities, while a target layer runs in a pass.
 
     What is noted, (N, heads, tokens, tokens): results of a softmax over the last of two equal dimensions, whether the
-    model computes it or fused attention does so by itself. All other calls are let through.
+    model computes it or fused attention does so by itself. What fused attention returns stays as it is; where gradients
+    are asked for, it gets the graph of the explicit computation.
+
+    Args:
+        recorded: the pass
+        differentiates: whether what follows the probabilities can be differentiated with respect to them
+        everywhere: whether all of the model is watched, not only target layers
     """
 
-    def __init__(self, extractor: _AttentionCAM, index: int, record: Record, batch_size: int) -> None:
+    def __init__(self, recorded: Pass, differentiates: bool, everywhere: bool) -> None:
         super().__init__()
-        self.extractor = weakref.ref(extractor)
-        self.index = index
-        self.record = record
-        self.batch_size = batch_size
-        self.noted: list[Tensor] = []
+        self.recorded = recorded
+        self.differentiates = differentiates
+        self.blocks = [0] if everywhere else []  # the target layers that run, from the outermost to the innermost
+        self.batch_size = 1 if recorded.input_shape is None else recorded.input_shape[0]
+        if everywhere:
+            recorded.attentions[0] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call a function of torch."""
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and self._runs():
+        if not self.blocks:
+            return func(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
             return self._attend(*args, **kwargs)
-        if func is F.multi_head_attention_forward and self._runs():
+        if func is F.multi_head_attention_forward:
             with self:
                 return _multi_head_attention(*args, **kwargs)
         result = func(*args, **kwargs)
@@ -62,27 +73,22 @@ class _Watch(TorchFunctionMode):
             return self._note(result).clone()  # an operation in place must not change what is noted
         return result
 
-    def _runs(self) -> bool:
-        """Tell whether the module runs. No hook hears of a KeyboardInterrupt, which leaves the mode on for a while."""
-        extractor = self.extractor()
-        frame: FrameType | None = sys._getframe()
-        module = None if extractor is None else extractor._watched[self.index]
-        while module is not None and frame is not None:
-            if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module:
-                return True
-            frame = frame.f_back
-        return False
-
     def _note(self, probabilities: Tensor) -> Tensor:
-        shape, extractor = probabilities.shape, self.extractor()
-        if extractor is None or len(shape) not in {3, 4} or shape[-1] != shape[-2] or not self._runs():
+        shape = probabilities.shape
+        noted = self.recorded.attentions[self.blocks[-1]]
+        if noted is None or len(shape) not in {3, 4} or shape[-1] != shape[-2]:
             return probabilities
         if len(shape) == 3:
             batch_size = self.batch_size if len(probabilities) % self.batch_size == 0 else len(probabilities)
             probabilities = probabilities.reshape(batch_size, -1, *shape[1:])
-        if extractor._uses_gradients:
-            probabilities = extractor._with_graph(probabilities)
-        self.noted.append(probabilities if extractor._uses_gradients else probabilities.detach())
+        if not self.differentiates:
+            noted.append(probabilities.detach())
+            return probabilities.reshape(shape)
+        if not probabilities.requires_grad:
+            if self.recorded.private:
+                torch.set_grad_enabled(True)
+            probabilities = probabilities.detach().requires_grad_()
+        noted.append(probabilities)
         return probabilities.reshape(shape)
 
     def _attend(
@@ -97,12 +103,13 @@ class _Watch(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """Compute what ``F.scaled_dot_product_attention`` computes, by its documented formula."""
+        """Compute fused attention, and note the probabilities that its documented formula gives."""
+        options = {"enable_gqa": True} if enable_gqa else {}
+        fused = F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **options
+        )
         if query.shape[-2] != key.shape[-2]:
-            options = {"enable_gqa": True} if enable_gqa else {}
-            return F.scaled_dot_product_attention(
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **options
-            )
+            return fused
         if enable_gqa:
             groups = query.shape[-3] // key.shape[-3]
             key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
@@ -117,7 +124,32 @@ class _Watch(TorchFunctionMode):
             logits = logits.masked_fill(~attn_mask, -torch.inf) if masked else logits + attn_mask
             nowhere = logits.isneginf().all(-1, keepdim=True)  # such a query attends to nothing, and gets zeros
             probabilities = logits.masked_fill(nowhere, 0).softmax(-1).masked_fill(nowhere, 0)
-        return F.dropout(self._note(probabilities), dropout_p) @ value
+        probabilities = self._note(probabilities)
+        if not self.differentiates or (dropout_p and torch.is_grad_enabled()):
+            return fused
+        explicit = probabilities @ value
+        return fused.detach() + (explicit - explicit.detach())
+
+
+class _BlockStarts(ExtractorHook):
+    """Tells the watch of a pass that a target layer starts or ends."""
+
+    def __init__(self, recorder: Recorder, index: int, starts: bool) -> None:
+        self._recorder = id(recorder)
+        self._layer = weakref.ref(recorder.layers[index])
+        self._index = index
+        self._starts = starts
+
+    def __call__(self, module: nn.Module, *_arguments: Any) -> None:
+        """Tell it."""
+        running = None if torch.compiler.is_compiling() else thread.passes.get(self._recorder)
+        if running is None or module is not self._layer():
+            return
+        if self._starts:
+            running.attentions[self._index] = []
+            running.watch.blocks.append(self._index)
+        else:
+            del running.watch.blocks[running.watch.blocks.index(self._index) :]
 
 
 class _AttentionCAM(_CAM):
@@ -128,6 +160,8 @@ class _AttentionCAM(_CAM):
     ``timm``, ``transformers``), found by what is computed and not by the name of a class. Outputs agree with those of
     fused attention to float rounding. All other layers run as they are.
     """
+
+    _keeps_outputs = True
 
     def __init__(
         self,
@@ -145,80 +179,63 @@ class _AttentionCAM(_CAM):
             raise ValueError(f"`grid_shape` must be (height, width), both positive, got {grid_shape!r}")
         self.prefix_tokens = prefix_tokens
         self.grid_shape = grid_shape
-        self._watched: list[nn.Module] = []
         super().__init__(model, target_layer, **kwargs)
 
-    def _register_hooks(self) -> None:
-        super()._register_hooks()
-        self._watched = [self.submodule_dict[name] for name in self.target_names]
-        for index, (name, layer) in enumerate(zip(self.target_names, self._watched, strict=True)):
+    def _recording(self, model: nn.Module, names: Sequence[str], **options: Any) -> Recorder:
+        for name in names:
+            layer = model.get_submodule(name)
             if type(layer).__module__.startswith("torch.nn.") and next(layer.children(), None) is None:
                 raise ValueError(
                     f"`target_layer` '{name}', a {type(layer).__name__}, computes no attention: "
                     f"{type(self).__name__} reads the blocks of a vision transformer"
                 )
-            enter, leave = self._weak_hook(self._enter, index), self._leaving(index)
-            self.hook_handles.append(layer.register_forward_pre_hook(enter, with_kwargs=True))
-            self.hook_handles.append(layer.register_forward_hook(leave, prepend=True, always_call=True))
+        recorder = Recorder(
+            model,
+            names,
+            differentiates=self._differentiates,
+            reads_attention=True,
+            keeps_outputs=self._keeps_outputs,
+            **options,
+        )
+        everywhere = list(names) == [""]
+        differentiates = self._differentiates
 
-    def _enter(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._record.attentions[index] = None
-        shape, given = self._record.input_shape, first_tensor((args, kwargs))
-        batch_size = shape[0] if shape is not None else 1 if given is None else len(given)
-        _modes._push_mode(_Watch(self, index, self._record, batch_size))
+        @contextmanager
+        def watching(started: Pass) -> Iterator[None]:
+            started.watch = _Watch(started, differentiates, everywhere)
+            thread.watches += 1
+            try:
+                with started.watch:
+                    yield
+            finally:
+                thread.watches -= 1
+                started.watch = None
 
-    def _leaving(self, index: int) -> Callable[..., None]:
-        """Make the hook that ends a watch, also if the block raised, or this extractor was disabled meanwhile."""
-        reference = weakref.ref(self)
+        recorder.around = watching
+        recorder.ended = self._keep_attentions
+        for index, layer in enumerate([] if everywhere else recorder.layers):
+            recorder.handles.append(layer.register_forward_pre_hook(_BlockStarts(recorder, index, True)))
+            recorder.handles.append(layer.register_forward_hook(_BlockStarts(recorder, index, False), prepend=True))
+        return recorder
 
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            extractor = reference()
-            watch = None if extractor is None else extractor._leave(index)
-            if extractor is not None and watch is not None and output is not None:
-                extractor._keep_attention(watch)
+    @staticmethod
+    def _keep_attentions(ended: Pass) -> None:
+        """Take what methods look at from the noted attention, when the model has returned."""
 
-        return hook
-
-    def _leave(self, index: int | None = None) -> _Watch | None:
-        """Take the watch over one target layer, or over all, off this thread's modes, wherever it is among them."""
-        found = None
-        if any(
-            isinstance(mode, _Watch) and mode.extractor() is self for mode in _modes._get_current_function_mode_stack()
-        ):
-            modes = [_modes._pop_mode() for _ in _modes._get_current_function_mode_stack()]
-            for mode in reversed(modes):
-                if isinstance(mode, _Watch) and mode.extractor() is self and index in {None, mode.index}:
-                    found = mode
-                else:
-                    _modes._push_mode(mode)
-        return found
-
-    def _start(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        self._leave()
-        return super()._start(args, kwargs)
-
-    def remove_hooks(self) -> None:
-        """Take all hooks off the model. May be called more than once."""
-        self._leave()
-        super().remove_hooks()
-
-    def _keep_attention(self, watch: _Watch) -> None:
-        watch.record.attentions[watch.index] = watch.noted
-
-    def _activations(self) -> list[Tensor]:
-        for name, noted in zip(self.target_names, self._record.attentions, strict=True):
+    def _activations(self, request: Request) -> list[Tensor]:
+        for name, noted in zip(self.target_names, request.recorded.attentions, strict=True):
             if noted == []:
                 raise ValueError(
                     f"`target_layer` '{name}' computed no attention between all tokens that can be read, by a softmax "
                     "or by F.scaled_dot_product_attention"
                 )
-        return super()._activations()
+        return super()._activations(request)
 
-    def _on_grid(self, tokens: Tensor) -> Tensor:
+    def _on_grid(self, recorded: Pass, tokens: Tensor) -> Tensor:
         """Lay out (..., tokens) as (..., height, width), without the prefix."""
         patches = tokens[..., self.prefix_tokens :]
         count = patches.shape[-1]
-        shape = self._record.input_shape
+        shape = recorded.input_shape
         try:
             grid = self.grid_shape or patch_grid(count, (count, count) if shape is None else shape[2:])
         except ValueError as error:
@@ -272,7 +289,7 @@ class LeGrad(_AttentionCAM):
         torch.Size([1, 14, 14])
     """
 
-    _uses_gradients = True
+    _differentiates = True
 
     def __init__(
         self,
@@ -293,33 +310,27 @@ class LeGrad(_AttentionCAM):
         self.score_projection = score_projection
         super().__init__(model, target_layer, prefix_tokens, grid_shape, enable_hooks=enable_hooks)
 
-    def _to_grid(self, tensor: Tensor, name: str) -> Tensor:
+    def map(self, activation: Tensor, gradient: Tensor, to_grid: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the mean positive gradient for the attention (N, heads, queries, keys) by key, (N, *spatial).
+
+        ``to_grid`` lays out keys (N, keys) on the grid.
+        """
+        return to_grid(gradient.relu().mean((1, 2)))
+
+    def _to_grid(self, recorded: Pass, tensor: Tensor, name: str) -> Tensor:
         if tensor.ndim != 3:
             raise ValueError(
                 f"`target_layer` '{name}' must return tokens (N, tokens, channels), got {tuple(tensor.shape)}"
             )
-        return to_float(self._on_grid(tensor.detach().mT))
+        return to_float(self._on_grid(recorded, tensor.mT))
 
-    def _scores_of(self, tokens: Tensor) -> Tensor:
-        if self.score_projection is not None:
-            return self.score_projection(tokens)
-        scores = tokens.mean(1)
-        for module in _read_out(self.model):
-            scores = module(scores)
-        return scores
-
-    def _get_weights(
-        self,
-        class_idx: ClassIndex | None,
-        scores: Any,  # noqa: ARG002 - each block has a score of its own
-        retain_graph: bool = False,
-        targets: OutputTarget | Sequence[OutputTarget] | Selector | None = None,
-    ) -> list[Tensor]:
-        """Give each block's mean positive gradient by key, (N, tokens)."""
-        select = self._selector(class_idx, targets)
-        weights = []
-        for index, (tokens, noted) in enumerate(zip(self._record.activations, self._record.attentions, strict=True)):
-            name = self.target_names[index]
+    def _evidence(self, request: Request) -> list[tuple[Any, ...]]:
+        recorded, select = request.recorded, self._selector(request)
+        found = zip(
+            self._activations(request), recorded.activations, recorded.attentions, self.target_names, strict=True
+        )
+        evidence = []
+        for grid, tokens, noted, name in found:
             if tokens is None or noted is None:
                 raise RuntimeError(f"the attention of `target_layer` '{name}' was not computed in the recorded pass")
             if len(noted) > 1 or len(noted[0]) != len(tokens):
@@ -327,18 +338,22 @@ class LeGrad(_AttentionCAM):
                     f"`target_layer` '{name}' computes attention of shapes {[tuple(a.shape) for a in noted]}, where "
                     f"LeGrad reads blocks with one, between all tokens of {len(tokens)} samples"
                 )
-            with untouched(self.model), torch.enable_grad():
+            with torch.inference_mode(False), torch.enable_grad():
                 score = select(self._scores_of(tokens))
-            only = [noted[0] if block == index else None for block in range(len(self.target_names))]
-            create_graph = self._record.request.create_graph
-            (gradient,) = self._differentiate(score, only, retain_graph or create_graph, create_graph)
-            weights.append(to_float(gradient).relu().mean((1, 2)))
-        return weights
+            wanted = [(name, name, noted[0], noted[0])]
+            (gradient,) = differentiate(score, wanted, request.retain_graph, request.create_graph)
+            evidence.append((grid, to_float(gradient), partial(self._on_grid, recorded)))
+        return evidence
 
-    def _raw_maps(self, class_idx: ClassIndex | None, scores: Any, **kwargs: Any) -> list[Tensor]:
-        return [self._on_grid(weight) for weight in self._get_weights(class_idx, scores, **kwargs)]
+    def _scores_of(self, tokens: Tensor) -> Tensor:
+        if self.score_projection is not None:
+            return self.score_projection(tokens)
+        scores = tokens.mean(1)
+        for module in _read_out(self.model):
+            scores = replicate(module)(scores)
+        return scores
 
-    def _pool_layers(self, maps: list[Tensor]) -> list[Tensor]:
+    def _pool_layers(self, maps: list[Tensor], request: Request) -> list[Tensor]:
         return [torch.stack(maps).mean(0)]
 
 
@@ -380,10 +395,9 @@ class _RolledOut(_AttentionCAM):
         input_name: str | None = None,
         input_index: int | None = None,
     ) -> None:
-        layers = model if target_layer is None else target_layer
         super().__init__(
             model,
-            layers,
+            model if target_layer is None else target_layer,
             prefix_tokens,
             grid_shape,
             input_shape=input_shape,
@@ -391,48 +405,47 @@ class _RolledOut(_AttentionCAM):
             input_name=input_name,
             input_index=input_index,
         )
-        if target_layer is None:
-            self.target_names = ["attention"]  # the hooks are on the model itself
-            self.reset_hooks()
 
-    def _record_layer(self, index: int, _args: Any, _output: Any) -> None:
-        """Keep nothing of the output: attention is what these methods look at."""
+    _keeps_outputs = False
 
-    def _keep_attention(self, watch: _Watch) -> None:
-        super()._keep_attention(watch)
-        watch.record.keep(watch.index, {f"[{number}]": noted for number, noted in enumerate(watch.noted)})
+    @staticmethod
+    def _keep_attentions(ended: Pass) -> None:
+        for index, noted in enumerate(ended.attentions):
+            if noted is not None:
+                ended.keep(index, {f"[{number}]": (one, one) for number, one in enumerate(noted)})
 
-    def _to_grid(self, tensor: Tensor, name: str) -> Tensor:  # noqa: ARG002 - the tokens are the same everywhere
-        tensor = tensor if self._record.request.create_graph else tensor.detach()
-        return to_float(self._on_grid(tensor[..., 0, :] if self.prefix_tokens else tensor.mean(-2)))
+    def _to_grid(self, recorded: Pass, tensor: Tensor, name: str) -> Tensor:
+        return to_float(self._on_grid(recorded, tensor[..., 0, :] if self.prefix_tokens else tensor.mean(-2)))
 
-    def _activations(self) -> list[Tensor]:
-        shapes = [tuple(attention.shape) for attention in self._record.activations if attention is not None]
-        batch_sizes = {shape[0] for shape in (*shapes, self._record.input_shape) if shape is not None}
+    def _activations(self, request: Request) -> list[Tensor]:
+        recorded = request.recorded
+        shapes = [tuple(attention.shape) for attention in recorded.activations if attention is not None]
+        batch_sizes = {shape[0] for shape in (*shapes, recorded.input_shape) if shape is not None}
         if len({shape[2:] for shape in shapes}) > 1 or (shapes and len(batch_sizes) > 1):
             raise ValueError(
                 f"{type(self).__name__} follows the same tokens through all blocks, but the attention of "
-                f"{self.target_names} for an input of shape {self._record.input_shape} has shapes {shapes}"
+                f"{self.target_names} for an input of shape {recorded.input_shape} has shapes {shapes}"
             )
-        return super()._activations()
+        return super()._activations(request)
 
-    def _attentions(self) -> list[Tensor]:
-        """Give the probabilities of all blocks, from the first to the last: (N, heads, tokens, tokens) each."""
-        found = [attention for attention in self._record.activations if attention is not None]
-        return [to_float(a if self._record.request.create_graph else a.detach()) for a in found]
+    def _attentions(self, request: Request) -> list[Tensor]:
+        """Return the probabilities of all blocks, from the first to the last: (N, heads, tokens, tokens) each."""
+        self._activations(request)  # checks them
+        found = [attention for attention in request.recorded.activations if attention is not None]
+        return [to_float(a if request.create_graph else a.detach()) for a in found]
 
-    def _rolled_out(self, steps: Sequence[Tensor]) -> list[Tensor]:
-        """Multiply the blocks' matrices (..., tokens, tokens), the last one first, and read the class token's row."""
+    def rolled_out(self, steps: Sequence[Tensor]) -> Tensor:
+        """Multiply the blocks' matrices (..., tokens, tokens), the last one first, and return the class token's row.
+
+        Without a class token, the mean over all rows: (..., tokens).
+        """
         count = steps[0].shape[-1]
         row = torch.full((1, count), 1 / count, dtype=steps[0].dtype, device=steps[0].device)
         if self.prefix_tokens:
             row = torch.eye(count, dtype=steps[0].dtype, device=steps[0].device)[:1]
         for step in reversed(steps):
             row = row @ step
-        return [self._on_grid(row.squeeze(-2))] * len(steps)
-
-    def _pool_layers(self, maps: list[Tensor]) -> list[Tensor]:
-        return maps[:1]
+        return row.squeeze(-2)
 
 
 class AttentionRollout(_RolledOut):
@@ -491,18 +504,16 @@ class AttentionRollout(_RolledOut):
         self.head_fusion = head_fusion
         super().__init__(model, target_layer, input_shape, **kwargs)
 
-    def _raw_maps(
-        self,
-        class_idx: ClassIndex | None,  # noqa: ARG002 - the map is the same for every class
-        scores: Any,  # noqa: ARG002 - same
-        targets: object = None,  # noqa: ARG002 - same
-    ) -> list[Tensor]:
+    def step(self, attention: Tensor) -> Tensor:
+        """Return how information flows through a block with this attention, (N, tokens, tokens)."""
         fuse: Any = {"mean": torch.mean, "max": torch.amax, "min": torch.amin}[self.head_fusion]
-        steps = []
-        for attention in self._attentions():
-            step = (fuse(attention, 1) + torch.eye(attention.shape[-1]).to(attention)) / 2  # (N, tokens, tokens)
-            steps.append(step / step.sum(-1, keepdim=True))
-        return self._rolled_out(steps)
+        step = (fuse(attention, 1) + torch.eye(attention.shape[-1]).to(attention)) / 2
+        return step / step.sum(-1, keepdim=True)
+
+    def _raw_maps(self, request: Request, **options: Any) -> list[Tensor]:
+        _no_options(self, options)
+        steps = [self.step(attention) for attention in self._attentions(request)]
+        return [self._on_grid(request.recorded, self.rolled_out(steps))]
 
 
 class TransformerAttribution(_RolledOut):
@@ -541,17 +552,29 @@ class TransformerAttribution(_RolledOut):
         torch.Size([1, 14, 14])
     """
 
-    _uses_gradients = True
+    _differentiates = True
     _explains_many = True
 
-    def _raw_maps(self, class_idx: ClassIndex | None, scores: Any, **kwargs: Any) -> list[Tensor]:
-        attentions = self._attentions()
-        self._backprop(scores, class_idx, **kwargs)
-        steps = []
-        for attention, gradient in zip(attentions, self._record.gradients, strict=True):
-            assert gradient is not None  # noqa: S101 - for the type checker: `_backprop` has seen to it
-            relevance = (to_float(gradient) * attention).relu().mean(-3)  # (N, tokens, tokens), of K scores (K, N, ...)
-            if relevance.ndim > 3:
-                relevance = relevance.transpose(0, 1).flatten(0, 1)
-            steps.append(relevance + torch.eye(attention.shape[-1]).to(attention))
-        return self._rolled_out(steps)
+    def step(self, attention: Tensor, gradient: Tensor) -> Tensor:
+        """Return the relevance that flows through a block, (N * K, tokens, tokens) for K scores of each sample."""
+        relevance = (gradient * attention).relu().mean(-3)
+        if relevance.ndim > 3:
+            relevance = relevance.transpose(0, 1).flatten(0, 1)
+        return relevance + torch.eye(attention.shape[-1]).to(attention)
+
+    def _raw_maps(self, request: Request, **options: Any) -> list[Tensor]:
+        _no_options(self, options)
+        attentions = self._attentions(request)
+        self._gradients(request)
+        steps = [
+            self.step(a, to_float(g))
+            for a, g in zip(attentions, request.recorded.gradients, strict=True)
+            if g is not None
+        ]
+        return [self._on_grid(request.recorded, self.rolled_out(steps))]
+
+
+def _no_options(method: _CAM, options: dict[str, Any]) -> None:
+    """Check that a call has no options that the method does not know."""
+    if options:
+        raise TypeError(f"{type(method).__name__} takes no option {', '.join(map(repr, options))}")

@@ -1,25 +1,25 @@
-"""Extractors that wrap another extractor."""
+"""Extractors that ask another extractor: with another target, fusion, sum of channels, or on variants of the input."""
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from types import TracebackType
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from torchcam._checks import finite_number, one_of, positive_integer
 from torchcam._tensors import gaussian_blur, min_max, resize, to_float
 from torchcam.layers import TargetLayer
-from torchcam.targets import ClassIndex, OutputTarget, Selector, as_class_indices, class_columns, read_logits
+from torchcam.targets import ClassIndex, OutputTarget, Selector, as_class_indices, read_logits
 
-from ._diagnose import Diagnosis, diagnose
-from ._replay import Replay, finite_number, positive_integer
-from ._stream import stream
-from .core import _CAM, one_by_one, plain_tensors, to_one_shape
+from ._finish import to_one_shape
+from ._replay import Replay, VariantRunner, run_chunks
+from .core import _CAM, Request, on_replica
 from .decomposition import along, first_component
 from .gradient import GradCAM, GradCAMpp
 
@@ -28,93 +28,94 @@ __all__ = ["SESS", "AugmentedCAM", "EigenSmoothedCAM", "FinerCAM", "RefineCAM"]
 Transform = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 
 
-class _Wrapper:
-    """An extractor whose hooks and recorded pass are those of the extractor it wraps."""
+class _Wrapper(_CAM):
+    """An extractor that asks another one, whose hooks and recorded passes it shares.
 
-    def __init__(self, base_cam: _CAM) -> None:
-        self.base_cam = base_cam
+    Args:
+        base_method: the method that is asked: a class, or a ``functools.partial`` of one
+        base_args: its positional arguments
+        base_kwargs: its keyword arguments
+    """
 
-    @property
-    def model(self) -> nn.Module:
-        """The model to explain."""
-        return self.base_cam.model
+    _options: tuple[str, ...] = ()
 
-    @property
-    def target_names(self) -> list[str]:
-        """The names of the target layers."""
-        return self.base_cam.target_names
+    def __init__(self, base_method: Any, *base_args: Any, **base_kwargs: Any) -> None:
+        kind = base_method.func if isinstance(base_method, partial) else base_method
+        if not (isinstance(kind, type) and issubclass(kind, _CAM)):
+            raise TypeError(f"`base_method` must be a CAM method such as GradCAM, got {base_method!r}")
+        self.base_cam: _CAM = base_method(*base_args, **base_kwargs)
+        self._recorder = self.base_cam._recorder
+        self.reshape_transform = self.base_cam.reshape_transform
+        self.class_agnostic = self.base_cam.class_agnostic
+        self._relu = self.base_cam._relu
+        self._differentiates = self.base_cam._differentiates
+        self._runs_model = self.base_cam._runs_model
+        self._explains_many = self.base_cam._explains_many
 
-    @property
-    def submodule_dict(self) -> dict[str, nn.Module]:
-        """The modules of the model by name."""
-        return self.base_cam.submodule_dict
+    def _moved_to(self, replica: nn.Module) -> Self:
+        moved = copy.copy(self)
+        moved.base_cam = self.base_cam._moved_to(replica)
+        moved._recorder = moved.base_cam._recorder
+        return moved
 
-    @property
-    def hook_handles(self) -> list[RemovableHandle]:
-        """The handles of the hooks on the model."""
-        return self.base_cam.hook_handles
+    def _activations(self, request: Request) -> list[Tensor]:
+        return self.base_cam._activations(request)
 
-    @property
-    def hook_a(self) -> list[Tensor | None]:
-        """The activation of each target layer, (N, C, *spatial)."""
-        return self.base_cam.hook_a
+    def _layer_weights(self, request: Request, **options: Any) -> list[tuple[Tensor, Tensor]]:
+        return self.base_cam._layer_weights(request, **options)
 
-    @property
-    def hook_g(self) -> list[Tensor | None]:
-        """The gradient of the last explained score for each target layer, (N, C, *spatial)."""
-        return self.base_cam.hook_g
+    def _raw_maps(self, request: Request, **options: Any) -> list[Tensor]:
+        return self.base_cam._raw_maps(request, **options)
 
-    def enable_hooks(self) -> None:
-        """Record the forward passes from now on."""
-        self.base_cam.enable_hooks()
+    def _pool_layers(self, maps: list[Tensor], request: Request) -> list[Tensor]:
+        return self.base_cam._pool_layers(maps, request)
 
-    def disable_hooks(self) -> None:
-        """Ignore the forward passes from now on."""
-        self.base_cam.disable_hooks()
+    def fuse_cams(self, cams: list[Tensor], target_shape: tuple[int, ...] | None = None) -> Tensor:  # type: ignore[override]  # as the extractor that is held
+        """Fuse the maps of several layers as the base method does."""
+        return self.base_cam.fuse_cams(cams, target_shape)
 
-    def reset_hooks(self) -> None:
-        """Forget the recorded pass."""
-        self.base_cam.reset_hooks()
+    def __repr__(self) -> str:
+        values = "".join(f", {option}={getattr(self, option)}" for option in self._options)
+        base = type(self.base_cam).__name__
+        return f"{type(self).__name__}(base_method={base}, target_layer={self.target_names}{values})"
 
-    def remove_hooks(self) -> None:
-        """Take all hooks off the model. May be called more than once."""
-        self.base_cam.remove_hooks()
-
-    def stream(
+    def _explain_variants(
         self,
-        batches: Iterable[Any],
-        class_idx: ClassIndex | Callable[[Any], ClassIndex] | None = None,
-        *,
-        targets: OutputTarget | Sequence[OutputTarget] | None = None,
-        **kwargs: Any,
-    ) -> Iterator[list[Tensor]]:
-        """Run the model on batches and yield the maps of each, as :meth:`_CAM.stream` does."""
-        yield from stream(self, self.base_cam, batches, class_idx, targets, **kwargs)
+        variants: Callable[[slice], Tensor],
+        samples: Tensor,
+        request: Request,
+        batch_size: int,
+        **options: Any,
+    ) -> list[Tensor]:
+        """Compute the maps of variants of the recorded input, in passes of a replica of the model.
 
-    def diagnose(
-        self,
-        class_idx: ClassIndex | None = None,
-        *,
-        targets: OutputTarget | Sequence[OutputTarget] | None = None,
-    ) -> Diagnosis:
-        """Say what is wrong with the maps of the recorded pass, as :meth:`_CAM.diagnose` does."""
-        return diagnose(self, class_idx, targets=targets)
+        Args:
+            variants: builds the inputs (B, C, *spatial) of a slice of the variants
+            samples: the sample of the recorded batch that each variant belongs to, (V,)
+            request: what is asked of the recorded pass
+            batch_size: largest number of variants in one pass
+            options: options of the method
 
-    def __enter__(self) -> Self:
-        return self
+        Returns:
+            one normalised map (V, *spatial) per target layer, (V * K, *spatial) while K classes are explained; those
+            of samples that are not finite are NaN
+        """
+        call = self._recorded_call(request)
+        unasked = request.class_idx is None and request.targets is None
+        select = None if unasked else self._selector(request)
+        with on_replica(self.base_cam) as base:
+            run = VariantRunner(base.model, call)
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.base_cam.__exit__(exc_type, exc_value, traceback)
+            def explain(chunk: slice) -> list[Tensor]:
+                rows = samples[chunk]
+                with call.as_recorded():
+                    output = run(variants(chunk), rows)
+                asked = {} if select is None else select.arguments(output, rows)
+                of_rows = Request(base._recorder.find(), relu=request.relu, num_classes=request.num_classes, **asked)
+                return base._finished(base._raw_maps(of_rows, **options), of_rows, normalized=True)
 
-
-def _check_base_method(base_method: Any) -> None:
-    if not (isinstance(base_method, type) and issubclass(base_method, _CAM)):
-        raise TypeError(f"`base_method` must be a CAM method such as GradCAM, got {base_method!r}")
+            chunks = run_chunks(explain, len(samples), batch_size)
+        return [torch.cat(maps) for maps in zip(*chunks, strict=True)]
 
 
 class _Contrast(Selector):
@@ -141,6 +142,10 @@ class _Contrast(Selector):
             return contrast.mean(1)
         weights = logits.softmax(1).gather(1, references)
         return (weights * contrast).sum(1) / weights.sum(1)
+
+    def arguments(self, output: Any, samples: Tensor) -> dict[str, Any]:
+        """Return the same question for an output whose rows stand for ``samples``, (B,)."""
+        return {"targets": self.of(samples)}
 
 
 class FinerCAM(_Wrapper):
@@ -185,15 +190,15 @@ class FinerCAM(_Wrapper):
         weighting: Literal["mean", "softmax"] = "mean",
         **base_kwargs: Any,
     ) -> None:
-        _check_base_method(base_method)
-        if weighting not in {"mean", "softmax"}:
-            raise ValueError(f"`weighting` must be 'mean' or 'softmax', got {weighting!r}")
+        self.weighting = one_of("weighting", weighting, ("mean", "softmax"))
         self.gamma = finite_number("gamma", gamma)
         self.num_references = positive_integer("num_references", num_references)
-        self.weighting = weighting
-        super().__init__(base_method(model, target_layer, input_shape=input_shape, **base_kwargs))
+        super().__init__(base_method, model, target_layer, input_shape=input_shape, **base_kwargs)
+        self._explains_many = False
 
-    def __call__(
+    _options = ("gamma", "num_references")
+
+    def __call__(  # type: ignore[override]  # TorchCAM's order of arguments
         self,
         class_idx: ClassIndex | None = None,
         scores: Any = None,
@@ -221,10 +226,10 @@ class FinerCAM(_Wrapper):
         """
         if class_idx is None or "targets" in kwargs:
             raise ValueError("FinerCAM contrasts a class with others: it takes `class_idx`, and no `targets`")
-        self.base_cam._precheck(class_idx, scores)
+        self._precheck(class_idx, scores)
         return self.compute_cams(class_idx, scores, comparison_idx, normalized, **kwargs)
 
-    def compute_cams(
+    def compute_cams(  # type: ignore[override]  # TorchCAM's order of arguments
         self,
         class_idx: ClassIndex | None = None,
         scores: Any = None,
@@ -233,41 +238,35 @@ class FinerCAM(_Wrapper):
         **kwargs: Any,
     ) -> list[Tensor]:
         """Compute the maps as a call does, without its checks."""
-        columns = class_columns(class_idx, None)
-        if columns is not None:
-            options = {"scores": scores, "comparison_idx": comparison_idx, "normalized": normalized}
-            return one_by_one(columns, partial(self.compute_cams, **options, **kwargs), self.base_cam._uses_gradients)
-        with plain_tensors():
-            contrast = self._contrast(class_idx, scores, comparison_idx)
-        return self.base_cam.compute_cams(None, scores, normalized, targets=contrast, **kwargs)
+        return super().compute_cams(class_idx, scores, normalized, comparison_idx=comparison_idx, **kwargs)
 
-    def _contrast(self, class_idx: Any, scores: Any, comparison_idx: Any) -> Selector:
-        """Give the score that tells each sample's class from its references."""
-        logits = read_logits(self.base_cam._output(scores)).detach()
+    def _layer_weights(
+        self, request: Request, comparison_idx: Any = None, **options: Any
+    ) -> list[tuple[Tensor, Tensor]]:
+        return super()._layer_weights(self._contrasted(request, comparison_idx), **options)
+
+    def _raw_maps(self, request: Request, comparison_idx: Any = None, **options: Any) -> list[Tensor]:
+        return super()._raw_maps(self._contrasted(request, comparison_idx), **options)
+
+    def _contrasted(self, request: Request, comparison_idx: Any) -> Request:
+        """Ask for what tells each sample's class from its references."""
+        output = request.recorded.output if request.scores is None else request.scores
+        logits = read_logits(output).detach()
         if logits.ndim != 2 or logits.shape[1] < 2:
             raise ValueError(f"FinerCAM needs scores (N, classes) of two classes or more, got {tuple(logits.shape)}")
-        classes = as_class_indices(class_idx, len(logits), logits.shape[1], logits.device)
+        classes = as_class_indices(request.class_idx, len(logits), logits.shape[1], logits.device)
         if comparison_idx is None:
             references = self._closest(logits, classes)
         else:
             references = _reference_rows(comparison_idx, classes, logits.shape[1])
-        return _Contrast(classes, references, self.gamma, self.weighting)
+        contrast = _Contrast(classes, references, self.gamma, self.weighting)
+        return replace(request, class_idx=None, targets=contrast)
 
     def _closest(self, logits: Tensor, classes: Tensor) -> Tensor:
         """Find the classes whose scores are closest to the explained one's, (N, T)."""
         distances = (logits - logits.gather(1, classes.unsqueeze(1))).abs()
         distances = distances.scatter(1, classes.unsqueeze(1), torch.inf)
         return distances.topk(min(self.num_references, logits.shape[1] - 1), dim=1, largest=False).indices
-
-    def fuse_cams(self, cams: list[Tensor], target_shape: tuple[int, ...] | None = None) -> Tensor:
-        """Fuse the maps of several layers as the base method does."""
-        return self.base_cam.fuse_cams(cams, target_shape)
-
-    def __repr__(self) -> str:
-        return (
-            f"FinerCAM(base_method={type(self.base_cam).__name__}, target_layer={self.target_names}, "
-            f"gamma={self.gamma}, num_references={self.num_references})"
-        )
 
 
 def _reference_rows(comparison_idx: Any, classes: Tensor, num_classes: int) -> Tensor:
@@ -283,7 +282,10 @@ def _reference_rows(comparison_idx: Any, classes: Tensor, num_classes: int) -> T
             f"got {comparison_idx!r} for a batch of {batch_size}"
         )
     device = classes.device
-    references = torch.stack([as_class_indices(row, len(row), num_classes, device) for row in rows])
+    try:
+        references = torch.stack([as_class_indices(row, len(row), num_classes, device) for row in rows])
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("`class_idx`", "`comparison_idx`")) from None
     if (references == classes.unsqueeze(1)).any():
         raise ValueError(f"`comparison_idx` {comparison_idx!r} compares an explained class with itself")
     if any(len(set(row)) != len(row) for row in rows):
@@ -322,16 +324,16 @@ class RefineCAM(_Wrapper):
         base_method: type[_CAM] = GradCAMpp,
         **base_kwargs: Any,
     ) -> None:
-        _check_base_method(base_method)
         if not isinstance(target_layer, (list, tuple)):
             raise TypeError(f"`target_layer` must be a list of two layers or more, got {type(target_layer).__name__}")
         if len(target_layer) < 2:
             raise ValueError(
                 f"`target_layer` must list two layers or more to refine one by the other, got {len(target_layer)}"
             )
-        super().__init__(base_method(model, target_layer, input_shape=input_shape, **base_kwargs))
+        super().__init__(base_method, model, target_layer, input_shape=input_shape, **base_kwargs)
+        self._explains_many = False
 
-    def __call__(
+    def __call__(  # type: ignore[override]  # TorchCAM's order of arguments
         self,
         class_idx: ClassIndex | None = None,
         scores: Any = None,
@@ -360,27 +362,25 @@ class RefineCAM(_Wrapper):
             ValueError: as any method
             RuntimeError: if the score does not depend on a target layer
         """
-        self.base_cam._precheck(class_idx, scores, targets)
-        return self.compute_cams(class_idx, scores, normalized, target_shape, targets=targets, **kwargs)
+        return super().__call__(class_idx, scores, normalized, targets=targets, target_shape=target_shape, **kwargs)
 
-    def compute_cams(
+    def compute_cams(  # type: ignore[override]  # TorchCAM's order of arguments
         self,
         class_idx: ClassIndex | None = None,
         scores: Any = None,
         normalized: bool = True,
         target_shape: tuple[int, ...] | None = None,
-        *,
-        targets: OutputTarget | Sequence[OutputTarget] | None = None,
         **kwargs: Any,
     ) -> list[Tensor]:
         """Compute the refined map as a call does, without its checks."""
-        columns = class_columns(class_idx, targets)
-        if columns is not None:
-            options = {"scores": scores, "normalized": normalized, "target_shape": target_shape}
-            return one_by_one(columns, partial(self.compute_cams, **options, **kwargs), self.base_cam._uses_gradients)
-        cams = self.base_cam.compute_cams(class_idx, scores, targets=targets, **kwargs)
-        with torch.enable_grad() if kwargs.get("create_graph") else plain_tensors():
-            return [self._product(cams, target_shape, normalized)]
+        return super().compute_cams(class_idx, scores, normalized, target_shape=target_shape, **kwargs)
+
+    def _raw_maps(self, request: Request, target_shape: tuple[int, ...] | None = None, **options: Any) -> list[Tensor]:
+        cams = self.base_cam._finished(self.base_cam._raw_maps(request, **options), request, normalized=True)
+        return [self._product(cams, target_shape)]
+
+    def _finished(self, raw: list[Tensor], request: Request, normalized: bool) -> list[Tensor]:
+        return [min_max(product) for product in raw] if normalized else raw
 
     @staticmethod
     @torch.no_grad()
@@ -399,99 +399,15 @@ class RefineCAM(_Wrapper):
             TypeError: if ``cams`` is not a list of tensors
             ValueError: if it is empty
         """
-        return RefineCAM._product(cams, target_shape, normalized)
-
-    @staticmethod
-    def _product(cams: list[Tensor], target_shape: tuple[int, ...] | None, normalized: bool) -> Tensor:
-        product = torch.stack(to_one_shape(cams, target_shape, lambda maps: [min_max(cam) for cam in maps])).prod(0)
+        product = RefineCAM._product(cams, target_shape)
         return min_max(product) if normalized else product
 
-    def __repr__(self) -> str:
-        return f"RefineCAM(base_method={type(self.base_cam).__name__}, target_layer={self.target_names})"
+    @staticmethod
+    def _product(cams: list[Tensor], target_shape: tuple[int, ...] | None) -> Tensor:
+        return torch.stack(to_one_shape(cams, target_shape, lambda maps: [min_max(cam) for cam in maps])).prod(0)
 
 
-class _Smoothed(_Wrapper):
-    """What the extractors share that are called as the extractor they wrap is, and give smoother maps.
-
-    A subclass gives `_smooth_maps`, which take the place of the raw maps of the base method.
-    """
-
-    class_agnostic = False
-    _options: tuple[str, ...] = ()
-
-    def __init__(
-        self,
-        model: nn.Module,
-        target_layer: TargetLayer | Sequence[TargetLayer] | None,
-        input_shape: tuple[int, ...],
-        base_method: type[_CAM],
-        **base_kwargs: Any,
-    ) -> None:
-        _check_base_method(base_method)
-        super().__init__(base_method(model, target_layer, input_shape=input_shape, **base_kwargs))
-        self.class_agnostic = base_method.class_agnostic
-
-    def _smooth_maps(self, class_idx: ClassIndex | None, scores: Any, **kwargs: Any) -> list[Tensor]:
-        """Give each target layer's map before ReLU and scaling, (N, *spatial)."""
-        raise NotImplementedError
-
-    def __call__(
-        self,
-        class_idx: ClassIndex | None = None,
-        scores: Any = None,
-        normalized: bool = True,
-        *,
-        targets: OutputTarget | Sequence[OutputTarget] | None = None,
-        **kwargs: Any,
-    ) -> list[Tensor]:
-        """Compute the maps of the recorded pass.
-
-        Args:
-            class_idx: the class to explain, for the whole batch or one per sample
-            scores: the model's output; may be left out
-            normalized: whether each map is scaled to [0, 1]
-            targets: in place of ``class_idx``, a callable (or one per sample) from one sample's output to a scalar
-            kwargs: options of the base method
-
-        Returns:
-            one map (N, *spatial) per target layer
-
-        Raises:
-            AssertionError: if no forward pass was recorded
-            TypeError: if a class index is not an integer
-            ValueError: as any method
-            RuntimeError: if the score does not depend on a target layer
-        """
-        self.base_cam._precheck(class_idx, scores, targets)
-        return self.compute_cams(class_idx, scores, normalized, targets=targets, **kwargs)
-
-    def compute_cams(
-        self,
-        class_idx: ClassIndex | None = None,
-        scores: Any = None,
-        normalized: bool = True,
-        *,
-        targets: OutputTarget | Sequence[OutputTarget] | None = None,
-        **kwargs: Any,
-    ) -> list[Tensor]:
-        """Compute the maps as a call does, without its checks."""
-        return self.base_cam.compute_cams(
-            class_idx, scores, normalized, targets=targets, raw_maps=self._smooth_maps, **kwargs
-        )
-
-    def fuse_cams(self, cams: list[Tensor], target_shape: tuple[int, ...] | None = None) -> Tensor:
-        """Fuse the maps of several layers as the base method does."""
-        return self.base_cam.fuse_cams(cams, target_shape)
-
-    def __repr__(self) -> str:
-        values = "".join(f", {option}={getattr(self, option)}" for option in self._options)
-        return (
-            f"{type(self).__name__}(base_method={type(self.base_cam).__name__}, "
-            f"target_layer={self.target_names}{values})"
-        )
-
-
-class EigenSmoothedCAM(_Smoothed):
+class EigenSmoothedCAM(_Wrapper):
     r"""The first principal component of a method's weighted channels, in place of their sum.
 
     .. math::
@@ -524,18 +440,19 @@ class EigenSmoothedCAM(_Smoothed):
         base_method: type[_CAM] = GradCAM,
         **base_kwargs: Any,
     ) -> None:
-        super().__init__(model, target_layer, input_shape, base_method, **base_kwargs)
+        super().__init__(base_method, model, target_layer, input_shape=input_shape, **base_kwargs)
 
-    def _smooth_maps(self, class_idx: ClassIndex | None, scores: Any, **kwargs: Any) -> list[Tensor]:
-        weights = self.base_cam._get_weights(class_idx, scores, **kwargs)
-        products = [
-            weight.reshape(*weight.shape, *[1] * (activation.ndim - weight.ndim)) * activation
-            for weight, activation in zip(weights, self.base_cam._activations(), strict=True)
-        ]
-        return [along(first_component(product), product.sum(1)) for product in products]
+    def map(self, activation: Tensor, weights: Tensor) -> Tensor:
+        """Return the first principal component of the weighted channels, (N, *spatial)."""
+        product = weights.reshape(*weights.shape, *[1] * (activation.ndim - weights.ndim)) * activation
+        return along(first_component(product), product.sum(1))
+
+    def _raw_maps(self, request: Request, **options: Any) -> list[Tensor]:
+        found = self.base_cam._layer_weights(request, **options)
+        return [self.map(activation, weights) for weights, activation in found]
 
 
-class AugmentedCAM(_Smoothed):
+class AugmentedCAM(_Wrapper):
     r"""Test-time augmentation: the mean of a method's maps over transformed inputs, each transformed back.
 
     .. math::
@@ -590,18 +507,11 @@ class AugmentedCAM(_Smoothed):
             if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(callable(step) for step in pair)):
                 raise TypeError(f"`transforms` must be pairs of functions, for inputs and for maps, got {pair!r}")
         self.batch_size = positive_integer("batch_size", batch_size)
-        super().__init__(model, target_layer, input_shape, base_method, **base_kwargs)
-        self.base_cam._uses_input = True
+        super().__init__(base_method, model, target_layer, input_shape=input_shape, **base_kwargs)
+        self._runs_model = True
 
-    def _smooth_maps(
-        self,
-        class_idx: ClassIndex | None,
-        scores: Any,  # noqa: ARG002 - every transformed input has scores of its own
-        targets: OutputTarget | Sequence[OutputTarget] | None = None,
-        **kwargs: Any,
-    ) -> list[Tensor]:
-        base = self.base_cam
-        image = base._recorded_call().image
+    def _raw_maps(self, request: Request, **options: Any) -> list[Tensor]:
+        image = self._recorded_call(request).image
         total = len(self.transforms) * len(image)
         numbers = torch.arange(total, device=image.device)  # all samples under the first transform, then the second
 
@@ -611,14 +521,15 @@ class AugmentedCAM(_Smoothed):
             parts = [(self.transforms[t][0], image[samples[which == t]]) for t in range(first, last + 1)]
             return torch.cat([_same_shape(augment, part) for augment, part in parts])
 
-        agnostic = class_idx is None and targets is None
-        select = None if agnostic else base._selector(class_idx, targets)
-        layers = base._explain_variants(transformed, numbers % len(image), select, self.batch_size, **kwargs)
+        layers = self._explain_variants(transformed, numbers % len(image), request, self.batch_size, **options)
         means = []
         for maps in layers:
             by_transform = zip(self.transforms, maps.chunk(len(self.transforms)), strict=True)
             means.append(torch.stack([back(cam) for (_, back), cam in by_transform]).mean(0))
         return means
+
+    def _pool_layers(self, maps: list[Tensor], request: Request) -> list[Tensor]:
+        return maps
 
 
 def _flips_and_intensities() -> list[Transform]:
@@ -638,7 +549,7 @@ def _same_shape(augment: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
     return augmented
 
 
-class SESS(_Smoothed):
+class SESS(_Wrapper):
     r"""SESS (Tursun et al. 2022, arXiv:2207.01769): a method's maps of sliding windows at several scales, pooled.
 
     The input is enlarged so that its shorter side is
@@ -698,8 +609,6 @@ class SESS(_Smoothed):
         batch_size: int = 32,
         **base_kwargs: Any,
     ) -> None:
-        if pool not in {"mean", "max"}:
-            raise ValueError(f"`pool` must be 'mean' or 'max', got {pool!r}")
         if not 0 <= pre_filter_ratio < 1:
             raise ValueError(f"`pre_filter_ratio` must be in [0, 1), got {pre_filter_ratio}")
         self.scales = positive_integer("scales", scales)
@@ -707,20 +616,14 @@ class SESS(_Smoothed):
         self.pre_filter_ratio = pre_filter_ratio
         self.theta = finite_number("theta", theta, 0)
         self.smooth = smooth
-        self.pool = pool
+        self.pool = one_of("pool", pool, ("mean", "max"))
         self.batch_size = positive_integer("batch_size", batch_size)
-        super().__init__(model, target_layer, input_shape, base_method, **base_kwargs)
-        self.base_cam._uses_input = True
-        self.base_cam._explains_many = False  # each class looks at windows of its own
+        super().__init__(base_method, model, target_layer, input_shape=input_shape, **base_kwargs)
+        self._runs_model = True
+        self._explains_many = False  # each class looks at windows of its own
 
-    def _smooth_maps(
-        self,
-        class_idx: ClassIndex | None,
-        scores: Any,  # noqa: ARG002 - every window has scores of its own
-        targets: OutputTarget | Sequence[OutputTarget] | None = None,
-        **kwargs: Any,
-    ) -> list[Tensor]:
-        base, call = self.base_cam, self.base_cam._recorded_call()
+    def _raw_maps(self, request: Request, **options: Any) -> list[Tensor]:
+        call = self._recorded_call(request)
         image = call.image
         windows = _Windows(image, self.window_size, self.scales)
 
@@ -729,16 +632,24 @@ class SESS(_Smoothed):
             return lambda chunk: windows.cut(image[samples[chunk]], numbers.flatten()[chunk]), samples
 
         every = torch.arange(len(windows), device=image.device).expand(len(image), -1)  # (N, W)
-        probability = _Probability(class_idx, targets, len(image))
-        replay = Replay(self.model, call, probability, self.batch_size, progress=False, description="SESS")
+        probability = self._probability(request, len(image))
+        replay = Replay(self.model, call, probability, self.batch_size, description="SESS")
         found = to_float(replay.masked(*cut(every))).relu().reshape(every.shape)
         best, kept = found.topk(len(windows) - int(self.pre_filter_ratio * len(windows)), dim=1)
         weights = torch.where(best[:, :1] > 0, best / best[:, :1], 1.0)
 
-        select = base._selector(class_idx, targets)
-        layers = base._explain_variants(*cut(kept), select, self.batch_size, **kwargs)
+        layers = self._explain_variants(*cut(kept), request, self.batch_size, **options)
         fused = [self._fuse(windows, maps.reshape(*kept.shape, *maps.shape[1:]), weights, kept) for maps in layers]
         return [gaussian_blur(cam.unsqueeze(1), 11, 5.0).squeeze(1) for cam in fused] if self.smooth else fused
+
+    @staticmethod
+    def _probability(request: Request, batch_size: int) -> Selector:
+        if isinstance(request.targets, Selector):
+            return request.targets
+        return _Probability(request.class_idx, request.targets, batch_size)
+
+    def _pool_layers(self, maps: list[Tensor], request: Request) -> list[Tensor]:
+        return maps
 
     def _fuse(self, windows: _Windows, maps: Tensor, weights: Tensor, numbers: Tensor) -> Tensor:
         """Pool the maps (N, V, *spatial) of V windows a sample at each position of the input, (N, *spatial)."""

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from torchcam._passes import untouched
-from torchcam._tensors import is_constant, to_float
+from torchcam._checks import callable_object, finite_number, positive_integer
+from torchcam._replica import replicated
+from torchcam._tensors import is_constant, is_finite, to_float
 from torchcam.layers import TargetLayer
-from torchcam.targets import ClassIndex
 
-from ._replay import finite_number, gaussian_noise, positive_integer
-from .activation import _ClassAgnosticCAM
-from .core import _CAM, is_finite, plain_tensors
+from ._finish import broken_samples
+from ._replay import gaussian_noise
+from .core import plain_tensors
 from .gradient import _GradientCAM
+from .summary import MeanActivation, _ClassAgnosticCAM
 
 __all__ = [
     "KPCACAM",
@@ -49,13 +50,9 @@ class EigenCAM(_ClassAgnosticCAM):
     Cost: the user's forward pass.
     """
 
-    def _raw_maps(
-        self,
-        class_idx: ClassIndex | None,  # noqa: ARG002 - the map is the same for every class
-        scores: Any,  # noqa: ARG002 - same
-        targets: object = None,  # noqa: ARG002 - same
-    ) -> list[Tensor]:
-        return [along(self._project(activation), activation.mean(1)) for activation in self._activations()]
+    def map(self, activation: Tensor) -> Tensor:
+        """Return the projection on the first principal component, (N, *spatial)."""
+        return along(self._project(activation), activation.mean(1))
 
     def _project(self, activation: Tensor) -> Tensor:
         """Project the positions on one component of either sign: (N, C, *spatial) to (N, *spatial)."""
@@ -133,10 +130,10 @@ class EigenGradCAM(_GradientCAM):
     Cost: the user's forward pass and a backward pass to the target layer.
     """
 
-    def _raw_maps(self, class_idx: ClassIndex | None, scores: Any, **kwargs: Any) -> list[Tensor]:
-        self._backprop(scores, class_idx, **kwargs)
-        products = [g * a for g, a in zip(self._gradients(), self._activations(), strict=True)]
-        return [along(first_component(product), product.sum(1)) for product in products]
+    def map(self, activation: Tensor, gradient: Tensor) -> Tensor:
+        """Return the first principal component of gradient times activation, (N, *spatial)."""
+        product = gradient * activation
+        return along(first_component(product), product.sum(1))
 
 
 class SegEigenCAM(_GradientCAM):
@@ -152,11 +149,10 @@ class SegEigenCAM(_GradientCAM):
     Cost: the user's forward pass and a backward pass to the target layer.
     """
 
-    def _raw_maps(self, class_idx: ClassIndex | None, scores: Any, **kwargs: Any) -> list[Tensor]:
-        self._backprop(scores, class_idx, **kwargs)
-        pairs = zip(self._gradients(), self._activations(), strict=True)
-        maps = [first_component(gradient.abs() * activation) for gradient, activation in pairs]
-        return [_flipped(cam, -cam.flatten(1).amin(1) > cam.flatten(1).amax(1)) for cam in maps]
+    def map(self, activation: Tensor, gradient: Tensor) -> Tensor:
+        """Return the first principal component of the gradient's size times the activation, (N, *spatial)."""
+        cam = first_component(gradient.abs() * activation)
+        return _flipped(cam, -cam.flatten(1).amin(1) > cam.flatten(1).amax(1))
 
 
 class Factorization(NamedTuple):
@@ -173,7 +169,7 @@ class Factorization(NamedTuple):
     scores: Any = None
 
 
-class DeepFeatureFactorization(_CAM):
+class DeepFeatureFactorization:
     r"""Deep feature factorisation (Collins et al. 2018, arXiv:1806.10206): concepts that the images of a batch share.
 
     The activations of the whole batch, as a matrix :math:`V` (channels, positions of all images), are factorised into
@@ -211,10 +207,6 @@ class DeepFeatureFactorization(_CAM):
         (torch.Size([512, 3]), torch.Size([2, 3, 7, 7]), torch.Size([3, 1000]))
     """
 
-    class_agnostic = True
-    _explains_scores = False
-    _options = ("target_layer", "n_components")
-
     def __init__(
         self,
         model: nn.Module,
@@ -227,34 +219,69 @@ class DeepFeatureFactorization(_CAM):
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
-        if classifier is not None and not callable(classifier):
-            raise TypeError(f"`classifier` must be callable, got {classifier!r}")
         if isinstance(target_layer, (list, tuple)) and len(target_layer) > 1:
             raise ValueError(f"one layer is factorised, but `target_layer` lists {len(target_layer)}")
         self.n_components = positive_integer("n_components", n_components)
         self.num_iterations = positive_integer("num_iterations", num_iterations)
-        self.classifier = classifier
+        self.classifier = callable_object("classifier", classifier, optional=True)
         self.seed = seed
-        super().__init__(model, target_layer, input_shape, **kwargs)
+        self.extractor = MeanActivation(model, target_layer, input_shape, **kwargs)
 
-    def __call__(self) -> Factorization:  # type: ignore[override]  # explains the activations, not a score
+    def __call__(self) -> Factorization:
         """Factorise the activations of the recorded pass.
 
         Raises:
             AssertionError: if no forward pass was recorded
         """
+        self.extractor._precheck(None)
         with plain_tensors():
-            (activation,) = self._activations()
+            (activation,) = self.extractor.hook_a
             finite = is_finite(activation).reshape(-1, *[1] * (activation.ndim - 1))
             matrix = torch.where(finite, activation, 0.0).transpose(0, 1).flatten(1)  # (C, N * positions)
             shift = matrix.amin(1, keepdim=True).clamp(max=0)
             concepts, strengths = self._factors(matrix - shift)
             maps = strengths.reshape(-1, len(activation), *activation.shape[2:]).transpose(0, 1)
-            (maps,) = self._mark_broken([maps])
+            maps = broken_samples(maps, activation, None, self.extractor.target_names[0])
             if self.classifier is None:
                 return Factorization(concepts, maps)
-            with untouched(self.model):
-                return Factorization(concepts, maps, self.classifier((concepts + shift).mT))
+            with replicated(self.extractor.model) as replica:
+                classifier = _same_part(self.classifier, self.extractor.model, replica)
+                return Factorization(concepts, maps, classifier((concepts + shift).mT))
+
+    @property
+    def model(self) -> nn.Module:
+        """The model to look into."""
+        return self.extractor.model
+
+    @property
+    def target_names(self) -> list[str]:
+        """The name of the target layer, in a list."""
+        return self.extractor.target_names
+
+    def enable_hooks(self) -> None:
+        """Record the forward passes from now on."""
+        self.extractor.enable_hooks()
+
+    def disable_hooks(self) -> None:
+        """Ignore the forward passes from now on."""
+        self.extractor.disable_hooks()
+
+    def reset_hooks(self) -> None:
+        """Forget the recorded pass."""
+        self.extractor.reset_hooks()
+
+    def remove_hooks(self) -> None:
+        """Take all hooks off the model. May be called more than once."""
+        self.extractor.remove_hooks()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.extractor.__exit__(*exception)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(target_layer={self.target_names}, n_components={self.n_components})"
 
     def _factors(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
         """Factorise (C, P) >= 0 into concepts (C, k) and strengths (k, P), the largest of each being 1."""
@@ -269,6 +296,11 @@ class DeepFeatureFactorization(_CAM):
         concepts, strengths = concepts * peaks, strengths / torch.where(peaks > 0, peaks, 1.0)
         order = (concepts.sum(0) * strengths.sum(0)).argsort(descending=True)
         return concepts[:, order], strengths[:, order].mT
+
+
+def _same_part(part: Any, model: nn.Module, replica: nn.Module) -> Any:
+    """Return the module of a replica in the place of one of the model; what is no such module, itself."""
+    return next((replica.get_submodule(name) for name, module in model.named_modules() if module is part), part)
 
 
 def first_component(features: Tensor) -> Tensor:

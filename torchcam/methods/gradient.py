@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from torchcam._checks import finite_number, positive_integer
 from torchcam.layers import TargetLayer
-from torchcam.targets import ClassIndex, OutputTarget, Selector
 
-from ._replay import VariantRunner, finite_number, gaussian_noise, positive_integer, run_chunks
-from .core import _CAM
+from ._replay import VariantRunner, gaussian_noise, run_chunks
+from .core import _CAM, Request, on_replica
 
 __all__ = [
     "GradCAM",
@@ -33,11 +34,16 @@ class _GradientCAM(_CAM):
     ``torch.inference_mode()``; in the last two only what follows the (earliest) target layer keeps a graph. All take
     the call option ``retain_graph=False``: whether that graph is kept, for another call on the same pass or for the
     user's own ``loss.backward()``.
+
+    The pure functions take the activation and the gradient of the score for it, (N, C, *spatial) each.
     """
 
     _relu = True
-    _uses_gradients = True
+    _differentiates = True
     _explains_many = True
+
+    def _evidence(self, request: Request) -> list[tuple[Any, ...]]:
+        return list(zip(self._activations(request), self._gradients(request), strict=True))
 
 
 class GradCAM(_GradientCAM):
@@ -59,9 +65,9 @@ class GradCAM(_GradientCAM):
         torch.Size([2, 7, 7])
     """
 
-    def _get_weights(self, class_idx: ClassIndex | None, scores: Any, **kwargs: Any) -> list[Tensor]:
-        self._backprop(scores, class_idx, **kwargs)
-        return [gradient.flatten(2).mean(-1) for gradient in self._gradients()]
+    def weights(self, activation: Tensor, gradient: Tensor) -> Tensor:
+        """Return the mean gradient of each channel, (N, C)."""
+        return gradient.flatten(2).mean(-1)
 
 
 class GradCAMpp(_GradientCAM):
@@ -80,12 +86,9 @@ class GradCAMpp(_GradientCAM):
     Cost: the user's forward pass and a backward pass to the target layer.
     """
 
-    def _get_weights(self, class_idx: ClassIndex | None, scores: Any, eps: float = 1e-8, **kwargs: Any) -> list[Tensor]:
-        self._backprop(scores, class_idx, **kwargs)
-        return [
-            _plus_plus_weights(gradient, gradient, activation, eps)
-            for gradient, activation in zip(self._gradients(), self._activations(), strict=True)
-        ]
+    def weights(self, activation: Tensor, gradient: Tensor, eps: float = 1e-8) -> Tensor:
+        """Return the sum of each channel's positive gradients, weighted by alpha, (N, C)."""
+        return _plus_plus_weights(gradient, gradient, activation, eps)
 
 
 class SmoothGradCAMpp(_GradientCAM):
@@ -120,7 +123,7 @@ class SmoothGradCAMpp(_GradientCAM):
         ValueError: if ``num_samples`` or ``batch_size`` is not positive, or ``std`` negative
     """
 
-    _uses_input = True
+    _runs_model = True
     _explains_many = False
     _options = ("target_layer", "num_samples", "std")
 
@@ -145,39 +148,35 @@ class SmoothGradCAMpp(_GradientCAM):
         self.progress = progress
         super().__init__(model, target_layer, input_shape, **kwargs)
 
-    def _get_weights(
-        self,
-        class_idx: ClassIndex | None,
-        scores: Any,  # noqa: ARG002 - it has scores of its own
-        eps: float = 1e-8,
-        retain_graph: bool = False,  # noqa: ARG002 - no graph but its own is used up: the user's is always kept
-        targets: OutputTarget | Sequence[OutputTarget] | Selector | None = None,
-    ) -> list[Tensor]:
-        moments = self._gradient_moments(self._selector(class_idx, targets))
-        return [
-            _plus_plus_weights(first, _ratio(third, second), activation, eps)
-            for (first, second, third), activation in zip(moments, self._activations(), strict=True)
-        ]
+    def weights(self, activation: Tensor, moments: Tensor, eps: float = 1e-8) -> Tensor:
+        """Return the weights for the mean powers of the gradient, (3, N, C, *spatial): (N, C)."""
+        first, second, third = moments
+        return _plus_plus_weights(first, _ratio(third, second), activation, eps)
 
-    def _gradient_moments(self, select: Selector) -> list[Tensor]:
+    def _evidence(self, request: Request) -> list[tuple[Any, ...]]:
+        activations = self._activations(request)
+        return list(zip(activations, self._gradient_moments(request, activations), strict=True))
+
+    def _gradient_moments(self, request: Request, activations: list[Tensor]) -> list[Tensor]:
         """Average the first three powers of each layer's gradient over the noisy inputs: (3, N, C, *spatial) each."""
-        call = self._recorded_call()
+        call, select = self._recorded_call(request), self._selector(request)
         image = call.image
         noise = gaussian_noise((self.num_samples, *image.shape[1:]), image, self.std, self.generator)
         samples = torch.arange(len(image), device=image.device).repeat(self.num_samples)
-        moments = [activation.new_zeros((3, *activation.shape)) for activation in self._activations()]
-        run = VariantRunner(self.model, call)
+        moments = [activation.new_zeros((3, *activation.shape)) for activation in activations]
 
-        def accumulate(chunk: slice) -> None:
-            rows = samples[chunk]
-            draws = torch.arange(chunk.start, chunk.stop, device=image.device) // len(image)
-            run(image[rows] + noise[draws], rows)
-            self._backprop(None, None, targets=select.of(rows))
-            for moment, gradient in zip(moments, self._gradients(), strict=True):
-                for power in (1, 2, 3):
-                    moment[power - 1].index_add_(0, rows, gradient**power)
+        with on_replica(self) as noisy, call.as_recorded():
+            run = VariantRunner(noisy.model, call)
 
-        with self._inner_pass(), call.as_recorded():
+            def accumulate(chunk: slice) -> None:
+                rows = samples[chunk]
+                draws = torch.arange(chunk.start, chunk.stop, device=image.device) // len(image)
+                run(image[rows] + noise[draws], rows)
+                found = noisy._gradients(Request(noisy._recorder.find(), targets=select.of(rows)))
+                for moment, gradient in zip(moments, found, strict=True):
+                    for power in (1, 2, 3):
+                        moment[power - 1].index_add_(0, rows, gradient**power)
+
             run_chunks(accumulate, len(samples), self.batch_size, progress=self.progress, description="SmoothGradCAMpp")
         return [moment / self.num_samples for moment in moments]
 
@@ -194,16 +193,10 @@ class XGradCAM(_GradientCAM):
     Cost: the user's forward pass and a backward pass to the target layer.
     """
 
-    def _get_weights(self, class_idx: ClassIndex | None, scores: Any, eps: float = 1e-8, **kwargs: Any) -> list[Tensor]:
-        self._backprop(scores, class_idx, **kwargs)
-        return [
-            _ratio(
-                (gradient * activation).flatten(2).sum(-1),
-                activation.flatten(2).sum(-1),
-                eps * activation.abs().flatten(2).sum(-1),
-            )
-            for gradient, activation in zip(self._gradients(), self._activations(), strict=True)
-        ]
+    def weights(self, activation: Tensor, gradient: Tensor, eps: float = 1e-8) -> Tensor:
+        """Return the mean gradient of each channel, weighted by the activation, (N, C)."""
+        mass = eps * activation.abs().flatten(2).sum(-1)
+        return _ratio((gradient * activation).flatten(2).sum(-1), activation.flatten(2).sum(-1), mass)
 
 
 class LayerCAM(_GradientCAM):
@@ -217,9 +210,9 @@ class LayerCAM(_GradientCAM):
     Cost: the user's forward pass and a backward pass to the target layer.
     """
 
-    def _get_weights(self, class_idx: ClassIndex | None, scores: Any, **kwargs: Any) -> list[Tensor]:
-        self._backprop(scores, class_idx, **kwargs)
-        return [gradient.relu() for gradient in self._gradients()]
+    def weights(self, activation: Tensor, gradient: Tensor) -> Tensor:
+        """Return the positive gradients, (N, C, *spatial)."""
+        return gradient.relu()
 
     @staticmethod
     def _scale_cams(cams: list[Tensor]) -> list[Tensor]:
@@ -240,9 +233,9 @@ class HiResCAM(_GradientCAM):
     Cost: the user's forward pass and a backward pass to the target layer.
     """
 
-    def _get_weights(self, class_idx: ClassIndex | None, scores: Any, **kwargs: Any) -> list[Tensor]:
-        self._backprop(scores, class_idx, **kwargs)
-        return self._gradients()
+    def weights(self, activation: Tensor, gradient: Tensor) -> Tensor:
+        """Return the gradient, (N, C, *spatial)."""
+        return gradient
 
 
 class GradCAMElementWise(_GradientCAM):
@@ -256,12 +249,9 @@ class GradCAMElementWise(_GradientCAM):
     Cost: the user's forward pass and a backward pass to the target layer.
     """
 
-    def _get_weights(self, class_idx: ClassIndex | None, scores: Any, **kwargs: Any) -> list[Tensor]:
-        self._backprop(scores, class_idx, **kwargs)
-        return [
-            torch.where(gradient * activation < 0, 0.0, gradient)
-            for gradient, activation in zip(self._gradients(), self._activations(), strict=True)
-        ]
+    def weights(self, activation: Tensor, gradient: Tensor) -> Tensor:
+        """Return the gradient where its product with the activation is not negative, (N, C, *spatial)."""
+        return torch.where(gradient * activation < 0, 0.0, gradient)
 
 
 class ShapleyCAM(_GradientCAM):
@@ -283,24 +273,28 @@ class ShapleyCAM(_GradientCAM):
 
     _explains_many = False
 
-    def _get_weights(
-        self, class_idx: ClassIndex | None, scores: Any, retain_graph: bool = False, **kwargs: Any
-    ) -> list[Tensor]:
-        self._backprop(scores, class_idx, create_graph=True, **kwargs)
-        record = self._record
-        attached = [gradient for gradient in record.gradients if gradient is not None]
-        activations = [activation for activation in record.activations if activation is not None]
-        if not record.request.create_graph:
-            record.gradients = [gradient.detach() for gradient in attached]
-        weights = []
-        for index, (name, gradient) in enumerate(zip(record.names, self._gradients(), strict=True)):
-            keep = retain_graph or index < len(attached) - 1
-            product = _hessian_product(attached[index], activations[index], keep, record.request.create_graph)
-            weights.append((gradient - self._to_grid(product, name) / 2).flatten(2).mean(-1))
-        return weights
+    def weights(self, activation: Tensor, gradient: Tensor, product: Tensor) -> Tensor:
+        """Return the mean over positions of the gradient less half of the Hessian's product, (N, C)."""
+        return (gradient - product / 2).flatten(2).mean(-1)
+
+    def _evidence(self, request: Request) -> list[tuple[Any, ...]]:
+        recorded = request.recorded
+        twice = replace(request, create_graph=True)
+        activations, gradients = self._activations(request), self._gradients(twice)
+        attached = [gradient for gradient in recorded.gradients if gradient is not None]
+        if not request.create_graph:
+            recorded.gradients = [gradient.detach() for gradient in attached]
+            gradients = [gradient.detach() for gradient in gradients]
+        evidence = []
+        found = zip(activations, gradients, attached, recorded.edges, recorded.activations, recorded.names, strict=True)
+        for index, (activation, gradient, graph, edge, tensor, name) in enumerate(found):
+            keep = request.retain_graph or index < len(attached) - 1
+            product = _hessian_product(graph, edge, tensor, keep, request.create_graph)
+            evidence.append((activation, gradient, self._to_grid(recorded, product, name)))
+        return evidence
 
 
-def _hessian_product(gradient: Tensor, activation: Tensor, retain_graph: bool, create_graph: bool) -> Tensor:
+def _hessian_product(gradient: Tensor, edge: Any, activation: Any, retain_graph: bool, create_graph: bool) -> Tensor:
     """Multiply the Hessian of a score for an activation with that activation, given the gradient with its graph."""
     if not gradient.requires_grad:
         return torch.zeros_like(activation)
@@ -308,7 +302,7 @@ def _hessian_product(gradient: Tensor, activation: Tensor, retain_graph: bool, c
         with torch.inference_mode(False), torch.enable_grad():
             (product,) = torch.autograd.grad(
                 gradient,
-                activation,
+                edge,
                 activation if create_graph else activation.detach(),
                 retain_graph=retain_graph or create_graph,
                 create_graph=create_graph,
@@ -338,3 +332,16 @@ def _plus_plus_weights(gradient: Tensor, ratio: Tensor, activation: Tensor, eps:
 def _ratio(numerator: Tensor, denominator: Tensor, eps: float | Tensor = 0.0) -> Tensor:
     """Divide; 0 where the denominator is no larger than ``eps``. NaN stays NaN."""
     return torch.where(denominator.abs() <= eps, 0.0, numerator / denominator)
+
+
+def __getattr__(name: str) -> Any:
+    """Return the methods that TorchCAM has in this module."""
+    if name in {"FinerCAM", "RefineCAM"}:
+        from . import composite
+
+        return getattr(composite, name)
+    if name == "LeGrad":
+        from .attention import LeGrad
+
+        return LeGrad
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

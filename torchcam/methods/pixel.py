@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
-from torchcam._passes import Call, find_image, paused, untouched
+from torchcam._passes import Call
+from torchcam._replica import replicated
 from torchcam._tensors import is_constant, map_tensors, resize, to_float
-from torchcam.targets import ClassIndex, OutputTarget, Selector
+from torchcam.targets import Selector
 
-from .core import _CAM
+from ._recorder import Pass, Recorder
+from .core import _CAM, Request
 from .gradient import GradCAM
 
 __all__ = ["FullGrad", "GuidedBackprop", "GuidedGradCAM"]
@@ -31,7 +33,7 @@ class _PixelCAM(_CAM):
     so the user's pass may run with gradients on or off. ``hook_a`` is the input, ``hook_g`` its gradient.
     """
 
-    _uses_input = True
+    _runs_model = True
     _options = ()
 
     def __init__(
@@ -41,19 +43,23 @@ class _PixelCAM(_CAM):
         input_shape: tuple[int, ...] = (3, 224, 224),
         **kwargs: Any,
     ) -> None:
-        if target_layer is not None:
+        if target_layer not in (None, ""):
             raise ValueError(f"{type(self).__name__} looks at the input, not at a `target_layer`: got {target_layer!r}")
         super().__init__(model, model, input_shape, **kwargs)
-        self.target_names = ["input"]  # the hooks are on the model itself
 
-    def _record_layer(self, index: int, _args: Any, _output: Any) -> None:
-        call = self._record.call
-        image = None if call is None else find_image(call.args, call.kwargs, call.wanted)
-        if image is not None:
-            self._record.keep(index, {"": image if isinstance(image, Tensor) else torch.stack(image)})
+    def _recording(self, model: nn.Module, names: Sequence[str], **options: Any) -> Recorder:
+        recorder = Recorder(model, names, keeps_outputs=False, **options)
+        recorder.ended = _keep_image
+        return recorder
 
-    def _to_grid(self, tensor: Tensor, name: str) -> Tensor:  # noqa: ARG002 - there is one
-        return to_float(tensor.detach())
+    def _to_grid(self, recorded: Pass, tensor: Tensor, name: str) -> Tensor:
+        return to_float(tensor)
+
+
+def _keep_image(ended: Pass) -> None:
+    if ended.call.found is not None:
+        image = ended.call.image
+        ended.keep(0, {"": (image, image)})
 
 
 class GuidedBackprop(_PixelCAM):
@@ -84,16 +90,16 @@ class GuidedBackprop(_PixelCAM):
         ValueError: if there is a ``target_layer``
     """
 
-    def _raw_maps(
-        self,
-        class_idx: ClassIndex | None,
-        scores: Any,  # noqa: ARG002 - the repeated pass has scores of its own
-        targets: OutputTarget | Sequence[OutputTarget] | Selector | None = None,
-    ) -> list[Tensor]:
-        select = self._selector(class_idx, targets)
-        gradient = _guided_gradient(self.model, self._recorded_call(), select)
-        self._record.gradients = [gradient]
-        return [gradient]
+    def map(self, activation: Tensor, gradient: Tensor) -> Tensor:
+        """Return the gradient, (N, C, *spatial)."""
+        return gradient
+
+    def _evidence(self, request: Request) -> list[tuple[Any, ...]]:
+        self._check_output(request)
+        (image,) = self._activations(request)
+        gradient = _guided_gradient(self.model, self._recorded_call(request), self._selector(request))
+        request.recorded.gradients = [gradient]
+        return [(image, gradient)]
 
 
 class GuidedGradCAM(GradCAM):
@@ -110,19 +116,18 @@ class GuidedGradCAM(GradCAM):
     """
 
     _relu = False
-    _uses_input = True
+    _runs_model = True
     _explains_many = False
 
-    def _raw_maps(
-        self,
-        class_idx: ClassIndex | None,
-        scores: Any,
-        retain_graph: bool = False,
-        targets: OutputTarget | Sequence[OutputTarget] | Selector | None = None,
-    ) -> list[Tensor]:
-        cams = super()._raw_maps(class_idx, scores, retain_graph=retain_graph, targets=targets)
-        gradient = _guided_gradient(self.model, self._recorded_call(), self._selector(class_idx, targets))
-        return [resize(cam.relu().unsqueeze(1), gradient.shape[2:]) * gradient for cam in cams]
+    def map(self, activation: Tensor, gradient: Tensor, guided: Tensor) -> Tensor:
+        """Return the Grad-CAM map, resized, times the input's guided gradient, (N, C, *spatial)."""
+        cam = super().map(activation, gradient).relu()
+        return resize(cam.unsqueeze(1), guided.shape[2:]) * guided
+
+    def _evidence(self, request: Request) -> list[tuple[Any, ...]]:
+        evidence = super()._evidence(request)
+        guided = _guided_gradient(self.model, self._recorded_call(request), self._selector(request))
+        return [(*of_layer, guided) for of_layer in evidence]
 
 
 class FullGrad(_PixelCAM):
@@ -150,23 +155,19 @@ class FullGrad(_PixelCAM):
         ValueError: if there is a ``target_layer``
     """
 
-    def _raw_maps(
-        self,
-        class_idx: ClassIndex | None,
-        scores: Any,  # noqa: ARG002 - the repeated pass has scores of its own
-        targets: OutputTarget | Sequence[OutputTarget] | Selector | None = None,
-    ) -> list[Tensor]:
-        image = to_float(self._recorded_call().image)
+    def _raw_maps(self, request: Request, **options: Any) -> list[Tensor]:
+        self._check_output(request)
+        image = to_float(self._recorded_call(request).image)
         total = torch.zeros_like(image[:, :1])
 
         def add(term: Tensor) -> None:
             if term.ndim == image.ndim and len(term) == len(image):
                 total.add_(resize(_scaled_sum(term.abs()), image.shape[2:]))
 
-        self._each_term(self._selector(class_idx, targets), add)
+        self._each_term(request, add, **options)
         return [total.squeeze(1)]
 
-    def _each_term(self, select: Selector, take: Callable[[Tensor], None]) -> None:
+    def _each_term(self, request: Request, take: Callable[[Tensor], None]) -> None:
         """Hand over the biases' shares of the score, from the last one back, and the input's: (N, C, *spatial) each.
 
         Each is gone before the next one is computed.
@@ -176,9 +177,10 @@ class FullGrad(_PixelCAM):
             moved = to_float(gradient.detach()).movedim(channels, 1)
             take(moved * bias.reshape(-1, *[1] * (moved.ndim - 2)))
 
-        with _BiasesWatched(share), _repeated(self.model, self._recorded_call(), select) as (image, score):
+        call, select = self._recorded_call(request), self._selector(request)
+        with _BiasesWatched(share), _repeated(self.model, call, select) as (image, score):
             (gradient,) = _gradients(score, [image])
-        self._record.gradients = [gradient]
+        request.recorded.gradients = [gradient]
         take(to_float(image.detach() * gradient))
 
 
@@ -197,11 +199,11 @@ def _scaled_sum(sizes: Tensor) -> Tensor:
 @contextmanager
 def _repeated(model: nn.Module, call: Call, select: Selector) -> Iterator[tuple[Tensor, Tensor]]:
     """Repeat a recorded call quietly, with a graph down to its image-like input: that input, and the scores (N,)."""
-    with torch.inference_mode(False), torch.enable_grad(), untouched(model), paused(model), call.as_recorded():
+    with torch.inference_mode(False), torch.enable_grad(), replicated(model) as replica, call.as_recorded():
         image = call.image.detach().clone().requires_grad_()
         args, kwargs = call.with_image(image.clone(), torch.arange(len(image), device=image.device))
         args, kwargs = map_tensors(lambda t: t.clone() if t.is_inference() else t, (args, kwargs))
-        yield image, select(model(*args, **kwargs))
+        yield image, select(replica(*args, **kwargs))
 
 
 def _gradients(score: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -1,0 +1,62 @@
+"""The gradient of a score for what the target layers returned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["differentiate"]
+
+
+def differentiate(
+    score: Tensor, recorded: Sequence[tuple[str, str, Tensor | None, Any]], retain_graph: bool, create_graph: bool
+) -> list[Tensor]:
+    """Differentiate a score with respect to what target layers returned.
+
+    Args:
+        score: one score of each sample (N,), or several (N, K)
+        recorded: of each tensor its layer, its name, its values, and what to differentiate for; None to leave one out
+        retain_graph: whether the graph is kept
+        create_graph: whether the gradients have a graph of their own
+
+    Returns:
+        the gradients, shaped as the tensors; of several scores (K, ...), from one batched backward pass
+
+    Raises:
+        RuntimeError: if the score does not depend on a layer
+    """
+    wanted = [(layer, name, tensor, edge) for layer, name, tensor, edge in recorded if edge is not None]
+    gradients: tuple[Tensor | None, ...] = (None,) * len(wanted)
+    many = score.ndim > 1
+    if score.requires_grad:
+        with torch.inference_mode(False), torch.enable_grad():
+            total = score.sum(0)  # the samples do not depend on each other
+            try:
+                gradients = torch.autograd.grad(
+                    total,
+                    [edge for *_, edge in wanted],
+                    torch.eye(len(total), dtype=total.dtype, device=total.device) if many else None,
+                    retain_graph=retain_graph or create_graph,
+                    create_graph=create_graph,
+                    allow_unused=True,
+                    is_grads_batched=many,
+                )
+            except RuntimeError as error:
+                if "second time" in str(error):
+                    error.add_note("To explain several scores of one forward pass, call with `retain_graph=True`.")
+                raise
+    # Of a layer's several tensors some may not count: a detector reads a box from one level of its pyramid.
+    connected = {layer for (layer, *_), gradient in zip(wanted, gradients, strict=True) if gradient is not None}
+    missing = [name for layer, name, *_ in wanted if layer not in connected]
+    if missing:
+        raise RuntimeError(
+            "the explained score is not connected to every target layer: it does not depend on the output of "
+            + ", ".join(f"'{name}'" for name in missing)
+        )
+    return [
+        tensor.new_zeros((*score.shape[1:], *tensor.shape)) if gradient is None else gradient  # type: ignore[union-attr]
+        for (_, _, tensor, _), gradient in zip(wanted, gradients, strict=True)
+    ]

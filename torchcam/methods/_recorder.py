@@ -1,0 +1,451 @@
+"""Who records a forward pass, and what a pass leaves behind."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils.hooks import RemovableHandle
+
+from torchcam._passes import Call, image_shape
+from torchcam._replica import ExtractorHook
+from torchcam._tensors import map_tensors, tensors_in
+from torchcam.layout import Layout, find_layout, primary_tensors, replace_tensors
+
+from ._fused import FusedCall, SharedWrapper, attached, fused_modules
+from ._running import thread
+
+__all__ = ["Pass", "Recorder"]
+
+_numbers = itertools.count()
+
+
+class _Key:
+    """Held by the contexts that a pass belongs to: threads and asyncio tasks, and copies of their contexts."""
+
+    __slots__ = ("__weakref__", "number", "recorder")
+
+    def __init__(self, recorder: Recorder, number: int) -> None:
+        self.recorder = weakref.ref(recorder)
+        self.number = number
+
+
+_own_keys: ContextVar[dict[int, _Key]] = ContextVar("torchcam_passes", default={})  # noqa: B039 - never changed
+
+
+class Pass:
+    """What one forward pass left behind, in the thread or task that ran it; not changed after the model has returned.
+
+    Attributes:
+        thread: the thread that ran it
+        number: passes in the order in which they started
+        predecessor: the number of the pass that the same context, or the one it is a copy of, had before
+        call: the arguments of the model
+        input_shape: the shape (N, C, *spatial) of the image-like input, if there is one
+        output: what the model returned, with its graph where there is one
+        returned: weak references to the tensors that the caller got
+        private: whether gradients were turned on for this pass alone
+        training: whether a part of the model was in training mode
+        explained: whether maps were computed from it
+        gradients: those of the score that was explained last, as the layers returned their outputs
+        num_scores: how many scores of each sample were explained last; None for one without a dimension of its own
+        attentions: attention probabilities by target layer, for methods that read them
+        watch: what notes them while the pass runs
+    """
+
+    def __init__(self, recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], private: bool) -> None:
+        self.number = next(_numbers)
+        self.thread = threading.get_ident()
+        self.predecessor: int | None = None
+        self.call = Call(args, kwargs, recorder.wanted_input)
+        self.input_shape = image_shape(self.call.found)
+        self.private = private
+        self.output: Any = None
+        self.returned: list[weakref.ref[Tensor]] = []
+        self.training = False
+        self.explained = False
+        self.superseded = False
+        self.gradients: list[Tensor | None] = []
+        self.num_scores: int | None = None
+        self.target_names = recorder.target_names
+        self.attentions: list[list[Tensor] | None] = [None] * len(self.target_names)
+        self.watch: Any = None
+        self.layouts: dict[str, Layout] = {}
+        self._layers: dict[int, dict[str, tuple[Tensor, Tensor | GradientEdge]]] = {}
+        self.grids: list[Tensor | None] | None = None
+
+    def keep(self, index: int, tensors: dict[str, tuple[Tensor, Tensor | GradientEdge]]) -> None:
+        """Keep what a target layer returned: one tensor, or several by what tells them apart, and their edges."""
+        self._layers[index] = tensors
+        self.grids = None
+
+    def finish(self, output: Any, returned: Any) -> None:
+        """Take note of what the model returned, and of what the caller gets."""
+        self.output = output
+        self.returned = [weakref.ref(tensor) for tensor in tensors_in(returned)]
+
+    def fail(self) -> None:
+        """Forget what the pass has recorded: it was cut short."""
+        self._layers.clear()
+        self.attentions = [None] * len(self.target_names)
+        self.output, self.returned = None, []
+
+    def _each(self) -> Iterator[tuple[str, str, Tensor | None, Tensor | GradientEdge | None]]:
+        """Yield layer, name, tensor and edge of each recorded tensor."""
+        for index, layer in enumerate(self.target_names):
+            for level, (tensor, edge) in self._layers.get(index, {"": (None, None)}).items():
+                yield layer, f"{layer}{level}", tensor, edge
+
+    @property
+    def activations(self) -> list[Tensor | None]:
+        """What the target layers returned, in their order; None for one that was not reached."""
+        return [tensor for _, _, tensor, _ in self._each()]
+
+    @property
+    def edges(self) -> list[Tensor | GradientEdge | None]:
+        """What to differentiate for, for each activation."""
+        return [edge for *_, edge in self._each()]
+
+    @property
+    def layer_names(self) -> list[str]:
+        """The layer that each activation is from."""
+        return [layer for layer, *_ in self._each()]
+
+    @property
+    def names(self) -> list[str]:
+        """The name of each activation: its layer's, with the level where the layer returned several."""
+        return [name for _, name, *_ in self._each()]
+
+    def layout(self, tensor: Tensor, name: str) -> Layout:
+        """Return the layout of a layer's output, found for the first tensor that is asked about."""
+        if name not in self.layouts:
+            self.layouts[name] = find_layout(tensor.shape, self.input_shape, name)
+        return self.layouts[name]
+
+
+class Recorder:
+    """Records the passes of a model: its hooks are on the target layers, a wrapper is around the model's call.
+
+    A pass is a call of the whole model, the outermost where a model calls itself. It belongs to the thread and the
+    context (an asyncio task, say) that ran it. Other threads are not disturbed.
+
+    Args:
+        model: the model
+        target_names: the names of the target layers
+        differentiates: whether a pass keeps its graph from the target layers on
+        reads_attention: whether fused kernels of attention are computed explicitly as well
+        keeps_outputs: whether the outputs of the target layers are recorded
+        wanted_input: name or position of the image-like input
+        enabled: whether passes are recorded from the start
+
+    Attributes:
+        choose_layers: called with the arguments of a pass before it starts; returns target layers, None for no change
+        around: called with a pass when it starts; returns a context that the model runs in
+        ended: called with a pass when the model has returned
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target_names: Sequence[str],
+        *,
+        differentiates: bool = False,
+        reads_attention: bool = False,
+        keeps_outputs: bool = True,
+        wanted_input: str | int | None = None,
+        enabled: bool = True,
+    ) -> None:
+        self.model = model
+        self.modules = dict(model.named_modules())
+        self.target_names = list(target_names)
+        self.differentiates = differentiates
+        self.reads_attention = reads_attention
+        self.keeps_outputs = keeps_outputs
+        self.wanted_input = wanted_input
+        self.enabled = enabled
+        self.handles: list[RemovableHandle] = []
+        self.choose_layers: Callable[[tuple[Any, ...], dict[str, Any]], list[str] | None] | None = None
+        self.around: Callable[[Pass], AbstractContextManager[Any]] | None = None
+        self.ended: Callable[[Pass], None] | None = None
+        self._lock = threading.RLock()
+        self._passes: dict[int, tuple[weakref.ref[_Key], Pass]] = {}
+        self._last_ended: Pass | None = None
+        self._leave: list[Callable[[], None]] = []
+        weakref.finalize(self, _remove_all, self.handles, self._leave).atexit = False
+        try:
+            self._leave.append(attached(_ModelCall, unwrapped(model), weakref.ref(self)))
+            self._hook_layers()
+        except BaseException:
+            self.remove()
+            raise
+
+    def _hook_layers(self) -> None:
+        self.layers = [self.modules[name] for name in self.target_names]
+        if self.keeps_outputs:
+            self.handles += [layer.register_forward_hook(_LayerHook(self, i)) for i, layer in enumerate(self.layers)]
+        for module in fused_modules(self.model, self.target_names, self.differentiates or self.reads_attention):
+            self._leave.append(attached(FusedCall, module, weakref.ref(self)))
+
+    def move(self, target_names: Sequence[str]) -> None:
+        """Watch other layers from now on."""
+        with self._lock:
+            while self.handles:
+                self.handles.pop().remove()
+            self.target_names = list(target_names)
+            self._hook_layers()
+
+    def remove(self) -> None:
+        """Take all hooks off the model. May be called more than once."""
+        _remove_all(self.handles, self._leave)
+
+    # Passes.
+
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], private: bool) -> Pass:
+        """Start a pass of this thread."""
+        started = thread.passes[id(self)] = Pass(self, args, kwargs, private)
+        return started
+
+    def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Choose the default layers before the first pass."""
+        if self.choose_layers is not None:
+            with self._lock:
+                names = self.choose_layers(args, kwargs)
+                if names is not None and names != self.target_names:
+                    self.move(names)
+
+    def end(self, ended: Pass) -> None:
+        """Make a pass the one that its context means, now that the model has returned or raised."""
+        keys = _own_keys.get()
+        before = keys.get(id(self))
+        own = _Key(self, ended.number)
+        with self._lock:
+            if before is not None and before.recorder() is self:
+                ended.predecessor = before.number
+                if before.number in self._passes:
+                    self._passes[before.number][1].superseded = True
+            reference = weakref.ref(own, partial(_context_ended, weakref.ref(self), ended.number))
+            self._passes[ended.number] = reference, ended
+        alive = {identity: key for identity, key in keys.items() if key.recorder() is not None}
+        _own_keys.set({**alive, id(self): own})
+
+    def find(self, scores: Any = None) -> Pass:
+        """Return the pass that is meant: the one with these scores, else that of this thread or task.
+
+        Raises:
+            AssertionError: if there is none
+            RuntimeError: if it cannot be told which one is meant
+        """
+        with self._lock:
+            passes = {number: one for number, (_, one) in self._passes.items()}
+            ended = self._last_ended
+        key = _own_keys.get().get(id(self))
+        own = passes.get(key.number) if key is not None and key.recorder() is self else None
+        candidates = [one for one in (own, *passes.values(), ended) if one is not None]
+        if scores is not None:
+            given = list(tensors_in(scores))
+            for one in candidates:
+                if given and all(any(tensor is known() for known in one.returned) for tensor in given):
+                    return one
+        if own is not None:
+            newer = (one for one in candidates if one.predecessor == own.number and not one.explained)
+            if next(newer, None) is not None:
+                raise RuntimeError(
+                    "another thread or task that was started from this one has run the model since: pass `scores`, the "
+                    "output of the forward pass that you mean"
+                )
+            return own
+        if ended is not None and ended.thread == threading.get_ident():
+            return ended
+        if candidates:
+            raise RuntimeError(
+                "no forward pass was run in this thread or task, but another one has run the model: pass `scores`, the "
+                "output of the forward pass that you mean"
+            )
+        raise AssertionError(self.nothing_recorded(None))
+
+    def nothing_recorded(self, found: Pass | None) -> str:
+        """Return the message for a pass that did not reach the target layers, or for no pass at all."""
+        hint = "compiled code and replicas of a model run no hooks: call the original module, `extractor.model`"
+        if found is not None:
+            return f"the recorded forward pass did not run {self.target_names}, or was cut short ({hint})"
+        return (
+            f"no forward pass has reached {self.target_names or 'the model'}: call the model (not a part of it) on an "
+            f"input, hooks enabled, before you ask for its maps ({hint})"
+        )
+
+    def forget(self, *, every: bool = False) -> None:
+        """Forget the pass of this thread or task, or every pass."""
+        key = _own_keys.get().get(id(self))
+        with self._lock:
+            self._last_ended = None
+            if every:
+                self._passes.clear()
+            elif key is not None and key.recorder() is self:
+                self._passes.pop(key.number, None)
+
+    def context_ended(self, number: int) -> None:
+        """Keep the last pass of the contexts that have ended, and no other."""
+        with self._lock:
+            _, ended = self._passes.pop(number, (None, None))
+            newest = self._last_ended is None or self._last_ended.number < number
+            if ended is not None and newest and not ended.superseded:
+                self._last_ended = ended
+
+
+def _context_ended(recorder: weakref.ref[Recorder], number: int, _key: Any) -> None:
+    found = recorder()
+    if found is not None:
+        found.context_ended(number)
+
+
+def _remove_all(handles: list[RemovableHandle], leave: list[Callable[[], None]]) -> None:
+    while handles:
+        handles.pop().remove()
+    while leave:
+        leave.pop()()
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module inside of wrappers for several devices: its call is a pass."""
+    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        model = model.module
+    return model
+
+
+class _ModelCall(SharedWrapper):
+    """Records the calls of a model for the recorders on it.
+
+    Where the caller has turned gradients off and a recorder differentiates, they are turned on behind the earliest
+    target layer, the output is kept with its graph, and the caller gets it without.
+    """
+
+    def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the model."""
+        found = [reference() for reference in self.members]
+        recorders = [one for one in found if one is not None and one.enabled and id(one) not in thread.passes]
+        if not recorders or torch._C._get_tracing_state() is not None:
+            return self.run(module, args, kwargs)
+        for recorder in recorders:
+            recorder.prepare(args, kwargs)
+        if thread.private or not any(one.differentiates for one in recorders):
+            return self._recorded(module, recorders, args, kwargs)
+        enabled, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        if enabled and not inference:
+            return self._recorded(module, recorders, args, kwargs)
+        if not inference:
+            return self._recorded_privately(module, recorders, args, kwargs)
+        with torch.inference_mode(False):  # a graph may use none of its tensors
+            args, kwargs = map_tensors(lambda t: t.clone() if t.is_inference() else t, (args, kwargs))
+            return self._recorded_privately(module, recorders, args, kwargs)
+
+    def _recorded_privately(self, module: nn.Module, recorders: list[Recorder], args: Any, kwargs: Any) -> Any:
+        torch.set_grad_enabled(False)
+        thread.private = True
+        try:
+            return self._recorded(module, recorders, args, kwargs)
+        finally:
+            started = torch.is_grad_enabled()
+            thread.private = False
+            torch.set_grad_enabled(False)
+            if started:
+                _drop_graphs(module)
+
+    def _recorded(self, module: nn.Module, recorders: list[Recorder], args: Any, kwargs: Any) -> Any:
+        passes = [(recorder, recorder.begin(args, kwargs, thread.private)) for recorder in recorders]
+        try:
+            with ExitStack() if any(one.around is not None for one in recorders) else nullcontext() as stack:
+                for recorder, started in passes:
+                    if recorder.around is not None and stack is not None:
+                        stack.enter_context(recorder.around(started))
+                output = self.run(module, args, kwargs)
+        except BaseException:
+            for _, started in passes:
+                started.fail()
+            raise
+        else:
+            returned = map_tensors(Tensor.detach, output) if thread.private else output
+            for recorder, started in passes:
+                started.finish(output if recorder.differentiates else map_tensors(Tensor.detach, output), returned)
+                if recorder.ended is not None:
+                    recorder.ended(started)
+            return returned
+        finally:
+            for recorder, started in passes:
+                del thread.passes[id(recorder)]
+                recorder.end(started)
+
+
+def _drop_graphs(model: nn.Module) -> None:
+    """Let nothing that modules keep in buffers and attributes have a graph: the caller has turned gradients off."""
+    for module in model.modules():
+        for attributes in (module._buffers, vars(module)):
+            for name, value in attributes.items():
+                if isinstance(value, (Tensor, list, tuple, dict)) and any(
+                    t.grad_fn is not None for t in tensors_in(value)
+                ):
+                    attributes[name] = map_tensors(lambda t: t if t.grad_fn is None else t.detach(), value)
+
+
+class _LayerHook(ExtractorHook):
+    """Records what a target layer returns. The extractor is held weakly: it must not live as long as the model."""
+
+    def __init__(self, recorder: Recorder, index: int) -> None:
+        self._recorder = id(recorder)
+        self._layer = weakref.ref(recorder.layers[index])
+        self._index = index
+        self._differentiates = recorder.differentiates
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Record an output; return a replacement where what follows needs one."""
+        if torch.compiler.is_compiling():  # what is traced now would run again without this extractor
+            return None
+        running = thread.passes.get(self._recorder)
+        if running is None or module is not self._layer():
+            return None
+        running.training = running.training or module.training
+        kept, replaced = {}, []
+        for level, tensor in primary_tensors(output).items():
+            if not self._differentiates or not tensor.is_floating_point():
+                copied = tensor.detach().clone()  # an operation in place must not change what is recorded
+                kept[level] = copied, copied
+                continue
+            if not tensor.requires_grad and running.private:
+                torch.set_grad_enabled(True)
+            if tensor.requires_grad and torch.is_grad_enabled():
+                kept[level] = tensor.clone(), get_gradient_edge(tensor)
+                continue
+            leaf, handed = _with_graph(tensor, list(tensors_in(args)), running.call)
+            kept[level] = leaf, leaf
+            if handed is not tensor:
+                replaced.append((tensor, handed))
+        running.keep(self._index, kept)
+        return replace_tensors(output, replaced) if replaced else None
+
+
+def _with_graph(tensor: Tensor, given: list[Tensor], call: Call) -> tuple[Tensor, Tensor]:
+    """Return a leaf with the values of a layer's output, and what is handed on: a function of the leaf."""
+    storage = _storage(tensor)
+    if all(_storage(one) != storage for one in given):
+        leaf = tensor.detach().requires_grad_()
+        return leaf, leaf.clone()
+    # The layer returned what it was given. Whoever uses that, too, gets the graph only if the tensor itself has it.
+    leaf = tensor.detach().clone().requires_grad_()
+    if all(_storage(one) != storage for one in tensors_in((call.args, call.kwargs))):
+        try:
+            return leaf, tensor.copy_(leaf)
+        except RuntimeError:  # views made without gradients and parameters cannot be written to
+            pass
+    return leaf, leaf.clone()
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
