@@ -164,8 +164,9 @@ def test_cam_agrees_with_oracle(dim: int, convolutional_head: bool, device: torc
     if convolutional_head:
         net.fc.weight = nn.Parameter(weight.reshape(*weight.shape, *[1] * dim))
     expected = oracles.cam(x, lambda image: net.body(image, "second"), weight, CLASSES)
+    net.forward = lambda image: net.second(net.first(image))  # the classifier's weights are read, it need not run
     with CAM(net, "second", "fc") as extractor, torch.no_grad():
-        net.second(net.first(x))
+        net(x)
         raw, scaled = extractor(CLASSES, normalized=False), extractor(CLASSES)
     assert (expected < 0).any()
     close(raw[0], expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import threading
 import weakref
@@ -29,6 +30,10 @@ __all__ = ["Pass", "Recorder"]
 _numbers = itertools.count()
 
 
+def _in_event_loop() -> bool:
+    return asyncio._get_running_loop() is not None
+
+
 class _Key:
     """Held by the contexts that a pass belongs to: threads and asyncio tasks, and copies of their contexts."""
 
@@ -47,6 +52,7 @@ class Pass:
 
     Attributes:
         thread: the thread that ran it
+        in_event_loop: whether a task of asyncio ran it
         number: passes in the order in which they started
         predecessor: the number of the pass that the same context, or the one it is a copy of, had before
         call: the arguments of the model
@@ -65,6 +71,7 @@ class Pass:
     def __init__(self, recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], private: bool) -> None:
         self.number = next(_numbers)
         self.thread = threading.get_ident()
+        self.in_event_loop = _in_event_loop()
         self.predecessor: int | None = None
         self.call = Call(args, kwargs, recorder.wanted_input)
         self.input_shape = image_shape(self.call.found)
@@ -88,10 +95,19 @@ class Pass:
         self._layers[index] = tensors
         self.grids = None
 
-    def finish(self, output: Any, returned: Any) -> None:
-        """Take note of what the model returned, and of what the caller gets."""
+    def may_be_followed_by(self, other: Pass) -> bool:
+        """Check whether a later pass may be meant in the context of this one: it was run for it, say, in a thread.
+
+        That is a pass of a copy of the context, which no map was asked of there; and for a task, one of any thread.
+        """
+        if other.number <= self.number or other.explained:
+            return False
+        return other.predecessor == self.number or (_in_event_loop() and not other.in_event_loop)
+
+    def finish(self, output: Any, returned: Any, gone: Callable[[Any], None]) -> None:
+        """Take note of what the model returned, and of what the caller gets; ``gone`` hears of the end of that."""
         self.output = output
-        self.returned = [weakref.ref(tensor) for tensor in tensors_in(returned)]
+        self.returned = [weakref.ref(tensor, gone) for tensor in tensors_in(returned)]
 
     def fail(self) -> None:
         """Forget what the pass has recorded: it was cut short."""
@@ -232,7 +248,7 @@ class Recorder:
                 ended.predecessor = before.number
                 if before.number in self._passes:
                     self._passes[before.number][1].superseded = True
-            reference = weakref.ref(own, partial(_context_ended, weakref.ref(self), ended.number))
+            reference = weakref.ref(own, partial(_no_longer_held, weakref.ref(self), ended.number))
             self._passes[ended.number] = reference, ended
         alive = {identity: key for identity, key in keys.items() if key.recorder() is not None}
         _own_keys.set({**alive, id(self): own})
@@ -256,11 +272,10 @@ class Recorder:
                 if given and all(any(tensor is known() for known in one.returned) for tensor in given):
                     return one
         if own is not None:
-            newer = (one for one in candidates if one.predecessor == own.number and not one.explained)
-            if next(newer, None) is not None:
+            if any(own.may_be_followed_by(one) for one in candidates):
                 raise RuntimeError(
-                    "another thread or task that was started from this one has run the model since: pass `scores`, the "
-                    "output of the forward pass that you mean"
+                    "another thread or task has run the model since this one has: pass `scores`, the output of the "
+                    "forward pass that you mean"
                 )
             return own
         if ended is not None and ended.thread == threading.get_ident():
@@ -292,19 +307,22 @@ class Recorder:
             elif key is not None and key.recorder() is self:
                 self._passes.pop(key.number, None)
 
-    def context_ended(self, number: int) -> None:
-        """Keep the last pass of the contexts that have ended, and no other."""
+    def no_longer_held(self, number: int) -> None:
+        """Forget a pass when its context has ended and its output is gone; of such passes, the last one is kept."""
         with self._lock:
-            _, ended = self._passes.pop(number, (None, None))
+            key, ended = self._passes.get(number, (None, None))
+            if key is None or ended is None or key() is not None or any(ref() is not None for ref in ended.returned):
+                return
+            del self._passes[number]
             newest = self._last_ended is None or self._last_ended.number < number
-            if ended is not None and newest and not ended.superseded:
+            if newest and not ended.superseded:
                 self._last_ended = ended
 
 
-def _context_ended(recorder: weakref.ref[Recorder], number: int, _key: Any) -> None:
+def _no_longer_held(recorder: weakref.ref[Recorder], number: int, _reference: Any) -> None:
     found = recorder()
     if found is not None:
-        found.context_ended(number)
+        found.no_longer_held(number)
 
 
 def _remove_all(handles: list[RemovableHandle], leave: list[Callable[[], None]]) -> None:
@@ -374,7 +392,10 @@ class _ModelCall(SharedWrapper):
         else:
             returned = map_tensors(Tensor.detach, output) if thread.private else output
             for recorder, started in passes:
-                started.finish(output if recorder.differentiates else map_tensors(Tensor.detach, output), returned)
+                gone = partial(_no_longer_held, weakref.ref(recorder), started.number)
+                started.finish(
+                    output if recorder.differentiates else map_tensors(Tensor.detach, output), returned, gone
+                )
                 if recorder.ended is not None:
                     recorder.ended(started)
             return returned
