@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from torchcam import methods
 from torchcam.methods import CAM, EigenCAM, GradCAM, GuidedBackprop, LayerCAM, ScoreCAM, SmoothGradCAMpp
-from torchcam.monitor import CAMMonitor, Moment
+from torchcam.monitor import CAMMonitor, ProbeResult
 from torchcam.targets import ClassProbability
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -149,7 +149,7 @@ class TestTrainingIsUndisturbed:
     def test_bit_for_bit(
         self, unwatched: dict[str, Any], method: type[Any], options: dict[str, Any], tmp_path: Path
     ) -> None:
-        moments: list[Moment | None] = []
+        moments: list[ProbeResult | None] = []
 
         def watch(model: nn.Module) -> Callable[[int], Any]:
             monitor = CAMMonitor(model, probes(), 1, every_n_steps=5, directory=tmp_path, method=method, **options)
@@ -724,7 +724,7 @@ class TestPictures:
         monitor = CAMMonitor(make_net(), probes(1), 0, target_layer="7", max_columns=4)
         for count in range(40):
             monitor.probe(count)
-            kept = [moment.at for moment in monitor._film.moments]
+            kept = [moment.at for moment in monitor._timeline.results]
             assert len(kept) <= 4
             assert kept[0] == 0
             assert kept[-1] == count
@@ -748,7 +748,7 @@ class TestPictures:
             assert pure.sum() == 40 * 40
             assert columns.max() - columns.min() == 39
             assert rows.max() - rows.min() == 39
-            thumbnails = [moment.thumbnails[channel] for moment in monitor._film.moments]
+            thumbnails = [moment.thumbnails[channel] for moment in monitor._timeline.results]
             for number, thumbnail in enumerate(thumbnails, start=1):
                 left = columns.min() + number * 46
                 cell = strip[rows.min() : rows.max() + 1, left : left + 40]
@@ -766,7 +766,7 @@ class TestPictures:
     def test_images_out_of_range_are_stretched(self) -> None:
         images = torch.tensor([[[[-2.0, 0.0], [0.0, 2.0]]]])
         monitor = CAMMonitor(Pixelwise(), images, 0, target_layer="layer")
-        picture = np.asarray(monitor._film._pictures[0])
+        picture = np.asarray(monitor._timeline.pictures[0])
         assert picture.min() == 0
         assert picture.max() == 255
         assert picture.mean() == pytest.approx(127.5, abs=2)
@@ -846,7 +846,7 @@ class TestResuming:
         assert [line["step"] for line in read_lines(tmp_path / "scalars.csv")] == [
             str(step) for step in (1, 2, 3, 4, 5) for _ in range(3)
         ]
-        assert [m.at for m in second._film.moments] == [1, 3, 5]
+        assert [m.at for m in second._timeline.results] == [1, 3, 5]
 
     @pytest.mark.parametrize("text", ["", "epoch,image\n1,0\n"])
     def test_a_table_without_its_lines_begins_anew(self, text: str, tmp_path: Path) -> None:
@@ -869,7 +869,7 @@ class TestResuming:
         assert second.step(7) is None
         steps = [line["step"] for line in read_lines(tmp_path / "scalars.csv")]
         assert steps == [str(step) for step in (2, 4, 6) for _ in range(3)]
-        with pytest.raises(RuntimeError, match="`resume` was called after the first moment"):
+        with pytest.raises(RuntimeError, match="`resume` was called after the first probe"):
             second.resume(5)
 
     def test_the_directory_is_a_path(self) -> None:

@@ -18,10 +18,12 @@ HEAVY = {"torch", "torchvision", "torchmetrics", "matplotlib", "numpy", "PIL"}
 FLOORS = {
     "__init__": 0,
     "_checks": 0,
+    "_pictures": 1,
+    "_replica": 0,
     "_tensors": 0,
     "_files": 0,
     "_passes": 1,
-    "_film": 2,
+    "_timeline": 2,
     "layout": 1,
     "targets": 1,
     "utils": 0,
