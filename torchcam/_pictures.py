@@ -24,6 +24,7 @@ __all__ = [
     "enlarged",
     "enlarged_size",
     "fitted",
+    "fitted_size",
     "from_unit_range",
     "to_picture",
 ]
@@ -76,28 +77,27 @@ def as_plane(values: NDArray[Any]) -> NDArray[Any]:
     return values if values.ndim == 2 else values.max(0)
 
 
+def fitted_size(size: tuple[int, int], edge: int) -> tuple[int, int]:
+    """Return (width, height) in the same proportion, neither longer than ``edge``; smaller ones unchanged."""
+    scale = min(edge / max(size), 1.0)
+    return max(round(size[0] * scale), 1), max(round(size[1] * scale), 1)
+
+
 def fitted(picture: Image.Image, edge: int) -> Image.Image:
     """Shrink a picture so that no side is longer than ``edge``; return a smaller one unchanged."""
-    scale = edge / max(picture.size)
-    if scale >= 1:
-        return picture
-    width, height = (max(round(side * scale), 1) for side in picture.size)
-    return picture.resize((width, height), Image.Resampling.LANCZOS)
+    size = fitted_size(picture.size, edge)
+    return picture if size == picture.size else picture.resize(size, Image.Resampling.LANCZOS)
 
 
-def enlarged_size(picture: Image.Image, edge: int) -> tuple[int, int]:
-    """Return (width, height) of a picture, whole times as large if its longer side is shorter than ``edge``.
-
-    The longer side is then ``2 * edge`` or more.
-    """
-    longest = max(picture.size)
-    times = -(-2 * edge // longest) if longest < edge else 1
-    return picture.width * times, picture.height * times
+def enlarged_size(size: tuple[int, int], edge: int) -> tuple[int, int]:
+    """Multiply (width, height) by an integer so that one is ``2 * edge`` or more, if both are less than ``edge``."""
+    times = -(-2 * edge // max(size)) if max(size) < edge else 1
+    return size[0] * times, size[1] * times
 
 
 def enlarged(picture: Image.Image, edge: int) -> Image.Image:
     """Enlarge a picture pixel by pixel if its longer side is shorter than ``edge``."""
-    return picture.resize(enlarged_size(picture, edge), Image.Resampling.NEAREST)
+    return picture.resize(enlarged_size(picture.size, edge), Image.Resampling.NEAREST)
 
 
 def data_uri(picture: Image.Image) -> str:

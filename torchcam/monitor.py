@@ -17,6 +17,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -31,7 +32,6 @@ from torchcam.layers import TargetLayer, layer_names
 from torchcam.methods import GradCAM
 from torchcam.methods._replay import run_chunks
 from torchcam.methods.core import is_finite, plain_tensors
-from torchcam.metrics._statistics import pearson
 from torchcam.targets import ClassIndex, OutputTarget, Selector, check_one_of, class_columns, read_logits
 
 __all__ = ["CAMMonitor", "ProbeResult", "check_options"]
@@ -280,7 +280,9 @@ class CAMMonitor:
         previous = self._previous
         if previous is None or previous.shape != cams.shape:
             previous = torch.full_like(cams, math.nan)
-        scalars["drift"] = (1 - pearson(defined, previous)).to(cams)
+        flat = (maps.flatten(1).double() for maps in (defined, previous))
+        correlation = F.cosine_similarity(*(maps - maps.mean(1, keepdim=True) for maps in flat))
+        scalars["drift"] = (1 - correlation).clamp(0, 2).to(cams)
         scalars["blank"], scalars["nan"] = blank.to(cams), nan.to(cams)
         self._previous = defined
 
