@@ -1,4 +1,4 @@
-"""A training that is watched is the training that is not; what the monitor reports is true."""
+"""Training with a monitor equals training without; the reported scalars and pictures are correct."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from torchcam import methods
+from torchcam import monitor as monitor_module
 from torchcam.methods import CAM, EigenCAM, GradCAM, GuidedBackprop, LayerCAM, ScoreCAM, SmoothGradCAMpp
 from torchcam.monitor import CAMMonitor, ProbeResult
 from torchcam.targets import ClassProbability
@@ -198,6 +199,22 @@ class TestTrainingIsUndisturbed:
             return everything(model)
 
         assert differences(gradients(watched=True), gradients(watched=False)) == []
+
+    def test_the_model_itself_is_not_touched_during_a_probe(self) -> None:
+        """Other threads see the model in training, without hooks, and with the calls that it had."""
+        model = make_net().train()
+        before = everything(model)
+        calls = []
+
+        def forward(replica: nn.Module, images: Tensor) -> Tensor:
+            output = replica(images)
+            now = everything(model)
+            found = [differences(now[what], before[what]) for what in ("modes", "attributes", "buffers", "parameters")]
+            calls.append((replica is model, count_hooks(model), found))
+            return output
+
+        CAMMonitor(model, probes(), 0, target_layer="7", forward=forward, batch_size=2).probe()
+        assert calls == [(False, 0, [[]] * 4)] * 2
 
     @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, nullcontext])
     def test_in_every_grad_mode(self, mode: Callable[[], Any]) -> None:
@@ -529,6 +546,22 @@ class TestScalars:
         assert moment is not None
         assert moment.means["nan"] == 0
         assert moment.means["drift"] < 0.5  # the net is restless, but not that much
+
+    def test_modules_among_the_arguments_of_the_method(self) -> None:
+        model, images = make_net().eval(), probes()
+        model[3] = nn.Identity()
+        found = [
+            CAMMonitor(model, images, 1, method=CAM, target_layer=layer, method_kwargs={"fc_layer": head}).probe()
+            for layer, head in (("7", "11"), (model[7], model[11]))
+        ]
+        assert found[0] is not None
+        assert found[1] is not None
+        assert found[0].values["score"] == found[1].values["score"]
+        assert np.array_equal(np.asarray(found[0].thumbnails), np.asarray(found[1].thumbnails))
+        assert found[0].means["blank"] == 0
+
+    def test_the_earlier_name_of_the_result(self) -> None:
+        assert monitor_module.Moment is ProbeResult
 
 
 class TestWhen:

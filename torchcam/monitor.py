@@ -37,7 +37,7 @@ from torchcam.targets import ClassIndex, OutputTarget, Selector, check_one_of, c
 __all__ = ["CAMMonitor", "ProbeResult", "check_options"]
 
 Moment = ProbeResult
-"""The name of :class:`ProbeResult` in the first edition."""
+"""An earlier name of :class:`ProbeResult`."""
 
 _HISTORY = 10_000  # results whose means are kept
 _NO_LAYERS = {"input", "attention"}  # target names of methods that explain no layer
@@ -280,8 +280,8 @@ class CAMMonitor:
         previous = self._previous
         if previous is None or previous.shape != cams.shape:
             previous = torch.full_like(cams, math.nan)
-        flat = (maps.flatten(1).double() for maps in (defined, previous))
-        correlation = F.cosine_similarity(*(maps - maps.mean(1, keepdim=True) for maps in flat))
+        new, old = (maps.flatten(1).double() for maps in (defined, previous))
+        correlation = F.cosine_similarity(new - new.mean(1, keepdim=True), old - old.mean(1, keepdim=True))
         scalars["drift"] = (1 - correlation).clamp(0, 2).to(cams)
         scalars["blank"], scalars["nan"] = blank.to(cams), nan.to(cams)
         self._previous = defined
