@@ -1,4 +1,4 @@
-"""A training that is watched is the training that is not; what the monitor reports is true."""
+"""Training with a monitor equals training without; the reported scalars and pictures are correct."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from torchcam import methods
+from torchcam import monitor as monitor_module
 from torchcam.methods import CAM, EigenCAM, GradCAM, GuidedBackprop, LayerCAM, ScoreCAM, SmoothGradCAMpp
-from torchcam.monitor import CAMMonitor, Moment
+from torchcam.monitor import CAMMonitor, ProbeResult
 from torchcam.targets import ClassProbability
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -149,7 +150,7 @@ class TestTrainingIsUndisturbed:
     def test_bit_for_bit(
         self, unwatched: dict[str, Any], method: type[Any], options: dict[str, Any], tmp_path: Path
     ) -> None:
-        moments: list[Moment | None] = []
+        moments: list[ProbeResult | None] = []
 
         def watch(model: nn.Module) -> Callable[[int], Any]:
             monitor = CAMMonitor(model, probes(), 1, every_n_steps=5, directory=tmp_path, method=method, **options)
@@ -198,6 +199,22 @@ class TestTrainingIsUndisturbed:
             return everything(model)
 
         assert differences(gradients(watched=True), gradients(watched=False)) == []
+
+    def test_the_model_itself_is_not_touched_during_a_probe(self) -> None:
+        """Other threads see the model in training, without hooks, and with the calls that it had."""
+        model = make_net().train()
+        before = everything(model)
+        calls = []
+
+        def forward(replica: nn.Module, images: Tensor) -> Tensor:
+            output = replica(images)
+            now = everything(model)
+            found = [differences(now[what], before[what]) for what in ("modes", "attributes", "buffers", "parameters")]
+            calls.append((replica is model, count_hooks(model), found))
+            return output
+
+        CAMMonitor(model, probes(), 0, target_layer="7", forward=forward, batch_size=2).probe()
+        assert calls == [(False, 0, [[]] * 4)] * 2
 
     @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, nullcontext])
     def test_in_every_grad_mode(self, mode: Callable[[], Any]) -> None:
@@ -530,6 +547,22 @@ class TestScalars:
         assert moment.means["nan"] == 0
         assert moment.means["drift"] < 0.5  # the net is restless, but not that much
 
+    def test_modules_among_the_arguments_of_the_method(self) -> None:
+        model, images = make_net().eval(), probes()
+        model[3] = nn.Identity()
+        found = [
+            CAMMonitor(model, images, 1, method=CAM, target_layer=layer, method_kwargs={"fc_layer": head}).probe()
+            for layer, head in (("7", "11"), (model[7], model[11]))
+        ]
+        assert found[0] is not None
+        assert found[1] is not None
+        assert found[0].values["score"] == found[1].values["score"]
+        assert np.array_equal(np.asarray(found[0].thumbnails), np.asarray(found[1].thumbnails))
+        assert found[0].means["blank"] == 0
+
+    def test_the_earlier_name_of_the_result(self) -> None:
+        assert monitor_module.Moment is ProbeResult
+
 
 class TestWhen:
     def at(self, counts: list[int | None], **options: Any) -> list[int]:
@@ -724,7 +757,7 @@ class TestPictures:
         monitor = CAMMonitor(make_net(), probes(1), 0, target_layer="7", max_columns=4)
         for count in range(40):
             monitor.probe(count)
-            kept = [moment.at for moment in monitor._film.moments]
+            kept = [moment.at for moment in monitor._timeline.results]
             assert len(kept) <= 4
             assert kept[0] == 0
             assert kept[-1] == count
@@ -748,7 +781,7 @@ class TestPictures:
             assert pure.sum() == 40 * 40
             assert columns.max() - columns.min() == 39
             assert rows.max() - rows.min() == 39
-            thumbnails = [moment.thumbnails[channel] for moment in monitor._film.moments]
+            thumbnails = [moment.thumbnails[channel] for moment in monitor._timeline.results]
             for number, thumbnail in enumerate(thumbnails, start=1):
                 left = columns.min() + number * 46
                 cell = strip[rows.min() : rows.max() + 1, left : left + 40]
@@ -766,7 +799,7 @@ class TestPictures:
     def test_images_out_of_range_are_stretched(self) -> None:
         images = torch.tensor([[[[-2.0, 0.0], [0.0, 2.0]]]])
         monitor = CAMMonitor(Pixelwise(), images, 0, target_layer="layer")
-        picture = np.asarray(monitor._film._pictures[0])
+        picture = np.asarray(monitor._timeline.pictures[0])
         assert picture.min() == 0
         assert picture.max() == 255
         assert picture.mean() == pytest.approx(127.5, abs=2)
@@ -846,7 +879,7 @@ class TestResuming:
         assert [line["step"] for line in read_lines(tmp_path / "scalars.csv")] == [
             str(step) for step in (1, 2, 3, 4, 5) for _ in range(3)
         ]
-        assert [m.at for m in second._film.moments] == [1, 3, 5]
+        assert [m.at for m in second._timeline.results] == [1, 3, 5]
 
     @pytest.mark.parametrize("text", ["", "epoch,image\n1,0\n"])
     def test_a_table_without_its_lines_begins_anew(self, text: str, tmp_path: Path) -> None:
@@ -869,7 +902,7 @@ class TestResuming:
         assert second.step(7) is None
         steps = [line["step"] for line in read_lines(tmp_path / "scalars.csv")]
         assert steps == [str(step) for step in (2, 4, 6) for _ in range(3)]
-        with pytest.raises(RuntimeError, match="`resume` was called after the first moment"):
+        with pytest.raises(RuntimeError, match="`resume` was called after the first probe"):
             second.resume(5)
 
     def test_the_directory_is_a_path(self) -> None:

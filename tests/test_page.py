@@ -19,10 +19,10 @@ import torch
 from matplotlib import colormaps
 from PIL import Image
 
-from torchcam._page import _shrunk
+from torchcam._page import _fitted_map
 from torchcam.demo import load_model, sample_images
 from torchcam.explain import Explanations, MethodMaps, PredictionExplanation, explain
-from torchcam.utils import _resize, colormap_of
+from torchcam.utils import colormap_of, resize_map
 
 EVIL = "</script><script>document.title = 'gone'</script><!-- & \"x\" 'y'"
 NAMES = [f"digit {index}" for index in range(9)] + [EVIL]
@@ -110,13 +110,13 @@ class TestFile:
     def test_what_is_undefined_stays_so_in_a_large_map(self) -> None:
         values = np.full((1000, 1000), 0.5, np.float32)
         values[:, :500] = np.nan
-        small = _shrunk(values)
+        small = _fitted_map(values)
         assert small.shape == (768, 768)
         assert np.isnan(small[:, :380]).all()
         np.testing.assert_allclose(small[:, 390:], 0.5, atol=1e-6)
-        assert np.isnan(_shrunk(np.full((1000, 1000), np.nan, np.float32))).all()
+        assert np.isnan(_fitted_map(np.full((1000, 1000), np.nan, np.float32))).all()
 
-    def test_large_pictures_and_maps_are_shrunk(self) -> None:
+    def test_large_pictures_and_maps_are_fitted_map(self) -> None:
         fine = torch.rand(900, 1200)
         maps = MethodMaps("GradCAM", ("x",), {}, {0: (fine,)}, MappingProxyType({0: fine}))
         image = Image.new("RGB", (3000, 2000), "teal")
@@ -213,7 +213,7 @@ def expected_pixels(
     """What the page shall show of a map: its bytes, resized as Pillow does it, in the colours of matplotlib."""
     maps = result.results[method]
     share = (maps.values(key) + 1) / 2 if maps.signed else maps.values(key)
-    values = _resize((np.rint(254 * share) / 254).astype(np.float32), size)
+    values = np.clip(resize_map((np.rint(254 * share) / 254).astype(np.float32), size), 0, 1)
     colors: np.ndarray[Any, Any] = colormap_of(None if maps.signed else colormap, maps.signed)(values, bytes=True)
     return colors.astype(int)
 

@@ -1,8 +1,7 @@
-"""Maps side by side: as a matplotlib figure, and as a piece of HTML for a notebook."""
+"""Maps side by side: as a matplotlib figure, and as HTML for a notebook."""
 
 from __future__ import annotations
 
-import base64
 import html
 import io
 import math
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from ._pictures import data_uri, fitted
 from .utils import colormap_of
 
 if TYPE_CHECKING:
@@ -28,17 +28,17 @@ SCALES = {
     False: ("relevance, each map scaled by itself", ("0", "0.5", "1")),
     True: ("evidence against (−) and for (+), each map scaled by itself", ("−1", "0", "1")),
 }
-# Of a figure, in inches: the width of a picture, the height of a colour bar with its text, of a note below a picture,
-# and of a line of text; the gaps between pictures, and the figure's margin.
+# In inches: the width of a picture, the heights of a colour bar with its text, of a note below a picture and of a line
+# of text, the gaps between pictures, and the margin of the figure.
 CELL, BAR, NOTE, LINE, GAP, MARGIN = 2.3, 0.72, 0.22, 0.155, 0.1, 0.1
-COLUMNS = 4  # in which the maps of one method are wrapped
+COLUMNS = 4  # of the maps of one method
 PAPER, INK = {False: "#ffffff", True: "#16181c"}, {False: "#16181c", True: "#e8e8e8"}
-MAX_PIXELS = 640_000  # of a picture that a notebook keeps
-MAX_PANELS = 36  # in a notebook
+MAX_PIXELS = 640_000  # of all pictures in the output of a notebook cell
+MAX_PANELS = 36  # in the output of a notebook cell
 
 
 class Cell(NamedTuple):
-    """A map over its image, and what is to be said of it, such as that it is blank."""
+    """A map over its image, and a remark about it, such as that it is blank."""
 
     picture: Image.Image
     note: str = ""
@@ -55,12 +55,12 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Sheet:
-    """What there is to see of one input.
+    """The image and the maps of one input.
 
     Attributes:
-        title: what the model says of it
-        image: what the model sees
-        captions: the name of each class, and how sure the model is of it
+        title: the prediction of the model
+        image: the input as a picture
+        captions: the name of each class, and its probability or score
         rows: the maps
     """
 
@@ -71,7 +71,7 @@ class Sheet:
 
     @property
     def panels(self) -> int:
-        """How many pictures these are."""
+        """The number of pictures."""
         return len(self.rows) * len(self.captions) + (self.image is not None)
 
 
@@ -80,7 +80,7 @@ class Sheet:
 
 @dataclass(frozen=True)
 class _Panel:
-    """A picture in a figure, and where it is, in inches from the left and the top."""
+    """A picture in a figure and its place, in inches from the left and the top."""
 
     cell: Cell
     caption: str
@@ -90,13 +90,13 @@ class _Panel:
 
 
 def draw(sheets: Sequence[Sheet], title: str, colormap: str | Colormap | None, dark: bool | None) -> Figure:
-    """Draw what there is to see of one input or several into a figure of its own, which pyplot does not know of.
+    """Draw the maps of one or several inputs into a figure that is not registered with pyplot.
 
     Args:
-        sheets: what there is to see of each input
+        sheets: the image and maps of each input
         title: the figure's title
         colormap: the colormap of all maps; None for the defaults
-        dark: light text on dark paper, or the other way round; None for what matplotlib is set to
+        dark: whether to draw light text on dark paper; None for the colours that matplotlib is set to
     """
     from matplotlib import rcParams
     from matplotlib.colors import to_rgba
@@ -105,11 +105,11 @@ def draw(sheets: Sequence[Sheet], title: str, colormap: str | Colormap | None, d
     paper, ink = rcParams["figure.facecolor"], rcParams["text.color"]
     if dark is not None:
         paper, ink = PAPER[dark], INK[dark]
-    elif to_rgba(paper)[3] < 1:  # who knows what is behind it
+    elif to_rgba(paper)[3] < 1:  # the background is unknown
         paper = PAPER[sum(to_rgba(ink)[:3]) > 1.5]
     signs = sorted({row.signed for sheet in sheets for row in sheet.rows})
     size = (CELL, CELL / _aspect(sheets))
-    panels = _one(sheets[0], size) if len(sheets) == 1 else _several(sheets, size)
+    panels = _place_one(sheets[0], size) if len(sheets) == 1 else _place_several(sheets, size)
     width = max(4.6, *(panel.left + size[0] + MARGIN for panel in panels))
     heading = _wrapped(title, int(12.5 * width))
     head = MARGIN + 0.2 * (heading.count("\n") + 1)
@@ -132,7 +132,7 @@ def draw(sheets: Sequence[Sheet], title: str, colormap: str | Colormap | None, d
         figure.text(beside, centre, panel.label, fontsize=9, va="center", rotation=90, **{**text, "ha": "right"})
     for number, signed in enumerate(signs):
         _draw_bar(figure, colormap, signed, ink, BAR * (len(signs) - number))
-    # Notebooks show figures of pyplot by themselves, and this is none.
+    # Notebooks show only figures of pyplot by themselves.
     setattr(figure, "_repr_png_", partial(png, figure))  # noqa: B010 - the class has no such attribute
     return figure
 
@@ -146,19 +146,19 @@ def _captions(sheet: Sheet, method: str = "") -> list[str]:
     return ["\n".join(filter(None, (method, _wrapped(name, 26), value))) for name, value in sheet.captions]
 
 
-def _captioned(captions: Sequence[str]) -> float:
-    """Give the height of a row's captions, in inches."""
+def _captions_height(captions: Sequence[str]) -> float:
+    """Return the height of a row's captions, in inches."""
     return 0.12 + LINE * max(caption.count("\n") + 1 for caption in captions)
 
 
-def _one(sheet: Sheet, size: tuple[float, float]) -> list[_Panel]:
-    """Place what there is to see of one input: of one method all classes, wrapped; of several a row each."""
+def _place_one(sheet: Sheet, size: tuple[float, float]) -> list[_Panel]:
+    """Place the pictures of one input: the classes of one method wrapped, or each of several methods in a row."""
     image = [] if sheet.image is None else [(Cell(sheet.image), "input")]
     if len(sheet.rows) == 1:
         entries = [*image, *zip(sheet.rows[0].cells, _captions(sheet), strict=True)]
         rows = [entries[start : start + COLUMNS] for start in range(0, len(entries), COLUMNS)]
-        return _stacked(rows, size)
-    top = _captioned(_captions(sheet))
+        return _place_rows(rows, size)
+    top = _captions_height(_captions(sheet))
     left = MARGIN + len(image) * (size[0] + GAP) + 0.12 + LINE * 2
     panels = []
     for r, row in enumerate(sheet.rows):
@@ -171,8 +171,8 @@ def _one(sheet: Sheet, size: tuple[float, float]) -> list[_Panel]:
     return [*(_Panel(cell, caption, MARGIN, middle) for cell, caption in image), *panels]
 
 
-def _several(sheets: Sequence[Sheet], size: tuple[float, float]) -> list[_Panel]:
-    """Place what there is to see of several inputs, a row each."""
+def _place_several(sheets: Sequence[Sheet], size: tuple[float, float]) -> list[_Panel]:
+    """Place the pictures of several inputs, a row each."""
     rows = []
     for number, sheet in enumerate(sheets):
         entries = [] if sheet.image is None else [(Cell(sheet.image), f"input {number}")]
@@ -180,20 +180,20 @@ def _several(sheets: Sequence[Sheet], size: tuple[float, float]) -> list[_Panel]
             method = _wrapped(row.name, 26) if len(sheet.rows) > 1 else ""
             entries += zip(row.cells, _captions(sheet, method), strict=True)
         rows.append(entries)
-    return _stacked(rows, size)
+    return _place_rows(rows, size)
 
 
-def _stacked(rows: Sequence[Sequence[tuple[Cell, str]]], size: tuple[float, float]) -> list[_Panel]:
+def _place_rows(rows: Sequence[Sequence[tuple[Cell, str]]], size: tuple[float, float]) -> list[_Panel]:
     panels, top = [], 0.0
     for row in rows:
-        top += _captioned([caption for _, caption in row])
+        top += _captions_height([caption for _, caption in row])
         panels += [_Panel(cell, caption, MARGIN + c * (size[0] + GAP), top) for c, (cell, caption) in enumerate(row)]
         top += size[1] + (NOTE if any(cell.note for cell, _ in row) else 0)
     return panels
 
 
 def _draw_bar(figure: Figure, colormap: str | Colormap | None, signed: bool, ink: str, top: float) -> None:
-    """Draw a colour bar so many inches above the figure's lower edge."""
+    """Draw a colour bar ``top`` inches above the figure's lower edge."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
@@ -219,27 +219,27 @@ def _short(text: str) -> str:
 
 
 def png(figure: Figure, max_pixels: int = MAX_PIXELS) -> bytes:
-    """Draw a figure as a PNG of no more than so many pixels."""
+    """Encode a figure as a PNG of at most ``max_pixels``."""
     width, height = figure.get_size_inches()
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        # Matplotlib's own font lacks, say, Chinese: a box takes the place of a letter, and the HTML has it right.
+        # Matplotlib's font has no Chinese letters, for example, and draws boxes instead; the HTML has the letters.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(buffer, format="png", dpi=min(120.0, math.sqrt(max_pixels / (width * height))))
     return buffer.getvalue()
 
 
-# A piece of HTML.
+# HTML.
 
 
 def to_html(sheets: Sequence[Sheet], title: str, colormap: str | Colormap | None, more: int = 0) -> str:
-    """Show what there is to see of one input or several as HTML without scripts, in the colours of its surroundings.
+    """Return the maps of one or several inputs as HTML without scripts, in the colours of the notebook.
 
     Args:
-        sheets: what there is to see of each input
+        sheets: the image and maps of each input
         title: a heading
         colormap: the colormap of all maps; None for the defaults
-        more: how many inputs are left out
+        more: the number of inputs that are left out
     """
     total = sum(sheet.panels for sheet in sheets)
     edge = int(min(512, max(96, math.sqrt(MAX_PIXELS / max(total, 1)))))
@@ -258,17 +258,17 @@ def to_html(sheets: Sequence[Sheet], title: str, colormap: str | Colormap | None
     signs = sorted({row.signed for sheet in sheets for row in sheet.rows})
     parts += [_html_bar(colormap, signed) for signed in signs]
     if omitted or more:
-        what = " and ".join(
+        omissions = " and ".join(
             f"{count} more {kind}{'s' if count > 1 else ''}"
             for count, kind in ((more, "input"), (omitted, "panel"))
             if count
         )
-        parts.append(f"<div>… {what}: <code>to_html()</code> makes a page of all.</div>")
+        parts.append(f"<div>… {omissions}: <code>to_html()</code> makes a page of all.</div>")
     return "".join((*parts, "</div>"))
 
 
 def scores_as_html(title: str, values: Sequence[tuple[str, str]]) -> str:
-    """Show what a model says, without pictures."""
+    """Return the scores of a model as HTML, without pictures."""
     lines = "".join(f"<li>{_escaped(name)}: {_escaped(value)}</li>" for name, value in values)
     return f'<div style="color:inherit"><strong>{_escaped(title)}</strong><ul>{lines}</ul></div>'
 
@@ -289,7 +289,7 @@ def _html_panels(sheet: Sheet, edge: int) -> list[str]:
 
 def _html_panel(picture: Image.Image, lines: Sequence[str], alt: str, edge: int) -> str:
     small = fitted(picture, edge)
-    width = max(small.width, 160) if small.width < 160 else small.width
+    width = max(small.width, 160)
     caption = "<br>".join(_escaped(line) for line in lines if line)
     return (
         f'<figure style="margin:0;width:{width}px"><img src="{data_uri(small)}" alt="{_escaped(alt)}" '
@@ -313,27 +313,3 @@ def _html_bar(colormap: str | Colormap | None, signed: bool) -> str:
 
 def _escaped(text: str) -> str:
     return html.escape(text, quote=True)
-
-
-# Pictures.
-
-
-def fitted(picture: Image.Image, edge: int) -> Image.Image:
-    """Shrink a picture so that no side is longer than ``edge``; a smaller one is kept as it is."""
-    scale = edge / max(picture.size)
-    if scale >= 1:
-        return picture
-    width, height = (max(round(side * scale), 1) for side in picture.size)
-    return picture.resize((width, height), Image.Resampling.LANCZOS)
-
-
-def data_uri(picture: Image.Image) -> str:
-    """Give a picture as an address that holds it: small ones to the bit, others as JPEG."""
-    buffer = io.BytesIO()
-    if picture.width * picture.height <= 128 * 128:
-        picture.save(buffer, "PNG", optimize=True)
-        kind = "png"
-    else:
-        picture.save(buffer, "JPEG", quality=88, subsampling=0)
-        kind = "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

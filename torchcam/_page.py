@@ -1,8 +1,7 @@
-"""A page of its own to look at maps: one HTML file that fetches nothing."""
+"""An interactive page of maps: one HTML file without external resources."""
 
 from __future__ import annotations
 
-import base64
 import html
 import json
 from collections.abc import Mapping, Sequence
@@ -13,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from ._figures import SCALES, data_uri, fitted
-from .utils import COLORMAP, colormap_of
+from ._figures import SCALES
+from ._pictures import base64_text, data_uri, enlarged_size, fitted, fitted_size
+from .utils import COLORMAP, colormap_of, resize_map
 
 if TYPE_CHECKING:
     from matplotlib.colors import Colormap
@@ -24,7 +24,7 @@ __all__ = ["PageItem", "PageMethod", "render"]
 
 COLORMAPS = (COLORMAP, "plasma", "inferno", "cividis", "gray", "jet")
 EDGE = 768  # the longest side of a picture in the page
-SMALL = 128  # pictures with less on their longest side are shown with their pixels
+SMALL = 128  # pictures whose longest side is shorter are enlarged without interpolation
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class PageMethod:
     """The maps of one method.
 
     Attributes:
-        name: how it is called
-        layers: the layers it looks at
+        name: the name of the method
+        layers: its target layers
         signed: whether the maps are in [-1, 1], not in [0, 1]
         maps: a map (height, width) for each class
-        notes: what is to be said of each map
+        notes: a remark about each map
     """
 
     name: str
@@ -48,12 +48,12 @@ class PageMethod:
 
 @dataclass(frozen=True)
 class PageItem:
-    """What there is to see of one input.
+    """One input and its maps.
 
     Attributes:
-        name: what tells it from other inputs
-        image: what the model sees
-        classes: for each class its name, and what else the page shows of it: value, share, tags
+        name: the name of the input, unique in the page
+        image: the image below the maps
+        classes: for each class its name, and further entries for the page: value, share, tags
         methods: the maps
     """
 
@@ -70,13 +70,13 @@ def render(
     colormap: str | Colormap | None = None,
     alpha: float = 0.5,
 ) -> str:
-    """Write the page.
+    """Return the page as HTML.
 
     Args:
-        items: what there is to see of each input
-        title: its heading
-        about: terms and what is to be said to each: how the maps were made
-        colormap: the colormap of all maps; by default the reader has a choice
+        items: the inputs and their maps
+        title: the heading
+        about: terms and their explanations: how the maps were made
+        colormap: the colormap of all maps; by default the reader can choose
         alpha: the opacity of the image when the page opens, in [0, 1)
     """
     choice = COLORMAPS if colormap is None else (colormap,)
@@ -86,12 +86,12 @@ def render(
         "opacity": round(100 * (1 - alpha)),
         "scales": [{"label": label, "ticks": ticks} for label, ticks in (SCALES[False], SCALES[True])],
         "colormaps": [
-            {"name": entry if isinstance(entry, str) else entry.name, "table": _table(entry, signed=False)}
+            {"name": entry if isinstance(entry, str) else entry.name, "table": _color_table(entry, signed=False)}
             for entry in choice
         ],
-        "signed": _table(None, signed=True) if colormap is None else None,
+        "signed": _color_table(None, signed=True) if colormap is None else None,
     }
-    # In a script element of any type, `</script>` and `<!--` would end or change what is read as data.
+    # In a script element of any type, `</script>` and `<!--` would end or change the data.
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     text = text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
     template = files("torchcam").joinpath("_page.html").read_text(encoding="utf-8")
@@ -103,13 +103,12 @@ def render(
 
 def _item(item: PageItem) -> dict[str, Any]:
     image = fitted(item.image, EDGE)
-    small = max(image.size) < SMALL
-    times = -(-2 * SMALL // max(image.size)) if small else 1
+    width, height = enlarged_size(image.size, SMALL)
     return {
         "name": item.name,
         "image": data_uri(image),
-        "small": small,
-        "size": [image.height * times, image.width * times],
+        "small": max(image.size) < SMALL,
+        "size": [height, width],
         "classes": [dict(entry) for entry in item.classes],
         "methods": [
             {
@@ -126,28 +125,22 @@ def _item(item: PageItem) -> dict[str, Any]:
 
 
 def _map(values: NDArray[np.float32], signed: bool, note: str) -> dict[str, Any]:
-    """Give a map as bytes: 0 to 254 for its range, 255 where it is undefined."""
-    values = _shrunk(values)
+    """Return a map as bytes: 0 to 254 for its range, 255 for undefined values."""
+    values = _fitted_map(values)
     defined = np.isfinite(values)
     shares = (values + 1) / 2 if signed else values
     levels = np.where(defined, np.rint(254 * np.clip(np.where(defined, shares, 0), 0, 1)), 255).astype(np.uint8)
-    return {"shape": list(levels.shape), "values": _base64(levels.tobytes()), "note": note}
+    return {"shape": list(levels.shape), "values": base64_text(levels.tobytes()), "note": note}
 
 
-def _shrunk(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    if max(values.shape) <= EDGE:
-        return values
-    defined = np.isfinite(values)
-    shares = np.asarray(fitted(Image.fromarray(defined.astype(np.float32)), EDGE))
-    sums = np.asarray(fitted(Image.fromarray(np.where(defined, values, 0).astype(np.float32)), EDGE))
-    return np.where(shares < 0.5, np.nan, sums / np.maximum(shares, 0.5))
+def _fitted_map(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Shrink a map so that no side is longer than ``EDGE``."""
+    height, width = values.shape
+    size = fitted_size((width, height), EDGE)
+    return values if size == (width, height) else resize_map(values, size, Image.Resampling.LANCZOS)
 
 
-def _table(colormap: str | Colormap | None, signed: bool) -> str:
-    """Give the colours of a colormap, four bytes each."""
+def _color_table(colormap: str | Colormap | None, signed: bool) -> str:
+    """Return the colours of a colormap, four bytes each."""
     found = colormap_of(colormap, signed)
-    return _base64(found(np.arange(found.N), bytes=True).tobytes())
-
-
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode()
+    return base64_text(found(np.arange(found.N), bytes=True).tobytes())

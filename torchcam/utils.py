@@ -1,13 +1,14 @@
-"""Pictures: what turns a map into something to look at."""
+"""Maps drawn over images."""
 
 from __future__ import annotations
 
 from difflib import get_close_matches
-from numbers import Real
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
+
+from ._checks import fraction
 
 if TYPE_CHECKING:
     from matplotlib.colors import Colormap
@@ -66,13 +67,11 @@ def overlay_mask(
     for name, image in (("img", img), ("mask", mask)):
         if not isinstance(image, Image.Image):
             raise TypeError(f"`{name}` must be a PIL image, got {type(image).__name__}")
-    if not isinstance(alpha, Real) or isinstance(alpha, bool) or not 0 <= alpha < 1:
-        raise ValueError(f"`alpha` must be a number in [0, 1), got {alpha!r}")
-
+    alpha = float(fraction("alpha", alpha))
     background = _read_background(img)  # (H, W, 3)
-    values = _resize(_read_mask(mask), img.size)  # (H, W)
+    values = np.clip(resize_map(_read_mask(mask), img.size), 0, 1)  # (H, W)
     colors = find_colormap(colormap)(values).astype(np.float32)  # (H, W, 4), in [0, 1]
-    opacity = (1 - float(alpha)) * colors[..., 3:]
+    opacity = (1 - alpha) * colors[..., 3:]
     blend = background + opacity * (255 * colors[..., :3] - background)
     return Image.fromarray(np.rint(blend).astype(np.uint8))
 
@@ -118,7 +117,7 @@ def overlay_map(
 
 
 def colormap_of(colormap: str | Colormap | None, signed: bool) -> Colormap:
-    """Look a colormap up; None for the default of maps in [0, 1], or of signed ones: the latter, transparent at 0."""
+    """Look up a colormap; None is the default of maps in [0, 1], or of signed maps, which is transparent at 0."""
     if colormap is not None or not signed:
         return find_colormap(COLORMAP if colormap is None else colormap)
     from matplotlib.colors import ListedColormap
@@ -130,7 +129,7 @@ def colormap_of(colormap: str | Colormap | None, signed: bool) -> Colormap:
 
 
 def find_colormap(colormap: str | Colormap) -> Colormap:
-    """Look a colormap up by name, or return it as it is.
+    """Look up a colormap by name, or return it unchanged.
 
     Raises:
         TypeError: if it is neither a name nor a colormap.
@@ -176,16 +175,17 @@ def _read_mask(mask: Image.Image) -> NDArray[np.float32]:
     return np.asarray(mask, dtype=np.float32) / np.float32(_FULL_SCALE[mask.mode])
 
 
-def _resize(values: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
-    """Resize to `size` (width, height), clipped to [0, 1]; undefined values stay undefined and leave the rest alone."""
+def resize_map(
+    values: NDArray[np.float32], size: tuple[int, int], resample: Image.Resampling = Image.Resampling.BICUBIC
+) -> NDArray[np.float32]:
+    """Resize a map to `size` (width, height); undefined values stay undefined and do not spread."""
+
+    def resize(array: NDArray[np.generic]) -> NDArray[np.float32]:
+        return np.asarray(Image.fromarray(array.astype(np.float32)).resize(size, resample))
+
     defined = np.isfinite(values)
-    resized = _bicubic(np.where(defined, values, 0), size)
-    if not defined.all():
-        share = _bicubic(defined, size)
-        resized = np.where(share >= 0.5, resized / np.maximum(share, 0.5), np.nan)
-    return np.clip(resized, 0, 1)
-
-
-def _bicubic(values: NDArray[np.generic], size: tuple[int, int]) -> NDArray[np.float32]:
-    """Resize an array to `size` (width, height)."""
-    return np.asarray(Image.fromarray(values.astype(np.float32)).resize(size, Image.Resampling.BICUBIC))
+    resized = resize(np.where(defined, values, 0))
+    if defined.all():
+        return resized
+    share = resize(defined)
+    return np.where(share >= 0.5, resized / np.maximum(share, 0.5), np.nan)

@@ -1,14 +1,14 @@
 """A model that ships with the library, pictures to explain, and the generator that made them.
 
-Everything works offline. The model finds handwritten digits in clutter; for the pictures it is known which pixels
-belong to which digit, so a map can be checked and not just looked at:
+Everything works offline. The model finds handwritten digits in clutter. The pixels of each digit are known, so that
+maps can be checked by numbers:
 
     >>> from torchcam.demo import load_model, sample_images
     >>> model, sample = load_model(), sample_images()[0]
     >>> scores = model(sample.to_tensor())
 
-`make_scenes` makes as many more of these pictures as a benchmark needs; it takes the handwriting from scikit-learn
-(`pip install "torchcam[demo]"`), everything else here does without.
+`make_scenes` makes any number of such pictures for benchmarks, from the handwriting in scikit-learn
+(`pip install "torchcam[demo]"`); nothing else here needs scikit-learn.
 """
 
 from torchcam.demo.data import CLASS_NAMES, Scenes, make_scenes

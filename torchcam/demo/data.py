@@ -1,12 +1,12 @@
 """Cluttered handwritten digits with ground truth: scenes made from a seed, nothing downloaded.
 
 A scene is a textured background (smooth noise at several octaves, a gradient, random strokes, pieces of digits) with
-up to three handwritten digits of different classes pasted on top. Which pixels belong to which digit is known exactly,
-so the share of a map's energy that falls on a digit can be measured instead of guessed.
+up to three handwritten digits of different classes pasted on top. The pixels of each digit are known exactly, so the
+share of a map's energy on a digit can be measured.
 
 The handwriting is the set that scikit-learn ships (`sklearn.datasets.load_digits`, 1797 digits, 8 x 8 grey, by thirteen
-writers). It does not say who wrote what, but the same form of about 130 digits comes fourteen times in a row, and the
-order of the labels shows where each form begins. The split follows such a border: the first eleven forms are `"train"`
+writers). It does not name the writers, but it holds fourteen forms of about 130 digits in a row, and the order of
+the labels shows where each form begins. The split is at such a border: the first eleven forms are `"train"`
 (1415 digits), the last three are `"test"` (382 digits), so that no form is in both.
 """
 
@@ -20,6 +20,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from torchcam._checks import one_of, positive_integer
 
 __all__ = ["CLASS_NAMES", "Scenes", "make_scenes"]
 
@@ -69,8 +71,6 @@ class Scenes:
 @lru_cache(maxsize=2)
 def _load_handwriting(split: Split) -> tuple[Tensor, Tensor]:
     """Load the digits of one split: `(M, 8, 8)` float32 in [0, 1], 1 being full ink, and their classes `(M,)`."""
-    if split not in ("train", "test"):
-        raise ValueError(f"`split` must be 'train' or 'test', got {split!r}")
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -102,16 +102,16 @@ def make_scenes(
     Python, NumPy and PyTorch is neither read nor changed.
 
     Args:
-        num_scenes: how many scenes to make.
-        split: whose handwriting to use, `"train"` (forms 1 to 11) or `"test"` (forms 12 to 14).
+        num_scenes: the number of scenes.
+        split: the handwriting to use, `"train"` (forms 1 to 11) or `"test"` (forms 12 to 14).
         num_digits: number of digits per scene, or its inclusive range; between 0 and 3. Their classes differ.
         size: height and width of the images in pixels.
         digit_size: range of the digits' height in pixels. Digits that do not fit beside each other are made smaller.
         warp: strength of a smooth random deformation of the strokes, as a share of the digit's height; 0 is none. Meant
-            for training, where it stands for writers that the set does not have.
-        erase: leave the digits out of the images. All else, the labels and masks included, is as without it, so that
-            the two images differ only inside the masks.
-        seed: an integer, or a NumPy generator to draw from (which moves on).
+            for training, as a substitute for further writers.
+        erase: leave the digits out of the images. Everything else, including labels and masks, stays the same: the two
+            images differ only inside the masks.
+        seed: an integer, or a NumPy generator, whose state advances.
 
     Returns:
         The scenes.
@@ -127,8 +127,8 @@ def make_scenes(
         (torch.Size([4, 3, 96, 96]), torch.Size([4, 3, 96, 96]))
     """
     fewest, most = (num_digits, num_digits) if isinstance(num_digits, int) else num_digits
-    if num_scenes < 1:
-        raise ValueError(f"`num_scenes` must be at least 1, got {num_scenes}")
+    positive_integer("num_scenes", num_scenes)
+    one_of("split", split, ("train", "test"))
     if not 0 <= fewest <= most <= _MAX_DIGITS:
         raise ValueError(f"`num_digits` must lie between 0 and {_MAX_DIGITS}, got {num_digits}")
     if not 8 <= digit_size[0] <= digit_size[1] or 2 * _CELL * digit_size[1] + 2 > size:
@@ -207,8 +207,8 @@ def _place(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Find room for the digits, then for pieces of digits beside them.
 
-    The room that a digit gets depends on its nominal height only, never on its class, so that the clutter that is left
-    when the digit is erased says nothing about it.
+    The room for a digit depends on its nominal height only, not on its class, so that the clutter that remains when
+    the digit is erased is independent of it.
 
     Returns:
         Centres `(n, 6, 2)` as (x, y), heights `(n, 6)` and which of them are shown `(n, 6)`; the first three slots are

@@ -1,4 +1,4 @@
-"""The network that the demo explains: small, fully convolutional, and with a view no wider than one digit."""
+"""The network of the demo: small, fully convolutional, with a receptive field of about one digit."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ class DemoNet(nn.Module):
     pixels being the size it was trained on; no further normalisation is needed. The output holds one logit per digit,
     `(N, 10)`.
 
-    Each logit was trained to say by itself whether its digit is somewhere in the image (binary cross-entropy), since an
-    image may hold several digits or none. It is the better loss for maps, too: softmax cross-entropy does not notice a
-    constant added to all class maps, while here the map of an absent class has to stay low on its own. What is positive
-    in a map is then evidence for that class, not for "something is here". The targets were smoothed (0.975 and 0.025),
-    so that a digit's logit is near 3.7 when it is there and near -3.7 when it is not: the argmax names the clearest
-    digit, the sigmoid says whether each is present, and a softmax is shared by those that are.
+    Each logit was trained to detect its digit independently (binary cross-entropy), since an image may hold several
+    digits or none. This loss is also better for maps: softmax cross-entropy is invariant to a constant added to all
+    class maps, while here the map of an absent class has to stay low by itself. Positive values in a map are then
+    evidence for that class, not for any object. The targets were smoothed (0.975 and 0.025), so that a digit's logit is
+    near 3.7 if it is present and near -3.7 if it is absent: the argmax is the clearest digit, the sigmoid is the
+    probability that a digit is present, and a softmax is shared by the digits that are present.
 
-    The layers before pooling see 43 pixels, about one digit, with a step of 8 pixels: a 96-pixel image gives 12 x 12
-    maps in `layer3` and `layer4`, 24 x 24 in `layer2` and 48 x 48 in `layer1`.
+    The receptive field before the pooling is 43 pixels, about one digit, with a stride of 8 pixels: a 96-pixel image
+    gives 12 x 12 maps in `layer3` and `layer4`, 24 x 24 in `layer2` and 48 x 48 in `layer1`.
     """
 
     def __init__(self, num_classes: int = 10) -> None:
         super().__init__()
-        self.layer1 = nn.Sequential(_block(3, 16, stride=2), _block(16, 16))  # sees 7 pixels, step 2
-        self.layer2 = nn.Sequential(_block(16, 40, stride=2), _block(40, 40))  # sees 19 pixels, step 4
-        self.layer3 = nn.Sequential(_block(40, 72, stride=2), _block(72, 72))  # sees 43 pixels, step 8
+        self.layer1 = nn.Sequential(_block(3, 16, stride=2), _block(16, 16))  # receptive field 7, stride 2
+        self.layer2 = nn.Sequential(_block(16, 40, stride=2), _block(40, 40))  # receptive field 19, stride 4
+        self.layer3 = nn.Sequential(_block(40, 72, stride=2), _block(72, 72))  # receptive field 43, stride 8
         self.layer4 = _block(72, 96, kernel_size=1)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(96, num_classes)

@@ -19,7 +19,7 @@ SAMPLES = Path(__file__).with_name("samples")
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture and what is known about it.
+    """A picture and its ground truth.
 
     Attributes:
         name: a short name, such as `"two_digits"`.
@@ -36,7 +36,7 @@ class Sample:
     boxes: tuple[tuple[int, int, int, int], ...]
 
     def to_tensor(self) -> Tensor:
-        """Return the picture as the model takes it: `(1, 3, H, W)` float32 in [0, 1]."""
+        """Return the picture as an input of the model: `(1, 3, H, W)` float32 in [0, 1]."""
         pixels = torch.from_numpy(np.array(self.image, dtype=np.float32) / 255)  # (H, W, 3)
         return pixels.permute(2, 0, 1).unsqueeze(0).contiguous()
 
@@ -56,7 +56,7 @@ def sample_images() -> list[Sample]:
 
 
 def _load(entry: dict[str, Any]) -> Sample:
-    """Load one picture; its mask file holds 0 for the background and 1 + k for the k-th digit."""
+    """Load one picture; its mask file is 0 in the background and 1 + k at the k-th digit."""
     with Image.open(SAMPLES / entry["image"]) as image, Image.open(SAMPLES / entry["mask"]) as mask:
         owner = torch.from_numpy(np.array(mask))
         return Sample(

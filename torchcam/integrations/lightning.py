@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from torchcam.monitor import CAMMonitor, check_options
+from torchcam.integrations._callback import MonitorCallback
 from torchcam.targets import ClassIndex
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 else:
 
     def _find_callback() -> type:
-        """Give the base class of callbacks: of the package that is in use, where both names are installed."""
+        """Return the base class of callbacks, from the package in use if both are installed."""
         names = sorted(("lightning.pytorch", "pytorch_lightning"), key=lambda name: name not in sys.modules)
         for name in names:
             try:
@@ -36,12 +36,11 @@ else:
 __all__ = ["CAMCallback"]
 
 
-class CAMCallback(Callback):
-    """Explain fixed images while a Trainer trains; what is trained stays bit for bit what it would be without.
+class CAMCallback(MonitorCallback, Callback):
+    """Explain fixed images while a Trainer trains. The trained model is bit for bit the same as without the callback.
 
     The pictures and scalars go to a folder and to the loggers of the Trainer: see
-    :class:`torchcam.monitor.CAMMonitor`, whose arguments it takes. A checkpoint holds what the callback needs to go on
-    from it.
+    :class:`torchcam.monitor.CAMMonitor`, whose arguments it takes. A checkpoint holds the state of the callback.
 
     Example:
         >>> from lightning.pytorch import Trainer  # doctest: +SKIP
@@ -54,8 +53,8 @@ class CAMCallback(Callback):
         every_n_steps: explain after every so many optimisation steps (``trainer.global_step``)
         every_n_epochs: explain after every so many epochs; by default each, unless ``every_n_steps`` is given
         at_start: whether to explain before the first step as well
-        submodule: the name of the part of the LightningModule that is called with the images, such as ``"model"``,
-            which the names of target layers then start from; by default the LightningModule itself, with its forward
+        submodule: the name of the part of the LightningModule to call with the images, such as ``"model"``; names of
+            target layers are relative to it. By default the LightningModule itself.
         directory: where to write; by default ``cam`` in the log folder of the Trainer
         log: whether to log to the Trainer's loggers
         options: further arguments of :class:`torchcam.monitor.CAMMonitor`
@@ -64,7 +63,7 @@ class CAMCallback(Callback):
         monitor: the monitor; None before the training
 
     Raises:
-        TypeError: if an option is none of the monitor's
+        TypeError: if an option is not an argument of the monitor
         ValueError: if ``every_n_steps`` and ``every_n_epochs`` are both given
     """
 
@@ -81,63 +80,62 @@ class CAMCallback(Callback):
         log: bool = True,
         **options: Any,
     ) -> None:
-        super().__init__()
-        self._options = check_options(images, class_idx, every_n_steps, every_n_epochs, options)
-        self._at_start = at_start
+        super().__init__(
+            images,
+            class_idx,
+            every_n_steps=every_n_steps,
+            every_n_epochs=every_n_epochs,
+            at_start=at_start,
+            directory=directory,
+            log=log,
+            **options,
+        )
         self._submodule = submodule
-        self._directory = directory
-        self._log = log
         self._state: Mapping[str, Any] = {}
-        self.monitor: CAMMonitor | None = None
 
     @property
     def state_key(self) -> str:
-        """What tells this callback's state in a checkpoint from those of others like it."""
+        """The key of this callback's state in a checkpoint, unique among callbacks with other tags or directories."""
         return self._generate_state_key(tag=self._options.get("tag", "cam"), directory=str(self._directory))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the monitor, and explain the images for the first time."""
-        options = dict(self._options)
-        folder = self._directory or Path(trainer.log_dir or trainer.default_root_dir, "cam")
-        given = options.pop("writer", None)
-        writers = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
-        if self._log and trainer.loggers:
-            writers.append(_Loggers(trainer))
+        """Create the monitor, and explain the images for the first time."""
+        folder = Path(self._directory or Path(trainer.log_dir or trainer.default_root_dir, "cam"))
+        writers = [_Loggers(trainer)] if self._log and trainer.loggers else []
         model = pl_module if self._submodule is None else pl_module.get_submodule(self._submodule)
-        self.monitor = CAMMonitor(model, directory=folder, writer=writers, **options)
+        monitor = self._create_monitor(model, folder, writers)
         if self._state:
-            self.monitor.load_state_dict(self._state)
+            monitor.load_state_dict(self._state)
         elif self._at_start:
-            self.monitor.probe(0)
+            monitor.probe(0)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Explain the images if the number of optimisation steps says so."""
+        """Explain the images if the number of optimisation steps is due."""
         if self.monitor is not None and trainer.global_step:
             self.monitor.step(trainer.global_step)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Explain the images if the number of epochs says so."""
+        """Explain the images if the number of epochs is due."""
         if self.monitor is not None:
             self.monitor.epoch(trainer.current_epoch + 1)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the strip."""
-        if self.monitor is not None:
-            self.monitor.close()
+        self._close_monitor()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Log the strip of a training that was cut short."""
-        if self.monitor is not None and isinstance(exception, KeyboardInterrupt):
-            self.monitor.close()
+        """Log the strip of an interrupted training."""
+        if isinstance(exception, KeyboardInterrupt):
+            self._close_monitor()
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what a checkpoint has to hold."""
+        """Return the state for a checkpoint."""
         return dict(self._state) if self.monitor is None else self.monitor.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take what a checkpoint held; it is used when the training starts."""
+        """Keep the state of a checkpoint until the training starts."""
         self._state = state_dict
 
 
