@@ -362,9 +362,8 @@ def test_in_a_module(place: str, error: str, mode: str) -> None:
 @some_errors
 @every_mode
 @pytest.mark.parametrize("name", ["GradCAM", "EigenCAM", "ScoreCAM", "AblationCAM", "GuidedBackprop", "FullGrad"])
-@pytest.mark.parametrize("place", ["before the layer", "behind the layer"])
-def test_in_the_first_pass(place: str, name: str, error: str, mode: str) -> None:
-    interrupt_a_forward_pass(Scene(name, mode), place, error, complete=False)
+def test_in_the_first_pass(name: str, error: str, mode: str) -> None:
+    interrupt_a_forward_pass(Scene(name, mode), "behind the layer", error, complete=False)
 
 
 @some_errors
