@@ -119,6 +119,13 @@ class Net(nn.Module):
         return self.fc(self.dropout(self.tail(self.layer(self.stem(x))).mean((2, 3))))
 
 
+class UsersMode(TorchFunctionMode):
+    """A mode of the user's, which is to stay."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
 class Attention(nn.Module):
     """Fused self-attention with places before, between and behind its parts."""
 
@@ -414,7 +421,7 @@ def test_in_a_hook(first: bool, part: str, pre: bool, error: str, mode: str) -> 
     ],
 )
 def test_in_an_attention_block(name: str, place: str, error: str, mode: str) -> None:
-    with TorchFunctionMode():  # one of the user's, which is to stay
+    with UsersMode():
         outside = modes()
         interrupt_a_forward_pass(Scene(name, mode), place, error, complete=place == "before attention")
         assert modes() == outside
