@@ -84,6 +84,12 @@ def changed(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
     return lines
 
 
+def check_unchanged(now: dict[str, Any], before: dict[str, Any]) -> None:
+    """Raise an error that lists the entries that differ."""
+    lines = changed(now, before)
+    assert not lines, f"{len(lines)} entries differ: {lines[:5]}"
+
+
 def _value(value: Any, identity: bool) -> Any:
     content: Any
     if isinstance(value, Tensor):

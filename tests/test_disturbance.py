@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from tests.methods_under_test import METHODS, READS_ATTENTION, Net, Transformer
 from tests.models import shuffled
-from tests.snapshots import MODES, attributes, changed, modes
+from tests.snapshots import MODES, attributes, check_unchanged, modes
 from torchcam import methods
 
 CLASSES = [0, 2]
-REPLAYED = ["ScoreCAM", "SSCAM", "AblationCAM", "ReciproCAM", "SmoothGradCAMpp", "GroupCAM", "AugmentedCAM", "SESS"]
-RUN_AGAIN = [*REPLAYED, "GuidedBackprop", "GuidedGradCAM", "FullGrad"]
+REPLAYED = ["ScoreCAM", "AblationCAM", "ReciproCAM", "SmoothGradCAMpp", "AugmentedCAM"]
+RUN_AGAIN = [*REPLAYED, "GuidedBackprop", "FullGrad"]
 
 every_mode = pytest.mark.parametrize("mode", MODES)
 of_every_method = pytest.mark.parametrize(
@@ -259,13 +259,13 @@ def test_what_modules_keep_is_as_before(name: str, mode: str) -> None:
     with METHODS[name](model) as extractor, MODES[mode]():
         twin(X1)
         model(X1)
-        assert changed(attributes(model, identity=False), attributes(twin, identity=False)) == []
+        check_unchanged(attributes(model, identity=False), attributes(twin, identity=False))
         before = attributes(model, identity=True)
         extractor(CLASSES)
-        assert changed(attributes(model, identity=True), before) == []
+        check_unchanged(attributes(model, identity=True), before)
         for x in (image(3, 3), image(4, 1, 9), image(5, 2, 12), image(6, 5, 16)):
             same_output(model(x), twin(x))
-        assert changed(attributes(model, identity=False), attributes(twin, identity=False)) == []
+        check_unchanged(attributes(model, identity=False), attributes(twin, identity=False))
     same_output(model(X2), twin(X2))
 
 
@@ -636,12 +636,11 @@ class Changed(Net):
 
 @cache
 def maps_of_changed(name: str, change: str) -> list[Tensor] | None:
-    """Return the maps of the scores as they were given; None where there are none for every sample."""
-    if change in {"a slice of the samples", "samples in another order"}:
+    """Return the maps of the scores as they were given; None where there is not one score for each sample."""
+    if change == "a slice of the samples":
         return None
-    model = made(partial(Changed, change.replace("detached ", "") if "detached " in change else change))
-    if change == "detached":
-        model = made(Net)
+    of_output = change in {"detached", "samples in another order"}  # the scores of a class are the same ones
+    model = made(Net) if of_output else made(partial(Changed, change.removeprefix("detached ")))
     with METHODS[name](model) as extractor:
         model(X1)
         return extractor(1)
