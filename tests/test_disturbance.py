@@ -280,10 +280,7 @@ class Ema(nn.Module):
         self.by_size: dict[int, Tensor] = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled() or not x.requires_grad:
-            self.ema.mul_(0.9).add_(0.1 * x.mean())
-        else:
-            self.ema = self.ema * 0.9 + 0.1 * x.detach().mean()
+        self.ema.mul_(0.9).add_(0.1 * x.mean())
         self.last = x
         self.seen.append(x)
         self.by_size[len(x)] = x.mean((1, 2, 3))

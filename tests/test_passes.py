@@ -148,7 +148,7 @@ class Recursive(Net):
         return (self.forward if self.unrolled else self)(x, depth)
 
     def forward(self, x: Tensor, depth: int = 1) -> Tensor:
-        before = self.again(x.flip(-1) * 0.5, depth - 1).mean() if depth else 0.0
+        before = self.again(x.flip(-1) * 0.5, depth - 1).mean(1).reshape(-1, 1, 1, 1) if depth else 0.0
         scores = super().forward(x + before)
         return scores + self.again(x.flip(-2), depth - 1) * 0.1 if depth > 1 else scores
 
@@ -434,6 +434,7 @@ def test_checkpointing_without_reentry_gives_maps(name: str, layer: str) -> None
         close(extractor(CLASSES, scores), checkpointed_maps(name, layer, False))
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch says so of every such pass
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("layer", ["stem", "inside", "last"])
 @pytest.mark.parametrize(
