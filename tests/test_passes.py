@@ -19,7 +19,14 @@ from torchcam import methods
 
 CLASSES = [0, 2]
 
-every_method = pytest.mark.parametrize("name", METHODS)
+SOME_METHODS = ["GradCAM", "EigenCAM", "ScoreCAM", "AblationCAM", "SmoothGradCAMpp", "FullGrad", "LeGrad", "CAM"]
+every_method = pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        *((name, "no_grad") for name in METHODS),
+        *((name, mode) for name in SOME_METHODS for mode in ("grad", "inference")),
+    ],
+)
 every_mode = pytest.mark.parametrize("mode", MODES)
 
 
@@ -73,7 +80,6 @@ def plain_maps(name: str, mode: str, x: Tensor) -> list[Tensor]:
 
 
 @every_method
-@every_mode
 def test_calls_of_a_part_change_nothing(name: str, mode: str) -> None:
     model, twin = plain_model(name), plain_model(name)
     tokens = torch.rand(2, 10, 8) if name in READS_ATTENTION else torch.rand(2, 4, 12, 12)
@@ -318,11 +324,9 @@ def test_nested_models_with_an_extractor_each(name: str, layer: str, outer_first
 
 
 @every_method
-@pytest.mark.parametrize(
-    ("mode", "error"), [("grad", ZeroDivisionError), ("no_grad", KeyboardInterrupt), ("inference", ZeroDivisionError)]
-)
-def test_a_pass_that_was_cut_short_is_no_pass(name: str, mode: str, error: type[BaseException]) -> None:
+def test_a_pass_that_was_cut_short_is_no_pass(name: str, mode: str) -> None:
     """The maps are those of the last complete pass, or an error says that there is none."""
+    error = KeyboardInterrupt if mode == "no_grad" else ZeroDivisionError
 
     def stumble(*_: Any) -> None:
         raise error
@@ -395,7 +399,7 @@ def check_gradients(model: nn.Module, training: bool) -> None:
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("layer", ["stem", "block", "inside", "last"])
-@pytest.mark.parametrize("name", ["GradCAM", "LayerCAM", "EigenCAM"])
+@pytest.mark.parametrize("name", ["GradCAM", "EigenCAM"])
 def test_checkpointing(name: str, layer: str, training: bool, reentrant: bool) -> None:
     """The user's own backward pass runs layers again, before the call of the extractor or after it."""
     expected = checkpointed_maps(name, layer, training)
