@@ -311,12 +311,17 @@ class Recorder:
         """Forget a pass when its context has ended and its output is gone; of such passes, the last one is kept."""
         with self._lock:
             key, ended = self._passes.get(number, (None, None))
-            if key is None or ended is None or key() is not None or any(ref() is not None for ref in ended.returned):
+            if key is None or ended is None or key() is not None:
                 return
-            del self._passes[number]
-            newest = self._last_ended is None or self._last_ended.number < number
-            if newest and not ended.superseded:
-                self._last_ended = ended
+            if ended.superseded:  # by the next pass of the same context
+                del self._passes[number]
+                return
+            if not ended.private:
+                ended.output = None  # who asks for its maps hands it over, with its graph
+            if all(reference() is None for reference in ended.returned):
+                del self._passes[number]
+                if self._last_ended is None or self._last_ended.number < number:
+                    self._last_ended = ended
 
 
 def _no_longer_held(recorder: weakref.ref[Recorder], number: int, _reference: Any) -> None:
