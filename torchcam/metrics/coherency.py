@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from torchcam.methods._replay import positive_integer
+from torchcam._checks import positive_integer
 
 from ._statistics import harmonic_mean, pearson, relative_fall
-from .core import POSITIVE, UNBOUNDED, UNIT, Bounds, CAMMetric, Explained, Extractor
+from .core import POSITIVE, UNBOUNDED, UNIT, Bounds, CAMMetric, Explained, Extractor, LogitsFn
 from .faithfulness import Removal
 
 __all__ = ["ADCC", "ARCC"]
@@ -25,9 +25,7 @@ class _CoherencyMetric(CAMMetric):
     coherency: Tensor
     complexity: Tensor
 
-    def __init__(
-        self, cam_extractor: Extractor, logits_fn: Callable[[Any], Any] | None, batch_size: int, **kwargs: Any
-    ) -> None:
+    def __init__(self, cam_extractor: Extractor, logits_fn: LogitsFn | None, batch_size: int, **kwargs: Any) -> None:
         super().__init__(cam_extractor, logits_fn, **kwargs)
         self.batch_size = positive_integer("batch_size", batch_size)
 
@@ -109,19 +107,12 @@ class ADCC(_CoherencyMetric):
         ['adcc', 'adcc_of_means', 'avg_drop', 'coherency', 'complexity']
     """
 
-    key_higher_is_better: ClassVar[dict[str, bool]] = {
-        "adcc": True,
-        "adcc_of_means": True,
-        "coherency": True,
-        "complexity": False,
-        "avg_drop": False,
-    }
-    key_bounds: ClassVar[dict[str, Bounds]] = {
-        "adcc": UNIT,
-        "adcc_of_means": UNIT,
-        "coherency": UNIT,
-        "complexity": UNIT,
-        "avg_drop": POSITIVE,
+    _keys: ClassVar[dict[str, tuple[bool, Bounds]]] = {
+        "adcc": (True, UNIT),
+        "adcc_of_means": (True, UNIT),
+        "coherency": (True, UNIT),
+        "complexity": (False, UNIT),
+        "avg_drop": (False, POSITIVE),
     }
     plot_lower_bound = 0.0
     _sums = ("adcc", "coherency", "complexity", "drop")
@@ -132,7 +123,7 @@ class ADCC(_CoherencyMetric):
     def __init__(
         self,
         cam_extractor: Extractor,
-        logits_fn: Callable[[Any], Any] | None = None,
+        logits_fn: LogitsFn | None = None,
         *,
         batch_size: int = 32,
         **kwargs: Any,
@@ -213,19 +204,12 @@ class ARCC(_CoherencyMetric):
         ['arcc', 'arcc_of_means', 'coherency', 'complexity', 'road']
     """
 
-    key_higher_is_better: ClassVar[dict[str, bool]] = {
-        "arcc": True,
-        "arcc_of_means": True,
-        "coherency": True,
-        "complexity": False,
-        "road": True,
-    }
-    key_bounds: ClassVar[dict[str, Bounds]] = {
-        "arcc": UNIT,
-        "arcc_of_means": UNIT,
-        "coherency": UNIT,
-        "complexity": UNIT,
-        "road": UNBOUNDED,
+    _keys: ClassVar[dict[str, tuple[bool, Bounds]]] = {
+        "arcc": (True, UNIT),
+        "arcc_of_means": (True, UNIT),
+        "coherency": (True, UNIT),
+        "complexity": (False, UNIT),
+        "road": (True, UNBOUNDED),
     }
     _sums = ("arcc", "coherency", "complexity", "road")
 
@@ -235,7 +219,7 @@ class ARCC(_CoherencyMetric):
     def __init__(
         self,
         cam_extractor: Extractor,
-        logits_fn: Callable[[Any], Any] | None = None,
+        logits_fn: LogitsFn | None = None,
         *,
         percentiles: Sequence[float] = (20, 40, 60, 80),
         noise: float = 0.01,

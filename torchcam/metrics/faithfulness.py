@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from torchcam.methods._replay import finite_number, positive_integer
+from torchcam._checks import finite_number, positive_integer
 
 from ._imputation import impute
 from ._statistics import descending_ranks, relative_fall
-from .core import POSITIVE, UNBOUNDED, UNIT, Baseline, Bounds, CAMMetric, Explained, Extractor, check_seed
+from .core import POSITIVE, UNBOUNDED, UNIT, Baseline, Bounds, CAMMetric, Explained, Extractor, LogitsFn, check_seed
 
 __all__ = ["ROAD", "ClassificationMetric", "DeletionInsertionMetric"]
 
@@ -78,17 +78,11 @@ class ClassificationMetric(CAMMetric):
         ['avg_drop', 'conf_increase']
     """
 
-    key_higher_is_better: ClassVar[dict[str, bool]] = {
-        "avg_drop": False,
-        "conf_increase": True,
-        "avg_gain": True,
-        "deletion_drop": True,
-    }
-    key_bounds: ClassVar[dict[str, Bounds]] = {
-        "avg_drop": POSITIVE,
-        "conf_increase": UNIT,
-        "avg_gain": UNIT,
-        "deletion_drop": POSITIVE,
+    _keys: ClassVar[dict[str, tuple[bool, Bounds]]] = {
+        "avg_drop": (False, POSITIVE),
+        "conf_increase": (True, UNIT),
+        "avg_gain": (True, UNIT),
+        "deletion_drop": (True, POSITIVE),
     }
     plot_lower_bound = 0.0
     _masks_with_maps = True
@@ -101,9 +95,7 @@ class ClassificationMetric(CAMMetric):
     deletion_drop: Tensor
     out_of_range: Tensor
 
-    def __init__(
-        self, cam_extractor: Extractor | nn.Module, logits_fn: Callable[[Any], Any] | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, cam_extractor: Extractor | nn.Module, logits_fn: LogitsFn | None = None, **kwargs: Any) -> None:
         super().__init__(cam_extractor, logits_fn, **kwargs)
 
     def compute(self) -> dict[str, Tensor]:
@@ -196,10 +188,11 @@ class DeletionInsertionMetric(CAMMetric):
         ['deletion_auc', 'insertion_auc']
     """
 
-    key_higher_is_better: ClassVar[dict[str, bool]] = {"deletion_auc": False, "insertion_auc": True}
-    key_bounds: ClassVar[dict[str, Bounds]] = {"deletion_auc": UNBOUNDED, "insertion_auc": UNBOUNDED}
+    _keys: ClassVar[dict[str, tuple[bool, Bounds]]] = {
+        "deletion_auc": (False, UNBOUNDED),
+        "insertion_auc": (True, UNBOUNDED),
+    }
     _sums = ("deletion", "insertion")
-    _summary_keys = ("deletion_auc", "insertion_auc")
 
     deletion: Tensor
     insertion: Tensor
@@ -207,7 +200,7 @@ class DeletionInsertionMetric(CAMMetric):
     def __init__(
         self,
         cam_extractor: Extractor | nn.Module,
-        logits_fn: Callable[[Any], Any] | None = None,
+        logits_fn: LogitsFn | None = None,
         *,
         steps: int = 20,
         baseline: Baseline | None = None,
@@ -331,8 +324,11 @@ class ROAD(CAMMetric):
         ['lerf', 'morf', 'road']
     """
 
-    key_higher_is_better: ClassVar[dict[str, bool]] = {"morf": False, "lerf": True, "road": True}
-    key_bounds: ClassVar[dict[str, Bounds]] = {"morf": UNBOUNDED, "lerf": UNBOUNDED, "road": UNBOUNDED}
+    _keys: ClassVar[dict[str, tuple[bool, Bounds]]] = {
+        "morf": (False, UNBOUNDED),
+        "lerf": (True, UNBOUNDED),
+        "road": (True, UNBOUNDED),
+    }
     _sums = ("morf", "lerf")
 
     morf: Tensor
@@ -341,7 +337,7 @@ class ROAD(CAMMetric):
     def __init__(
         self,
         cam_extractor: Extractor | nn.Module,
-        logits_fn: Callable[[Any], Any] | None = None,
+        logits_fn: LogitsFn | None = None,
         *,
         percentiles: Sequence[float] = (20, 40, 60, 80),
         noise: float = 0.01,

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from torchcam.methods._replay import finite_number
+from torchcam._checks import finite_number
 from torchcam.methods.core import plain_tensors
 from torchcam.targets import ClassIndex, OutputTarget
 
-from .core import UNIT, Bounds, CAMMetric, Extractor, as_image, given_maps, zero_where_broken
+from .core import UNIT, Bounds, CAMMetric, Extractor, LogitsFn, as_image, given_maps, zero_where_not_finite
 
 __all__ = ["Localization"]
 
@@ -80,13 +80,10 @@ class Localization(CAMMetric):
     """
 
     higher_is_better = True
-    key_higher_is_better: ClassVar[dict[str, bool]] = dict.fromkeys(
-        ("pointing_game", "energy", "rank_accuracy", "iou", "best_iou"), True
-    )
-    key_bounds: ClassVar[dict[str, Bounds]] = dict.fromkeys(key_higher_is_better, UNIT)
     plot_lower_bound = 0.0
     plot_upper_bound = 1.0
     _sums = ("pointing_game", "energy", "rank_accuracy", "iou", "best_iou")
+    _keys: ClassVar[dict[str, tuple[bool, Bounds]]] = dict.fromkeys(_sums, (True, UNIT))
 
     pointing_game: Tensor
     energy: Tensor
@@ -98,7 +95,7 @@ class Localization(CAMMetric):
     def __init__(
         self,
         cam_extractor: Extractor | nn.Module | None = None,
-        logits_fn: Callable[[Any], Any] | None = None,
+        logits_fn: LogitsFn | None = None,
         *,
         tolerance: float = 0,
         threshold: float = 0.5,
@@ -152,19 +149,14 @@ class Localization(CAMMetric):
         with plain_tensors():
             evidence = _mask_of_boxes(boxes, image) if masks is None else _checked_mask(masks, image)
             if maps is None:
-                with self._logits_applied():
-                    explained = self._explain(image, class_idx, targets, None)
+                explained = self._explain(image, class_idx, targets, None)
                 cam, valid = explained.cam, explained.valid
             else:
-                cam, valid = zero_where_broken(given_maps(maps, image))
+                cam, valid = zero_where_not_finite(given_maps(maps, image))
             empty = valid & ~evidence.flatten(1).any(1)
             parts = {name: part.masked_fill(empty, 0.0) for name, part in self._compare(cam.relu(), evidence).items()}
             kept = valid & ~empty
             self._add(parts, kept, empty_count=empty.sum(), nan_count=(~valid).sum())
-
-    def compute(self) -> dict[str, Tensor]:
-        """Give the means of the five over the samples so far."""
-        return {name: getattr(self, name) / self.total for name in self._sums}
 
     def _compare(self, cam: Tensor, evidence: Tensor) -> dict[str, Tensor]:
         """Give each sample's five numbers, (N,) each, for maps that are not negative."""

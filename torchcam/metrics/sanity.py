@@ -9,13 +9,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from torchcam._checks import positive_integer
 from torchcam._passes import caches_of, model_device
 from torchcam.layers import TargetLayer, layer_names
-from torchcam.methods._replay import positive_integer, seeded
+from torchcam.methods._replay import seeded
 from torchcam.targets import class_scores
 
 from ._statistics import cosine, spearman, structural_similarity
-from .core import UNIT, Bounds, CAMMetric, Explained, Extractor, check_seed
+from .core import UNIT, Bounds, CAMMetric, Explained, Extractor, LogitsFn, check_seed
 
 __all__ = ["SanityCheck"]
 
@@ -82,13 +83,10 @@ class SanityCheck(CAMMetric):
     """
 
     higher_is_better = False
-    key_higher_is_better: ClassVar[dict[str, bool]] = dict.fromkeys(
-        ("rank_correlation", "ssim", "class_overlap"), False
-    )
-    key_bounds: ClassVar[dict[str, Bounds]] = {
-        "rank_correlation": (-1.0, 1.0),
-        "ssim": (-1.0, 1.0),
-        "class_overlap": UNIT,
+    _keys: ClassVar[dict[str, tuple[bool, Bounds]]] = {
+        "rank_correlation": (False, (-1.0, 1.0)),
+        "ssim": (False, (-1.0, 1.0)),
+        "class_overlap": (False, UNIT),
     }
     plot_lower_bound = -1.0
     plot_upper_bound = 1.0
@@ -104,7 +102,7 @@ class SanityCheck(CAMMetric):
     def __init__(
         self,
         cam_extractor: Extractor,
-        logits_fn: Callable[[Any], Any] | None = None,
+        logits_fn: LogitsFn | None = None,
         *,
         layers: TargetLayer | Sequence[TargetLayer] | None = None,
         seed: int = 0,

@@ -8,9 +8,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from torchcam.methods._replay import finite_number, positive_integer
+from torchcam._checks import callable_object, finite_number, positive_integer
 
-from .core import POSITIVE, Bounds, CAMMetric, Explained, Extractor, check_seed
+from .core import POSITIVE, Bounds, CAMMetric, Explained, Extractor, LogitsFn, check_seed
 
 __all__ = ["Sensitivity"]
 
@@ -87,8 +87,9 @@ class Sensitivity(CAMMetric):
     """
 
     higher_is_better = False
-    key_higher_is_better: ClassVar[dict[str, bool]] = {"max_sensitivity": False, "infidelity": False}
-    key_bounds: ClassVar[dict[str, Bounds]] = {"max_sensitivity": POSITIVE, "infidelity": POSITIVE}
+    _keys: ClassVar[dict[str, tuple[bool, Bounds]]] = dict.fromkeys(
+        ("max_sensitivity", "infidelity"), (False, POSITIVE)
+    )
     plot_lower_bound = 0.0
     _explains_again = True
     _sums = ("sensitivity", "infidelity")
@@ -99,7 +100,7 @@ class Sensitivity(CAMMetric):
     def __init__(
         self,
         cam_extractor: Extractor,
-        logits_fn: Callable[[Any], Any] | None = None,
+        logits_fn: LogitsFn | None = None,
         *,
         radius: float = 0.02,
         num_samples: int = 10,
@@ -113,8 +114,7 @@ class Sensitivity(CAMMetric):
         batch_size: int = 32,
         **kwargs: Any,
     ) -> None:
-        if perturb is not None and not callable(perturb):
-            raise TypeError(f"`perturb` must be callable or None, got {perturb!r}")
+        callable_object("perturb", perturb, optional=True)
         if not callable(removal) and removal not in ("square", "gaussian"):
             raise ValueError(f"`removal` must be 'square', 'gaussian' or a callable, got {removal!r}")
         if not isinstance(normalize, bool):
