@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchcam._files import written_whole
+from torchcam._files import atomic_write
 
 __all__ = ["Checkpoint", "checksum", "describe"]
 
@@ -71,7 +71,7 @@ class Checkpoint:
 
     def save(self, settings: Mapping[str, Any], **state: Any) -> None:
         """Replace the state of this process."""
-        with written_whole(self.path) as part:
+        with atomic_write(self.path) as part:
             torch.save({"format": _FORMAT, "settings": dict(settings), **state}, part)
 
     def files(self) -> list[Path]:

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from operator import methodcaller
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -19,7 +20,8 @@ from torchmetrics import Metric
 
 from torchcam import __version__
 from torchcam._checks import callable_object, one_of, positive_integer, torch_module
-from torchcam._passes import model_device, untouched
+from torchcam._passes import model_device
+from torchcam._replica import replicated
 from torchcam._tensors import map_tensors
 from torchcam.layers import TargetLayer
 from torchcam.methods.core import plain_tensors
@@ -56,12 +58,12 @@ def evaluate(
     """Measure the maps of several methods by several metrics, over a data set.
 
     Each batch is explained once by each method, and all its metrics measure the same maps. The model runs in evaluation
-    mode on its own device, and is left as it was. Samples whose map is not finite are counted, and no metric includes
-    them.
+    mode on its own device, and is left as it was. Samples whose map is not finite are counted and left out of all
+    metrics.
 
-    With a ``checkpoint``, the sums are written after each batch: the same call goes on after the last one that was
-    finished, with the same result to the bit as if nothing had happened. What it takes up must be the same in all
-    settings and in each bit of the model; of the data only type and number are compared.
+    With a ``checkpoint``, the sums are saved after each batch: after an interruption, the same call resumes after the
+    last finished batch, and the result is the same to the bit. All settings must be the same, and each bit of the
+    model. Functions are compared by their names, and of the data only type and number.
 
     In a process group (``torchrun``), each process takes every n-th batch and all get the same result. No sample is
     repeated, and the batches are those of a single process, so that its result differs by rounding only (but for
@@ -70,8 +72,8 @@ def evaluate(
     Args:
         model: the model
         loader: a ``DataLoader`` or any iterable of batches: (input, class), (input, class, {name: more}), dicts such as
-            {"image": ..., "label": ...}, or inputs alone. What is named goes to each metric that takes it, such as the
-            ``masks`` of :class:`torchcam.metrics.Localization`.
+            {"image": ..., "label": ...}, or inputs alone. Named values are passed to each metric that takes them, such
+            as the ``masks`` of :class:`torchcam.metrics.Localization`.
         methods: names or classes of :mod:`torchcam.methods`, extractors on ``model``, or functions from the model to an
             extractor, such as ``partial(GradCAM, target_layer="layer4")``; in a dict, by their names in the table
         metrics: names or classes of :mod:`torchcam.metrics`, or functions from an extractor to a
@@ -81,8 +83,8 @@ def evaluate(
             as a softmax; the maps explain the score after it
         class_source: whether to explain the class that comes with an input, or the one that the model predicts
         batch_size: largest number of inputs in one pass, for the methods and metrics that run many; by default theirs
-        checkpoint: a folder that keeps what is finished
-        keep_checkpoint: whether to leave the checkpoint there in the end, or else to remove it
+        checkpoint: a folder to save the finished batches in
+        keep_checkpoint: whether to keep the checkpoint in the end, or else to remove it
         progress: whether to show a progress bar with the time left
         distributed: whether to share the work with the other processes; by default, if there is a process group
         settings: more about the evaluation, to be compared with the checkpoint's and recorded in the result: what a
@@ -93,8 +95,8 @@ def evaluate(
 
     Raises:
         TypeError: if an argument has the wrong type
-        ValueError: if a name is unknown, ``loader`` gives nothing, no labels, or shuffles where it must not, or the
-            checkpoint belongs to another evaluation
+        ValueError: if a name is unknown, ``loader`` yields no batches or no labels, or shuffles where it must not, or
+            the checkpoint belongs to another evaluation
         RuntimeError: if another process has failed
 
     Example:
@@ -231,7 +233,8 @@ class _Run:
         self.tally = state["tally"]
         for one, states, generators in zip(self.contestants, state["states"], state["generators"], strict=True):
             for name, metric in one.metrics.items():
-                metric.load_state_dict(map_tensors(lambda t, device=metric.device: t.to(device), states[name]))
+                to_device = methodcaller("to", metric.device)
+                metric.load_state_dict(map_tensors(to_device, states[name]))
             for generator, position in zip(one.generators, generators, strict=True):
                 generator.set_state(position)
 
@@ -308,8 +311,8 @@ class _Run:
     def _measure(self, raw: Any, advance: Callable[[str], None]) -> None:
         """Explain a batch by each method, and measure the maps."""
         batch = Batch.read(raw, self.device)
-        with untouched(self.model), torch.inference_mode():
-            output = with_logits(self.logits_fn, self.model(batch.image))
+        with replicated(self.model) as model, torch.inference_mode():
+            output = with_logits(self.logits_fn, model(batch.image))
             predicted: list[int] = class_scores(output).argmax(1).tolist()
         classes = predicted if self.class_source == "predicted" else batch.labels
         if classes is None:

@@ -1,4 +1,4 @@
-"""How well a map explains itself: the same again from what it shows, little shown, and the score kept."""
+"""ADCC and ARCC: coherency, complexity and faithfulness of maps in one number."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["ADCC", "ARCC"]
 
 
 class _CoherencyMetric(CAMMetric):
-    """What the metrics share that compare the map of an input with that of the input it leaves."""
+    """The base class of metrics that compare the map of an input with that of the masked input."""
 
     _explains_again = True
     _masks_with_maps = True
@@ -30,7 +30,7 @@ class _CoherencyMetric(CAMMetric):
         self.batch_size = positive_integer("batch_size", batch_size)
 
     def _coherency(self, explained: Explained) -> dict[str, Tensor]:
-        """Give each sample's coherency and complexity, (N,) each."""
+        """Return each sample's coherency and complexity, (N,) each."""
 
         def alike(again: Tensor, samples: Tensor, _variants: Tensor) -> Tensor:
             return (pearson(again, explained.cam[samples]) + 1) / 2
@@ -43,7 +43,7 @@ class _CoherencyMetric(CAMMetric):
 
 
 def _masked(explained: Explained, samples: Tensor) -> Tensor:
-    """Give the inputs multiplied by their maps."""
+    """Return the inputs multiplied by their maps."""
     image: Tensor = explained.image[samples] * explained.cam[samples].unsqueeze(1).to(explained.image.dtype)
     return image
 
@@ -131,7 +131,7 @@ class ADCC(_CoherencyMetric):
         super().__init__(cam_extractor, logits_fn, batch_size, **kwargs)
 
     def compute(self) -> dict[str, Tensor]:
-        """Give ``adcc``, ``adcc_of_means``, ``coherency``, ``complexity`` and ``avg_drop`` of the samples so far."""
+        """Return ``adcc``, ``adcc_of_means``, ``coherency``, ``complexity`` and ``avg_drop`` of the samples so far."""
         coherency, complexity, drop = (part / self.total for part in (self.coherency, self.complexity, self.drop))
         return {
             "adcc": self.adcc / self.total,
@@ -232,7 +232,7 @@ class ARCC(_CoherencyMetric):
         self.percentiles, self.noise, self.seed = removal.percentiles, removal.noise, removal.seed
 
     def compute(self) -> dict[str, Tensor]:
-        """Give ``arcc``, ``arcc_of_means``, ``coherency``, ``complexity`` and ``road`` of the samples so far."""
+        """Return ``arcc``, ``arcc_of_means``, ``coherency``, ``complexity`` and ``road`` of the samples so far."""
         coherency, complexity, road = (part / self.total for part in (self.coherency, self.complexity, self.road))
         return {
             "arcc": self.arcc / self.total,

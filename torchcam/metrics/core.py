@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Protocol
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from torchcam._checks import callable_object, integer
-from torchcam._passes import EVERYONE, forwards_replaced, untouched
+from torchcam._replica import replicated
 from torchcam._tensors import map_tensors, over_channels, resize, to_float
 from torchcam.methods._replay import VariantRunner, run_chunks
-from torchcam.methods.core import _CAM, plain_tensors
+from torchcam.methods.core import on_replica, plain_tensors
 from torchcam.targets import ClassIndex, OutputTarget, Selector, check_one_of, class_scores, read_logits
 
 __all__ = [
@@ -124,8 +124,8 @@ class Explained:
         Returns:
             the scores, (N, V)
         """
-        with untouched(self.model):
-            run = VariantRunner(self.model)
+        with replicated(self.model) as model:
+            run = VariantRunner(model)
 
             def score(samples: Tensor, variants: Tensor, _chunk: slice) -> Tensor:
                 output = run(variant(samples, variants), samples)
@@ -141,6 +141,7 @@ class Explained:
         batch_size: int,
         *,
         classes: Tensor | None = None,
+        extractor: Any = None,
     ) -> Tensor:
         """Explain variants of the inputs and measure the maps, no more than ``batch_size`` of them in memory.
 
@@ -151,6 +152,7 @@ class Explained:
             num_variants: the number of variants V of each sample
             batch_size: largest number of inputs in one pass
             classes: the class to explain of each variant, (N, V); by default the score that was explained before
+            extractor: an extractor to use in place of the metric's
 
         Returns:
             the measures, (N, V, ...)
@@ -166,13 +168,12 @@ class Explained:
 
         def explain(samples: Tensor, variants: Tensor, chunk: slice) -> Tensor:
             inputs = variant(samples, variants)
-            with explaining(self.extractor, self.logits_fn) as extractor:
-                output = run_to_explain(extractor, inputs)
-                maps = maps_of(extractor, output, inputs, **{asked: values[chunk]})
+            with explaining(extractor or self.extractor, self.logits_fn) as own:
+                output = run_to_explain(own, inputs)
+                maps = maps_of(own, output, inputs, **{asked: values[chunk]})
             return measure(maps, samples, variants)
 
-        with untouched(self.model, EVERYONE):  # `variant` may draw random numbers as well
-            return self._by_variant(explain, num_variants, batch_size)
+        return self._by_variant(explain, num_variants, batch_size)
 
     def _by_variant(
         self, evaluate: Callable[[Tensor, Tensor, slice], Tensor], num_variants: int, batch_size: int
@@ -181,13 +182,14 @@ class Explained:
         rows = torch.arange(len(self.image) * num_variants, device=self.image.device)
         samples, variants = rows.div(num_variants, rounding_mode="floor"), rows % num_variants
         chunks = run_chunks(lambda part: evaluate(samples[part], variants[part], part), len(rows), batch_size)
-        values = torch.cat(chunks).unflatten(0, (-1, num_variants))
+        values = torch.cat(chunks)
+        values = values.reshape(-1, num_variants, *values.shape[1:])
         self.valid = self.valid & values.isfinite().flatten(1).all(1)
         return values
 
 
 class CAMMetric(Metric):
-    """What all metrics share: the explained pass, the sums over samples, the summary.
+    """The base class of all metrics: the explained pass, the sums over samples, the summary.
 
     A subclass names its sums in ``_sums``, returns each sample's part of them from ``_measure``, and the means from
     ``compute``. Every sum is a state, float64, and so are ``total`` and ``nan_count``, the numbers of samples in the
@@ -287,7 +289,7 @@ class CAMMetric(Metric):
 
     @property
     def logits_fn(self) -> LogitsFn | None:
-        """What is applied to the model's output before a score is read off it."""
+        """The function from the model's output to the scores, None if the output is the scores."""
         return self._subject.logits_fn
 
     @property
@@ -305,8 +307,8 @@ class CAMMetric(Metric):
     ) -> None:
         """Explain a batch of inputs, and add its part to the sums.
 
-        The model runs in evaluation mode and is left as it was. So is an extractor of this library: the pass that it
-        has recorded stays its own, and it may be disabled.
+        A replica of the model runs, in evaluation mode, and the model is left as it was. So is an extractor of this
+        library: it keeps the pass that it has recorded, and may be disabled.
 
         Args:
             input_tensor: the model's input, (N, C, *spatial) with 1, 2 or 3 spatial dimensions
@@ -334,7 +336,7 @@ class CAMMetric(Metric):
         return {name: getattr(self, name) / self.total for name in self._sums}
 
     def summary(self) -> dict[str, float]:
-        """Give the metric's main means over the samples so far, in all processes.
+        """Return the metric's main means over the samples so far, in all processes.
 
         Raises:
             AssertionError: if no sample was measured
@@ -360,7 +362,7 @@ class CAMMetric(Metric):
         return self._plot(val, ax)
 
     def _measure(self, explained: Explained) -> dict[str, Tensor]:
-        """Give each sample's part of the sums, (N, ...) each; a sample with any that is not finite is left out."""
+        """Return each sample's part of the sums, (N, ...) each; samples with parts that are not finite are left out."""
         raise NotImplementedError(f"{type(self).__name__} does not define what it measures")
 
     def _add(self, parts: Mapping[str, Tensor], valid: Tensor, **counts: Tensor) -> None:
@@ -395,8 +397,8 @@ class CAMMetric(Metric):
                 maps = maps_of(extractor, output, image, **asked)
         else:
             maps = given_maps(maps, image, in_unit_range=self._masks_with_maps)
-            with untouched(self.model), torch.inference_mode():
-                output = with_logits(self.logits_fn, self.model(image))
+            with replicated(self.model) as model, torch.inference_mode():
+                output = with_logits(self.logits_fn, model(image))
                 select, score = _select(output, class_idx, targets, len(image))
         cam, finite = zero_where_not_finite(maps)
         output = map_tensors(lambda t: t.detach().clone() if t.is_inference() else t.detach(), output)
@@ -439,7 +441,7 @@ def as_image(input_tensor: object) -> Tensor:
 
 
 def given_maps(maps: Any, image: Tensor, *, in_unit_range: bool = False) -> Tensor:
-    """Check maps that were not made here, and give them in the input's size, (N, *spatial).
+    """Check maps of the user, and resize them to the input's size, (N, *spatial).
 
     Raises:
         TypeError: if they are neither a tensor nor an array
@@ -481,37 +483,40 @@ def check_seed(seed: int) -> int:
 
 @contextmanager
 def explaining(extractor: Extractor, logits_fn: LogitsFn | None) -> Iterator[Extractor]:
-    """Yield an extractor to explain one pass with, whose model includes ``logits_fn``; the model is restored.
+    """Yield an extractor to explain one pass with; ``logits_fn`` is a part of its model inside the block.
 
-    Extractors of this library make the graph that they need from the target layer on. Others may need a full graph, and
-    may call ``backward()``.
+    It is like ``extractor``, on a replica of the model. An extractor that is not of this library is yielded itself: it
+    gets a full graph and may call ``backward()``, and its model is restored afterwards.
     """
-    with ExitStack() as stack:
-        watcher = getattr(extractor, "base_cam", extractor)
-        if isinstance(watcher, _CAM):
-            stack.enter_context(watcher._inner_pass())
-            watcher.reset_hooks()  # if nothing gets recorded now, an older pass must not be explained
-        else:
-            stack.enter_context(untouched(extractor.model, EVERYONE))
-            stack.enter_context(_gradients_restored(extractor.model))
-            stack.enter_context(torch.enable_grad())
-        if logits_fn is not None:
-            stack.enter_context(forwards_replaced({extractor.model: partial(_followed_by, logits_fn)}))
-        yield extractor
+    with on_replica(extractor) as own:
+        foreign = own is extractor
+        with _gradients_restored(own.model) if foreign else nullcontext(), _logits_applied(own.model, logits_fn):
+            yield own
 
 
-def _followed_by(logits_fn: LogitsFn, _model: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *args, **kwargs: logits_fn(forward(*args, **kwargs))
+@contextmanager
+def _logits_applied(model: nn.Module, logits_fn: LogitsFn | None) -> Iterator[None]:
+    """Let ``model.forward`` apply ``logits_fn`` inside the block."""
+    attributes, forward = vars(model), model.forward
+    own = {"forward": attributes["forward"]} if "forward" in attributes else {}
+    if logits_fn is not None:
+        attributes["forward"] = lambda *args, **kwargs: logits_fn(forward(*args, **kwargs))
+    try:
+        yield
+    finally:
+        attributes.pop("forward", None)
+        attributes.update(own)
 
 
 @contextmanager
 def _gradients_restored(model: nn.Module) -> Iterator[None]:
-    """Take the gradients of the parameters away inside the block."""
+    """Record graphs inside the block, and put the parameters' gradients aside."""
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     try:
         for parameter, _ in gradients:
             parameter.grad = None
-        yield
+        with torch.enable_grad():
+            yield
     finally:
         for parameter, gradient in gradients:
             parameter.grad = gradient

@@ -1,4 +1,4 @@
-"""How faithful maps are to the model: its score while what they show, or the rest, is taken from the input."""
+"""Faithfulness of maps: the change of the score when the positions that they show, or the others, are removed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["ROAD", "ClassificationMetric", "DeletionInsertionMetric"]
 
 
 class ClassificationMetric(CAMMetric):
-    r"""How the score of a class changes when only what its map shows, or only the rest, is left of the input.
+    r"""Change of a class score when the input is masked with the map of the class, or with the inverted map.
 
     With the map :math:`m_i` in [0, 1], upsampled to the input :math:`x_i`, and the score :math:`p` of the explained
     class, after ``logits_fn``:
@@ -65,7 +65,7 @@ class ClassificationMetric(CAMMetric):
         nan_count: the number of samples left out
 
     Raises:
-        TypeError: if ``cam_extractor`` or ``logits_fn`` is not what is said above
+        TypeError: if ``cam_extractor`` or ``logits_fn`` has another type than above
 
     Example:
         >>> from functools import partial
@@ -99,7 +99,7 @@ class ClassificationMetric(CAMMetric):
         super().__init__(cam_extractor, logits_fn, **kwargs)
 
     def compute(self) -> dict[str, Tensor]:
-        """Give ``avg_drop``, ``conf_increase``, ``avg_gain`` and ``deletion_drop`` of the samples so far."""
+        """Return ``avg_drop``, ``conf_increase``, ``avg_gain`` and ``deletion_drop`` of the samples so far."""
         return {
             "avg_drop": self.drop / self.total,
             "conf_increase": self.increase / self.total,
@@ -215,12 +215,12 @@ class DeletionInsertionMetric(CAMMetric):
 
     @property
     def baseline(self) -> Baseline | None:
-        """What a removed position becomes."""
+        """The value of removed positions."""
         baseline: Baseline | None = self._subject.options["baseline"]
         return baseline
 
     def compute(self) -> dict[str, Tensor]:
-        """Give ``deletion_auc`` and ``insertion_auc`` of the samples so far."""
+        """Return ``deletion_auc`` and ``insertion_auc`` of the samples so far."""
         return {"deletion_auc": self.deletion / self.total, "insertion_auc": self.insertion / self.total}
 
     def _measure(self, explained: Explained) -> dict[str, Tensor]:
@@ -249,7 +249,7 @@ class DeletionInsertionMetric(CAMMetric):
         }
 
     def _baseline_of(self, image: Tensor) -> Tensor:
-        """Give the baseline of each input, shaped like it."""
+        """Return the baseline of each input, shaped like it."""
         if self.baseline is None:
             return torch.zeros_like(image)
         baseline = self.baseline if isinstance(self.baseline, Tensor) else self.baseline(image)
@@ -264,7 +264,7 @@ class DeletionInsertionMetric(CAMMetric):
 
 
 class ROAD(CAMMetric):
-    r"""How the score changes while the positions that a map ranks highest, or lowest, are imputed from the rest.
+    r"""Change of the score when the positions that a map ranks highest, or lowest, are imputed from the others.
 
     From ROAD, remove and debias (Rong et al. 2022, arXiv:2202.00449). A removed position is replaced by the weighted
     mean of its neighbours, removed or not (direct neighbours 1/6, diagonal ones 1/12, more at the border in
@@ -351,7 +351,7 @@ class ROAD(CAMMetric):
         self.batch_size = positive_integer("batch_size", batch_size)
 
     def compute(self) -> dict[str, Tensor]:
-        """Give ``morf``, ``lerf`` and ``road`` of the samples so far."""
+        """Return ``morf``, ``lerf`` and ``road`` of the samples so far."""
         morf, lerf = self.morf / self.total, self.lerf / self.total
         return {"morf": morf, "lerf": lerf, "road": (lerf - morf) / 2}
 
@@ -388,7 +388,7 @@ class Removal:
         self.seed = check_seed(seed)
 
     def changes(self, explained: Explained, batch_size: int) -> tuple[Tensor, Tensor]:
-        """Give the mean change of each sample's score, most and least relevant positions first: (N,) each."""
+        """Return the mean change of each sample's score, most and least relevant positions first: (N,) each."""
         image, ranks = explained.image, descending_ranks(explained.cam)
         positions = ranks.shape[1]
         counts = [math.floor(percentile * positions / 100 + 1e-9) for percentile in self.percentiles]

@@ -1,4 +1,4 @@
-"""How well maps point at the evidence that is known: masks or boxes of the object."""
+"""Localisation: the agreement of maps with known evidence, masks or boxes of the object."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _CONVOLUTION: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F
 
 
 class Localization(CAMMetric):
-    r"""How much of a map lies on the evidence: pointing game, energy, rank accuracy and overlap.
+    r"""Agreement of maps with masks or boxes of the evidence: pointing game, energy, rank accuracy and overlap.
 
     With the map :math:`m`, upsampled to the input, its positive part counting, and the mask :math:`E` of the evidence:
 
@@ -68,7 +68,7 @@ class Localization(CAMMetric):
         empty_count: the number of samples left out, their mask empty
 
     Raises:
-        TypeError: if ``cam_extractor`` or ``logits_fn`` is not what is said above
+        TypeError: if ``cam_extractor`` or ``logits_fn`` has another type than above
         ValueError: if ``tolerance`` is negative, or ``threshold`` not in [0, 1]
 
     Example:
@@ -159,7 +159,7 @@ class Localization(CAMMetric):
             self._add(parts, kept, empty_count=empty.sum(), nan_count=(~valid).sum())
 
     def _compare(self, cam: Tensor, evidence: Tensor) -> dict[str, Tensor]:
-        """Give each sample's five numbers, (N,) each, for maps that are not negative."""
+        """Return each sample's five numbers, (N,) each, for maps that are not negative."""
         m, mask = cam.flatten(1).double(), evidence.flatten(1)
         near = _within(evidence, self.tolerance).flatten(1)
         size, share = _count(mask), mask.double().mean(1)
@@ -192,7 +192,7 @@ def _count(positions: Tensor) -> Tensor:
 
 
 def _checked_mask(masks: Any, image: Tensor) -> Tensor:
-    """Give the evidence as booleans (N, *spatial)."""
+    """Return the evidence as booleans (N, *spatial)."""
     if not isinstance(masks, Tensor):
         if not hasattr(masks, "__array__"):
             raise TypeError(f"`masks` must be a tensor or an array (N, *spatial), got {type(masks).__name__}")
@@ -211,7 +211,7 @@ def _checked_mask(masks: Any, image: Tensor) -> Tensor:
 
 
 def _mask_of_boxes(boxes: Any, image: Tensor) -> Tensor:
-    """Give the pixels whose centres are in any of a sample's boxes, (N, H, W)."""
+    """Return the pixels whose centres are in any of a sample's boxes, (N, H, W)."""
     if image.ndim != 4:
         raise ValueError(f"`boxes` are for images (N, C, H, W), got an input of {tuple(image.shape)}: give `masks`")
     if not hasattr(boxes, "__len__") or (isinstance(boxes, Tensor) and not boxes.ndim):
@@ -236,7 +236,7 @@ def _mask_of_boxes(boxes: Any, image: Tensor) -> Tensor:
 
 
 def _numbers(boxes: Any, number: int) -> Tensor:
-    """Give a sample's boxes in the type in which all of them are compared."""
+    """Return a sample's boxes in float64."""
     try:
         return torch.as_tensor(boxes, dtype=torch.float64)
     except (RuntimeError, TypeError, ValueError) as error:  # which of them depends on what it got
@@ -246,7 +246,7 @@ def _numbers(boxes: Any, number: int) -> Tensor:
 
 
 def _within(evidence: Tensor, tolerance: float) -> Tensor:
-    """Give the positions no further than ``tolerance`` from the evidence (N, *spatial)."""
+    """Return the positions no further than ``tolerance`` from the evidence (N, *spatial)."""
     reach = math.floor(tolerance)
     if not reach:
         return evidence

@@ -1,4 +1,4 @@
-"""Whether maps depend on what the model has learned, and on the class that they are asked about."""
+"""Sanity checks: the dependence of maps on the parameters of the model and on the explained class."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torchcam._checks import positive_integer
 from torchcam._passes import caches_of, model_device
 from torchcam.layers import TargetLayer, layer_names
 from torchcam.methods._replay import seeded
+from torchcam.methods.core import on_replica
 from torchcam.targets import class_scores
 
 from ._statistics import cosine, spearman, structural_similarity
@@ -22,7 +23,7 @@ __all__ = ["SanityCheck"]
 
 
 class SanityCheck(CAMMetric):
-    r"""Whether maps change with the model's weights and with the class: those that do not explain neither.
+    r"""Similarity of maps to those of a randomised model, and of the maps of two classes.
 
     From "Sanity checks for saliency maps" (Adebayo et al. 2018, arXiv:1810.03292), cascading randomisation: the layers
     are randomised from the top of the model on, one more at each stage and all those before staying so, and the maps of
@@ -39,9 +40,10 @@ class SanityCheck(CAMMetric):
     one has a ``class_overlap`` of 1, and one that ignores the weights a ``rank_correlation`` of 1.
 
     A parameter is randomised by values drawn from the normal distribution with its own mean and standard deviation, so
-    that activations keep about their scale; buffers stay. The draw is the same for every batch. Other parameters are
-    put in the place of the model's own while the maps are made, so that these never change: after an update, also one
-    that raises, the model holds the same parameter objects with the same values, versions and gradients.
+    that activations keep about their scale; buffers stay. The draw is the same for every batch. It is a replica of the
+    model, with parameters of its own, that is randomised: the model keeps its parameter objects with the same values,
+    versions and gradients. Only with an extractor that is not of this library, the parameters of the model itself are
+    replaced while the maps are computed, and restored afterwards.
 
     Samples whose maps or scores are not finite are left out: ``nan_count`` says how many, ``total`` how many are in
     the means.
@@ -117,7 +119,7 @@ class SanityCheck(CAMMetric):
         self.batch_size = positive_integer("batch_size", batch_size)
 
     def compute(self) -> dict[str, Tensor]:
-        """Give ``rank_correlation``, ``ssim`` and ``class_overlap`` of the samples so far."""
+        """Return ``rank_correlation``, ``ssim`` and ``class_overlap`` of the samples so far."""
         return {
             "rank_correlation": self.rank.mean() / self.total,
             "ssim": self.similarity.mean() / self.total,
@@ -125,7 +127,7 @@ class SanityCheck(CAMMetric):
         }
 
     def by_layer(self) -> dict[str, dict[str, float]]:
-        """Give ``rank_correlation`` and ``ssim`` of each stage, by the layer that was randomised last."""
+        """Return ``rank_correlation`` and ``ssim`` of each stage, by the layer that was randomised last."""
         with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self.sync_on_compute):
             stages = (torch.stack([self.rank, self.similarity], 1) / self.total).tolist()
         return {
@@ -143,16 +145,16 @@ class SanityCheck(CAMMetric):
 
         overlap, single = self._overlap(explained, same)
         stages = []
-        with _parameters_replaced(explained.model) as replace:
-            generator = seeded(self.seed, model_device(explained.model))
+        with on_replica(explained.extractor) as own, _parameters_replaced(own.model) as replace:
+            generator = seeded(self.seed, model_device(own.model))
             for layer in self.layers:
-                replace(explained.model.get_submodule(layer), generator)
-                stages.append(explained.explain_again(same, alike, 1, self.batch_size))
+                replace(own.model.get_submodule(layer), generator)
+                stages.append(explained.explain_again(same, alike, 1, self.batch_size, extractor=own))
         rank, similarity = torch.cat(stages, 1).unbind(2)  # (N, stages) each
         return {"rank": rank, "similarity": similarity, "overlap": overlap, "single": single}
 
     def _overlap(self, explained: Explained, same: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """Give each sample's overlap of the maps of two classes, and whether there is only one."""
+        """Return each sample's overlap of the maps of two classes, and whether there is only one."""
         try:
             scores = class_scores(explained.output)
         except TypeError:  # the output of a detector holds no class scores
@@ -173,7 +175,7 @@ class SanityCheck(CAMMetric):
 
 
 def _layers_from_the_top(model: nn.Module, layers: Any) -> tuple[str, ...]:
-    """Give the names of the layers to randomise, the last one first.
+    """Return the names of the layers to randomise, the last one first.
 
     Raises:
         ValueError: if there are none, or one has no parameters
@@ -207,7 +209,7 @@ def _with_parameters(module: nn.Module, prefix: str) -> list[str]:
 
 @contextmanager
 def _parameters_replaced(model: nn.Module) -> Iterator[Callable[[nn.Module, torch.Generator], None]]:
-    """Give a function that puts random parameters in the place of a module's; the model has its own back afterwards."""
+    """Return a function that replaces the parameters of a part of ``model`` with random ones, until the block ends."""
     own = [
         (module, name, parameter)
         for module in model.modules()
@@ -225,7 +227,7 @@ def _parameters_replaced(model: nn.Module) -> Iterator[Callable[[nn.Module, torc
         for module, name, parameter in own:  # a parameter that two modules share stays shared
             if parameter in drawn:
                 setattr(module, name, drawn[parameter])
-        for cache, items in caches:  # what was computed from the model's own parameters
+        for cache, items in caches:  # computed from the model's own parameters
             for key in [key for key, item in items.items() if isinstance(item, Tensor)]:
                 cache.pop(key, None)
 
