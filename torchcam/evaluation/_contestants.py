@@ -19,6 +19,7 @@ from torchcam import metrics as all_metrics
 from torchcam._names import closest, match_name
 from torchcam.layers import TargetLayer
 from torchcam.methods.core import _CAM
+from torchcam.metrics.core import missing_parts
 
 from ._checkpoint import describe
 
@@ -62,7 +63,7 @@ def _generators(extractor: Any) -> Iterator[torch.Generator]:
     for value in vars(extractor).values():
         if isinstance(value, torch.Generator):
             yield value
-        elif hasattr(value, "fuse_cams"):
+        elif hasattr(value, "fuse_cams") and not isinstance(value, type):
             yield from _generators(value)
 
 
@@ -160,7 +161,7 @@ def _make_extractor(
                 options["target_layer"] = target_layer
         with error_note(f"the method {name}"):
             extractor = entry(model, **options)
-    missing = [part for part in ("model", "fuse_cams", "__call__") if not hasattr(extractor, part)]
+    missing = missing_parts(extractor)
     if missing:
         raise TypeError(
             f"`methods` entry '{name}' gives {type(extractor).__name__}, which is no extractor: it lacks "

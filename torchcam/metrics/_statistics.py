@@ -10,6 +10,7 @@ from torchcam._tensors import gaussian_blur, is_constant
 __all__ = [
     "cosine",
     "descending_ranks",
+    "energy",
     "harmonic_mean",
     "pearson",
     "relative_fall",
@@ -21,6 +22,11 @@ __all__ = [
 def descending_ranks(maps: Tensor) -> Tensor:
     """Rank the positions of maps (N, *spatial), the highest 0; of equals, the first in memory ranks higher: (N, S)."""
     return maps.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(1)
+
+
+def energy(maps: Tensor, mask: Tensor) -> Tensor:
+    """Return the share of maps (N, *spatial) inside masks of the same shape, (N,); NaN for maps of zeros."""
+    return (maps * mask).flatten(1).sum(1) / maps.flatten(1).sum(1)
 
 
 def relative_fall(fall: Tensor, score: Tensor) -> Tensor:

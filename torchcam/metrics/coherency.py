@@ -25,7 +25,9 @@ class _CoherencyMetric(CAMMetric):
     coherency: Tensor
     complexity: Tensor
 
-    def __init__(self, cam_extractor: Extractor, logits_fn: LogitsFn | None, batch_size: int, **kwargs: Any) -> None:
+    def __init__(
+        self, cam_extractor: Extractor, logits_fn: LogitsFn | None = None, *, batch_size: int = 32, **kwargs: Any
+    ) -> None:
         super().__init__(cam_extractor, logits_fn, **kwargs)
         self.batch_size = positive_integer("batch_size", batch_size)
 
@@ -119,16 +121,6 @@ class ADCC(_CoherencyMetric):
 
     adcc: Tensor
     drop: Tensor
-
-    def __init__(
-        self,
-        cam_extractor: Extractor,
-        logits_fn: LogitsFn | None = None,
-        *,
-        batch_size: int = 32,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(cam_extractor, logits_fn, batch_size, **kwargs)
 
     def compute(self) -> dict[str, Tensor]:
         """Return ``adcc``, ``adcc_of_means``, ``coherency``, ``complexity`` and ``avg_drop`` of the samples so far."""
@@ -227,7 +219,7 @@ class ARCC(_CoherencyMetric):
         batch_size: int = 32,
         **kwargs: Any,
     ) -> None:
-        super().__init__(cam_extractor, logits_fn, batch_size, **kwargs)
+        super().__init__(cam_extractor, logits_fn, batch_size=batch_size, **kwargs)
         removal = Removal(percentiles, noise, seed)
         self.percentiles, self.noise, self.seed = removal.percentiles, removal.noise, removal.seed
 

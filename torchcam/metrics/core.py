@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Protocol
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from torchcam._checks import callable_object, integer
+from torchcam._passes import forwards_replaced
 from torchcam._replica import replicated
 from torchcam._tensors import map_tensors, over_channels, resize, to_float
 from torchcam.methods._replay import VariantRunner, run_chunks
@@ -31,7 +32,9 @@ __all__ = [
     "explaining",
     "given_maps",
     "maps_of",
+    "missing_parts",
     "run_to_explain",
+    "tensor_of",
     "with_logits",
     "zero_where_not_finite",
 ]
@@ -59,6 +62,11 @@ class Extractor(Protocol):
 
     def __call__(self, *args: Any, **kwargs: Any) -> list[Tensor]:
         """Return the maps of the last forward pass for ``(class_idx, scores)``, or for ``scores=`` and ``targets=``."""
+
+
+def missing_parts(extractor: Any) -> list[str]:
+    """Return the names of the attributes that an extractor must have and this object lacks."""
+    return [name for name in ("model", "fuse_cams", "__call__") if not hasattr(extractor, name)]
 
 
 @dataclass
@@ -230,7 +238,7 @@ class CAMMetric(Metric):
         shapes: Mapping[str, tuple[int, ...]] | None = None,
         **kwargs: Any,
     ) -> None:
-        missing = [name for name in ("model", "fuse_cams", "__call__") if not hasattr(cam_extractor, name)]
+        missing = missing_parts(cam_extractor)
         if missing and cam_extractor is not None and not isinstance(cam_extractor, nn.Module):
             raise TypeError(
                 f"`cam_extractor` must have a `model`, be callable and have `fuse_cams`, or be a model whose maps are "
@@ -447,10 +455,7 @@ def given_maps(maps: Any, image: Tensor, *, in_unit_range: bool = False) -> Tens
         TypeError: if they are neither a tensor nor an array
         ValueError: if there is not one for each sample, or their values count and are not in [0, 1]
     """
-    if not isinstance(maps, Tensor):
-        if not hasattr(maps, "__array__"):
-            raise TypeError(f"`maps` must be a tensor or an array (N, *spatial), got {type(maps).__name__}")
-        maps = torch.as_tensor(maps)
+    maps = tensor_of("maps", maps)
     maps = to_float(maps.detach().to(image.device))
     found = tuple(maps.shape)
     if maps.ndim == image.ndim and maps.shape[1] == 1:
@@ -466,6 +471,17 @@ def given_maps(maps: Any, image: Tensor, *, in_unit_range: bool = False) -> Tens
             "largest value"
         )
     return resize(maps.unsqueeze(1), image.shape[2:]).squeeze(1)
+
+
+def tensor_of(name: str, value: Any) -> Tensor:
+    """Convert an argument that is a tensor or an array (N, *spatial).
+
+    Raises:
+        TypeError: if it is neither
+    """
+    if not isinstance(value, Tensor) and not hasattr(value, "__array__"):
+        raise TypeError(f"`{name}` must be a tensor or an array (N, *spatial), got {type(value).__name__}")
+    return torch.as_tensor(value)
 
 
 def check_seed(seed: int) -> int:
@@ -494,18 +510,13 @@ def explaining(extractor: Extractor, logits_fn: LogitsFn | None) -> Iterator[Ext
             yield own
 
 
-@contextmanager
-def _logits_applied(model: nn.Module, logits_fn: LogitsFn | None) -> Iterator[None]:
+def _logits_applied(model: nn.Module, logits_fn: LogitsFn | None) -> AbstractContextManager[None]:
     """Let ``model.forward`` apply ``logits_fn`` inside the block."""
-    attributes, forward = vars(model), model.forward
-    own = {"forward": attributes["forward"]} if "forward" in attributes else {}
-    if logits_fn is not None:
-        attributes["forward"] = lambda *args, **kwargs: logits_fn(forward(*args, **kwargs))
-    try:
-        yield
-    finally:
-        attributes.pop("forward", None)
-        attributes.update(own)
+    if logits_fn is None:
+        return nullcontext()
+    return forwards_replaced(
+        {model: lambda _model, forward: lambda *args, **kwargs: logits_fn(forward(*args, **kwargs))}
+    )
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -226,19 +226,16 @@ class DeletionInsertionMetric(CAMMetric):
     def _measure(self, explained: Explained) -> dict[str, Tensor]:
         image, score = explained.image, explained.score.unsqueeze(1)
         baseline = self._baseline_of(image)
-        ranks = descending_ranks(explained.cam)
-        positions = ranks.shape[1]
+        positions = image[0, 0].numel()
         counts = [*range(0, positions, math.ceil(positions / self.steps)), positions]
         inner = len(counts) - 2
         # The input is visible at ranks from `first` to `last` - 1: deletion, the bare baseline, insertion. The ends
         # that are the input itself have its score.
-        first = torch.tensor(counts[1:] + [0] * inner, device=image.device)
-        last = torch.tensor([positions] * (inner + 1) + counts[1:-1], device=image.device)
+        first, last = counts[1:] + [0] * inner, [positions] * (inner + 1) + counts[1:-1]
+        visible = _ranked_between(explained.cam, first, last)
 
         def perturbed(samples: Tensor, variants: Tensor) -> Tensor:
-            rank = ranks[samples]
-            visible = (rank >= first[variants].unsqueeze(1)) & (rank < last[variants].unsqueeze(1))
-            return torch.where(visible.reshape(-1, 1, *image.shape[2:]), image[samples], baseline[samples])
+            return torch.where(visible(samples, variants).unsqueeze(1), image[samples], baseline[samples])
 
         scores = explained.replay(perturbed, len(first), self.batch_size)
         removed, bare, added = scores[:, :inner], scores[:, inner : inner + 1], scores[:, inner + 1 :]
@@ -360,6 +357,21 @@ class ROAD(CAMMetric):
         return {"morf": morf, "lerf": lerf}
 
 
+def _ranked_between(cam: Tensor, first: list[int], last: list[int]) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return a function from the numbers of samples and variants, (B,) each, to masks (B, *spatial).
+
+    Those of variant v hold the positions that the map ranks from ``first[v]`` to ``last[v] - 1``.
+    """
+    ranks = descending_ranks(cam).reshape(cam.shape)
+    bounds = torch.tensor([first, last], device=cam.device).reshape(2, -1, *[1] * (cam.ndim - 1))
+
+    def mask(samples: Tensor, variants: Tensor) -> Tensor:
+        rank, (lowest, end) = ranks[samples], bounds[:, variants]
+        return (rank >= lowest) & (rank < end)
+
+    return mask
+
+
 class Removal:
     """The positions that ROAD replaces, and by what.
 
@@ -389,19 +401,17 @@ class Removal:
 
     def changes(self, explained: Explained, batch_size: int) -> tuple[Tensor, Tensor]:
         """Return the mean change of each sample's score, most and least relevant positions first: (N,) each."""
-        image, ranks = explained.image, descending_ranks(explained.cam)
-        positions = ranks.shape[1]
+        image = explained.image
+        positions = image[0, 0].numel()
         counts = [math.floor(percentile * positions / 100 + 1e-9) for percentile in self.percentiles]
-        first = torch.tensor([0] * len(counts) + [positions - count for count in counts], device=image.device)
-        last = torch.tensor(counts + [positions] * len(counts), device=image.device)
+        first = [0] * len(counts) + [positions - count for count in counts]
+        to_remove = _ranked_between(explained.cam, first, counts + [positions] * len(counts))
         # Drawn where it comes out the same for every device.
         generator = torch.Generator().manual_seed(self.seed)
         noise = torch.randn((len(first), *image.shape[1:]), generator=generator).to(image) * self.noise
 
         def imputed(samples: Tensor, variants: Tensor) -> Tensor:
-            rank = ranks[samples]
-            removed = (rank >= first[variants].unsqueeze(1)) & (rank < last[variants].unsqueeze(1))
-            removed = removed.reshape(-1, *image.shape[2:])
+            removed = to_remove(samples, variants)
             filled = impute(image[samples], removed)
             return torch.where(removed.unsqueeze(1), filled + noise[variants], filled)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -15,13 +15,12 @@ from torchcam._checks import finite_number
 from torchcam.methods.core import plain_tensors
 from torchcam.targets import ClassIndex, OutputTarget
 
-from .core import UNIT, Bounds, CAMMetric, Extractor, LogitsFn, as_image, given_maps, zero_where_not_finite
+from ._statistics import energy
+from .core import UNIT, Bounds, CAMMetric, Extractor, LogitsFn, as_image, given_maps, tensor_of, zero_where_not_finite
 
 __all__ = ["Localization"]
 
 Boxes = Tensor | Sequence[Tensor | Sequence[Sequence[float]]]
-
-_CONVOLUTION: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 class Localization(CAMMetric):
@@ -163,7 +162,7 @@ class Localization(CAMMetric):
         m, mask = cam.flatten(1).double(), evidence.flatten(1)
         near = _within(evidence, self.tolerance).flatten(1)
         size, share = _count(mask), mask.double().mean(1)
-        peak, mass = m.amax(1, keepdim=True), m.sum(1)
+        peak = m.amax(1, keepdim=True)
 
         highest = m == peak
         shown = m >= self.threshold * peak
@@ -179,7 +178,7 @@ class Localization(CAMMetric):
         whole = torch.cat([ordered[:, 1:] < ordered[:, :-1], torch.ones_like(mask[:, :1])], 1)
         return {
             "pointing_game": _count(highest & near) / _count(highest),
-            "energy": torch.where(mass > 0, (m * mask).sum(1) / torch.where(mass > 0, mass, 1.0), share),
+            "energy": torch.where(m.sum(1) > 0, energy(m, mask), share),
             "rank_accuracy": (_count(above & mask) + by_chance) / size,
             "iou": _count(shown & mask) / _count(shown | mask),
             "best_iou": torch.where(whole, overlap, 0.0).amax(1),
@@ -193,10 +192,7 @@ def _count(positions: Tensor) -> Tensor:
 
 def _checked_mask(masks: Any, image: Tensor) -> Tensor:
     """Return the evidence as booleans (N, *spatial)."""
-    if not isinstance(masks, Tensor):
-        if not hasattr(masks, "__array__"):
-            raise TypeError(f"`masks` must be a tensor or an array (N, *spatial), got {type(masks).__name__}")
-        masks = torch.as_tensor(masks)
+    masks = tensor_of("masks", masks)
     if masks.is_floating_point() or masks.is_complex():
         raise TypeError(
             f"`masks` must hold booleans or integers, got {masks.dtype}: say what counts, as in `masks > 0.5`"
@@ -254,5 +250,6 @@ def _within(evidence: Tensor, tolerance: float) -> Tensor:
     offsets = torch.arange(-reach, reach + 1, device=evidence.device)
     squared = sum(offsets.reshape(-1, *[1] * (dims - 1 - axis)) ** 2 for axis in range(dims))
     ball = (torch.as_tensor(squared) <= tolerance**2).float()
-    met: Tensor = _CONVOLUTION[dims](evidence.unsqueeze(1).float(), ball[None, None], padding=reach).squeeze(1) > 0.5
+    convolution = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
+    met: Tensor = convolution(evidence.unsqueeze(1).float(), ball[None, None], padding=reach).squeeze(1) > 0.5
     return met

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchcam._checks import positive_integer
-from torchcam._passes import caches_of, model_device
+from torchcam._passes import model_device
 from torchcam.layers import TargetLayer, layer_names
 from torchcam.methods._replay import seeded
 from torchcam.methods.core import on_replica
@@ -186,25 +186,25 @@ def _layers_from_the_top(model: nn.Module, layers: Any) -> tuple[str, ...]:
             found = children
             prefix = found[0]
         layers = found[::-1]
-        if not any(True for _ in model.parameters()):
+        if not _has_parameters(model):
             raise ValueError(f"{type(model).__name__} has no parameters that could be randomised")
         return tuple(layers)
     try:
         names = tuple(layer_names(model, layers))
     except ValueError as error:
         raise ValueError(str(error).replace("`target_layer`", "`layers`")) from None
-    bare = [name for name in names if not any(True for _ in model.get_submodule(name).parameters())]
+    bare = [name for name in names if not _has_parameters(model.get_submodule(name))]
     if bare:
         raise ValueError(f"`layers` must be modules with parameters, got {bare}")
     return names
 
 
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
 def _with_parameters(module: nn.Module, prefix: str) -> list[str]:
-    return [
-        f"{prefix}.{name}".lstrip(".")
-        for name, child in module.named_children()
-        if any(True for _ in child.parameters())
-    ]
+    return [f"{prefix}.{name}".lstrip(".") for name, child in module.named_children() if _has_parameters(child)]
 
 
 @contextmanager
@@ -216,7 +216,8 @@ def _parameters_replaced(model: nn.Module) -> Iterator[Callable[[nn.Module, torc
         for name, parameter in module._parameters.items()
         if parameter is not None
     ]
-    caches = [(cache, dict(cache)) for cache in caches_of(model)]
+    attributes = [item for module in model.modules() for item in vars(module).items()]
+    caches = [(value, dict(value)) for name, value in attributes if type(value) is dict and not name.startswith("_")]
     drawn: dict[nn.Parameter, nn.Parameter] = {}
 
     def replace(part: nn.Module, generator: torch.Generator) -> None:
