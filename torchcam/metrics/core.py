@@ -514,9 +514,12 @@ def _logits_applied(model: nn.Module, logits_fn: LogitsFn | None) -> AbstractCon
     """Let ``model.forward`` apply ``logits_fn`` inside the block."""
     if logits_fn is None:
         return nullcontext()
-    return forwards_replaced(
-        {model: lambda _model, forward: lambda *args, **kwargs: logits_fn(forward(*args, **kwargs))}
-    )
+    # A partial, unlike a closure, is bound to the replica's modules in a replica.
+    return forwards_replaced({model: lambda _model, forward: partial(_run_with_logits, logits_fn, forward)})
+
+
+def _run_with_logits(logits_fn: LogitsFn, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return logits_fn(forward(*args, **kwargs))
 
 
 @contextmanager
