@@ -367,7 +367,8 @@ def _ranked_between(cam: Tensor, first: list[int], last: list[int]) -> Callable[
 
     def mask(samples: Tensor, variants: Tensor) -> Tensor:
         rank, (lowest, end) = ranks[samples], bounds[:, variants]
-        return (rank >= lowest) & (rank < end)
+        inside: Tensor = (rank >= lowest) & (rank < end)
+        return inside
 
     return mask
 
