@@ -28,7 +28,7 @@ from tests.metrics_under_test import (
     snapshot,
     states,
 )
-from torchcam import metrics
+from torchcam import methods, metrics
 from torchcam.methods import (
     EigenCAM,
     FinerCAM,
@@ -164,6 +164,21 @@ def test_any_extractor(name: str, method: str) -> None:
             maps = maps / maps.amax((1, 2), keepdim=True)
         given.update(x, [3, 1], maps=maps)
     assert_close(states(given), states(metric))
+
+
+@pytest.mark.parametrize("name", ["ADCC", "ClassificationMetric"])
+@pytest.mark.parametrize("method", ["GradCAM", "ScoreCAM", "AblationCAM", "ReciproCAM"])
+def test_maps_explain_the_score_after_logits_fn(name: str, method: str) -> None:
+    """As if ``logits_fn`` was the last module of the model, also where the method runs it again."""
+    model, x = cnn().eval(), images(2)
+    whole = nn.Sequential(*model, nn.Softmax(-1))
+    found = []
+    for subject, logits_fn in ((model, SOFTMAX), (whole, None)):
+        with getattr(methods, method)(subject, "4") as extractor:
+            metric = METRICS[name](extractor, logits_fn)
+            metric.update(x, [3, 1])
+            found.append(states(metric))
+    assert_close(*found)
 
 
 @each

@@ -205,7 +205,8 @@ def test_one_class() -> None:
 
 
 @pytest.mark.parametrize("raises_at", [None, 1, 3, 4, 5])
-def test_parameters_come_back(raises_at: int | None) -> None:
+def test_the_model_keeps_its_parameters(raises_at: int | None) -> None:
+    """A replica is randomised: meanwhile the model's parameters are its own as well."""
     model = cnn()
     model[3].tied = nn.Linear(8, 4, dtype=torch.float64)  # the dropout does not call it
     model[3].tied.weight = model[7].weight  # in two places
@@ -217,7 +218,9 @@ def test_parameters_come_back(raises_at: int | None) -> None:
 
     class Raising(GradCAM):
         def compute_cams(self, *args: Any, **kwargs: Any) -> list[Tensor]:
-            calls.append({name: p.detach().clone() for name, p in model.named_parameters(remove_duplicate=False)})
+            calls.append({name: p.detach().clone() for name, p in self.model.named_parameters(remove_duplicate=False)})
+            meanwhile = dict(model.named_parameters(remove_duplicate=False))
+            assert all(meanwhile[name] is objects[name] for name in objects)
             if len(calls) == raises_at:
                 raise ZeroDivisionError("the extractor")
             return super().compute_cams(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Which explanation is the most faithful: many methods and metrics over a data set, in one table."""
+"""Evaluation of many methods by many metrics over a data set, in one table."""
 
 from ._contestants import find_class
 from ._result import Evaluation, MethodResult, check_format

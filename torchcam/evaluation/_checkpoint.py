@@ -1,32 +1,31 @@
-"""What is kept of an evaluation, so that it can go on after an interruption."""
+"""Checkpoints of an evaluation, to resume it after an interruption."""
 
 from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from types import CodeType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchcam._files import written_whole
+from torchcam._files import atomic_write
 
 __all__ = ["Checkpoint", "checksum", "describe"]
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 class Checkpoint:
     """A folder with one file per process, each replaced as a whole.
 
     Args:
-        folder: where they are
+        folder: the folder
         rank: the number of this process
         size: the number of processes
     """
@@ -37,10 +36,10 @@ class Checkpoint:
         self.path = self.folder / f"process-{rank}-of-{size}.pt"
 
     def load(self, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Give what was kept, or None where nothing was.
+        """Return the state that was saved last, or None if there is none.
 
         Raises:
-            ValueError: if it belongs to an evaluation with other settings, or cannot be read
+            ValueError: if the checkpoint belongs to an evaluation with other settings, or cannot be read
         """
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"`checkpoint` '{self.folder}' is not a folder: name another")
@@ -54,8 +53,8 @@ class Checkpoint:
         if not self.path.exists():
             return None
         try:
-            kept: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
-            version, before = kept["format"], kept["settings"]
+            state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
+            version, before = state["format"], state["settings"]
         except Exception as error:  # unpickling arbitrary bytes can raise anything
             raise ValueError(
                 f"`checkpoint` '{self.path}' cannot be read ({type(error).__name__}): name another folder, or remove it"
@@ -68,15 +67,15 @@ class Checkpoint:
                 f"`checkpoint` '{self.folder}' belongs to an evaluation with other settings: {'; '.join(differences)}. "
                 f"{_WAY_OUT[0].upper()}{_WAY_OUT[1:]}"
             )
-        return kept
+        return state
 
     def save(self, settings: Mapping[str, Any], **state: Any) -> None:
-        """Replace what was kept."""
-        with written_whole(self.path) as part:
+        """Replace the state of this process."""
+        with atomic_write(self.path) as part:
             torch.save({"format": _FORMAT, "settings": dict(settings), **state}, part)
 
     def files(self) -> list[Path]:
-        """The files of all processes."""
+        """Return the files of all processes."""
         return sorted(path for path in self.folder.glob("process-*-of-*.pt") if re.search(r"-\d+-of-\d+$", path.stem))
 
     def remove(self) -> None:
@@ -95,7 +94,7 @@ def _processes(count: int) -> str:
 
 
 def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
-    """Name what differs between two trees of settings."""
+    """Yield a description of each difference between two trees of settings."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in dict.fromkeys([*before, *now]):
             below = f"{name}.{key}" if name else str(key)
@@ -105,7 +104,7 @@ def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
 
 
 def checksum(model: nn.Module) -> str:
-    """Give a number that changes with any bit of the model's parameters and buffers."""
+    """Return a checksum of the model's parameters and buffers."""
     value = 0
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         value = zlib.crc32(name.encode(), value)
@@ -123,46 +122,17 @@ def _bytes(tensor: Tensor) -> Any:
 
 
 def describe(thing: Any) -> str:
-    """Describe a class, a function or an object, the same way in every run."""
+    """Return a description of a class, a function or an object, the same in every run.
+
+    Functions are described by their names, so that two lambda expressions of one module look the same.
+    """
     if isinstance(thing, partial):
         options = [*map(describe, thing.args), *(f"{key}={describe(value)}" for key, value in thing.keywords.items())]
         return f"{describe(thing.func)}({', '.join(options)})"
-    if isinstance(thing, (type, Callable)) and hasattr(thing, "__qualname__"):  # type: ignore[arg-type]
-        name = f"{thing.__module__}.{thing.__qualname__}"
-        function = getattr(thing, "__func__", thing)
-        return f"{name}#{_fingerprint(function):08x}" if isinstance(function, FunctionType) else name
+    if callable(thing) and hasattr(thing, "__qualname__"):
+        return f"{thing.__module__}.{thing.__qualname__}"
     if isinstance(thing, Tensor):
         return f"tensor of shape {tuple(thing.shape)}, {zlib.crc32(_bytes(thing)):08x}"
     if isinstance(thing, (list, tuple)):
         return f"[{', '.join(map(describe, thing))}]"
     return re.sub(r" at 0x[0-9a-f]+", "", repr(thing))
-
-
-def _fingerprint(function: FunctionType, within: tuple[FunctionType, ...] = ()) -> int:
-    """Give a number that changes with what a function does, as far as it and the values bound to it say."""
-    value = _code_fingerprint(function.__code__)
-    bound = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-    for cell in function.__closure__ or ():
-        with suppress(ValueError):  # nothing is in it yet
-            bound.append(cell.cell_contents)
-    for each in bound:
-        # Others may change as the evaluation goes on, such as a list that something is noted in.
-        if isinstance(each, FunctionType):
-            if each is not function and each not in within:
-                value = zlib.crc32(b"%d" % _fingerprint(each, (*within, function)), value)
-        elif each is None or isinstance(each, (bool, int, float, str, type, partial, Tensor)):
-            value = zlib.crc32(describe(each).encode(), value)
-    return value
-
-
-def _code_fingerprint(code: CodeType) -> int:
-    value = zlib.crc32(repr(code.co_names).encode(), zlib.crc32(code.co_code))
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):  # its `repr` has an address
-            text = str(_code_fingerprint(constant))
-        elif isinstance(constant, frozenset):  # in any order
-            text = repr(sorted(map(repr, constant)))
-        else:
-            text = repr(constant)
-        value = zlib.crc32(text.encode(), value)
-    return value

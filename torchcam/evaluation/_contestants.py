@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from difflib import get_close_matches
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -17,13 +16,14 @@ from torchmetrics import Metric
 
 from torchcam import methods as all_methods
 from torchcam import metrics as all_metrics
+from torchcam._names import closest, match_name
 from torchcam.layers import TargetLayer
 from torchcam.methods.core import _CAM
-from torchcam.metrics.core import CAMMetric
+from torchcam.metrics.core import missing_parts
 
 from ._checkpoint import describe
 
-__all__ = ["Contestant", "LogitsFn", "find_class", "make_contestants", "named", "plain_attributes"]
+__all__ = ["Contestant", "LogitsFn", "error_note", "find_class", "make_contestants", "metric_options"]
 
 LogitsFn = Callable[[Any], Any]
 
@@ -36,8 +36,7 @@ class Contestant:
         name: its name in the table
         extractor: the extractor
         metrics: the metrics, by their names
-        accepted: what the `update` of each metric takes beside the input and the class
-        description: what it was made from, the same in every run
+        description: what the extractor was made from, the same in every run
         descriptions: the same for each metric
     """
 
@@ -46,18 +45,30 @@ class Contestant:
     metrics: dict[str, Metric]
     description: str
     descriptions: dict[str, str]
-    accepted: dict[str, set[str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # What the `update` of each metric takes beside the input and the class.
+        self.accepted = {
+            name: set(inspect.signature(metric.update).parameters) for name, metric in self.metrics.items()
+        }
 
     @property
     def generators(self) -> list[torch.Generator]:
-        """The random number generators that the extractor draws from, whose state moves on from batch to batch."""
-        parts = [self.extractor, getattr(self.extractor, "base_cam", None)]
-        found = (getattr(part, "generator", None) for part in parts)
-        return [generator for generator in found if isinstance(generator, torch.Generator)]
+        """The random number generators of the extractor, whose states change from batch to batch."""
+        return list(_generators(self.extractor))
 
 
-def named(what: str, entries: Any, module: ModuleType) -> dict[str, Any]:
-    """Give entries by their names in the table; a name alone stands for what is called so.
+def _generators(extractor: Any) -> Iterator[torch.Generator]:
+    """Yield the generators of an extractor and of those that it wraps."""
+    for value in vars(extractor).values():
+        if isinstance(value, torch.Generator):
+            yield value
+        elif hasattr(value, "fuse_cams") and not isinstance(value, type):
+            yield from _generators(value)
+
+
+def _named(what: str, entries: Any, module: ModuleType) -> dict[str, Any]:
+    """Return entries by their names in the table, with classes in the place of names.
 
     Raises:
         TypeError: if ``entries`` is neither a sequence nor a mapping
@@ -77,17 +88,12 @@ def named(what: str, entries: Any, module: ModuleType) -> dict[str, Any]:
             entry = find_class(what, entry, module)
         elif not callable(entry):
             raise TypeError(f"`{what}` must hold names, classes, objects or functions that make them, got {entry!r}")
-        name = name or _name_of(entry)
+        function = _unwrapped(entry)
+        name = name or getattr(function, "__name__", None) or type(function).__name__
         if name in found:
             raise ValueError(f"`{what}` has two entries named '{name}': pass a dict that gives each a name of its own")
         found[name] = entry
     return found
-
-
-def _name_of(entry: Any) -> str:
-    while isinstance(entry, partial):
-        entry = entry.func
-    return getattr(entry, "__name__", None) or type(entry).__name__
 
 
 def find_class(what: str, name: str, module: ModuleType) -> Any:
@@ -96,19 +102,11 @@ def find_class(what: str, name: str, module: ModuleType) -> Any:
     Raises:
         ValueError: if there is none
     """
-    known = {_plain_name(entry): entry for entry in module.__all__ if isinstance(getattr(module, entry), type)}
-    wanted = _plain_name(name)
-    if wanted in known:
-        return getattr(module, known[wanted])
-    close = [known[match] for match in get_close_matches(wanted, known, n=3, cutoff=0.5)]
-    there = f"closest: {', '.join(close)}" if close else f"there are {', '.join(sorted(known.values()))}"
-    raise ValueError(f"`{what}` names '{name}', which is not in {module.__name__}; {there}")
-
-
-def _plain_name(name: str) -> str:
-    # Papers write Grad-CAM++, Python cannot.
-    name = name.lower().replace("+", "p").replace("-", "").replace("_", "").replace(" ", "").replace("/", "")
-    return name.removesuffix("metric")
+    names = [entry for entry in module.__all__ if isinstance(getattr(module, entry), type)]
+    found = match_name(name, names) or match_name(f"{name}Metric", names)
+    if found is None:
+        raise ValueError(f"`{what}` names '{name}', which is not in {module.__name__}; {closest(name, names)}")
+    return getattr(module, found)
 
 
 def make_contestants(
@@ -122,29 +120,25 @@ def make_contestants(
     batch_size: int | None,
     device: torch.device,
 ) -> list[Contestant]:
-    """Make the extractors, which leave the model with ``stack``, and the metrics of each."""
-    found = {name: find_metric(entry) for name, entry in named("metrics", metrics, all_metrics).items()}
+    """Make the extractors, whose hooks are removed with ``stack``, and the metrics of each."""
+    makers = _named("metrics", metrics, all_metrics)
+    for maker in makers.values():
+        if isinstance(maker, Metric):
+            raise TypeError(
+                f"`metrics` holds the object {type(maker).__name__}(), but each method needs one of its own: pass the "
+                "class, or a function from an extractor to a metric"
+            )
+    sources = {name: describe(maker) for name, maker in makers.items()}
     contestants = []
-    for name, entry in named("methods", methods, all_methods).items():
+    for name, entry in _named("methods", methods, all_methods).items():
         extractor = _make_extractor(stack, model, name, entry, target_layer, batch_size)
-        made = {metric: _make_metric(metric, make, extractor, logits_fn, batch_size) for metric, make in found.items()}
+        made = {
+            metric: _make_metric(metric, maker, extractor, logits_fn, batch_size) for metric, maker in makers.items()
+        }
         for metric in made.values():
             metric.to(device).persistent(True)
-        accepted = {metric: _accepted(made[metric]) for metric in made}
-        sources = {metric: describe(make) for metric, make in found.items()}
-        source = f"{describe(entry)}: {describe(extractor)}"
-        contestants.append(Contestant(name, extractor, made, source, sources, accepted))
+        contestants.append(Contestant(name, extractor, made, f"{describe(entry)}: {describe(extractor)}", sources))
     return contestants
-
-
-def find_metric(entry: Any) -> Any:
-    """Check that an entry makes metrics."""
-    if isinstance(entry, Metric):
-        raise TypeError(
-            f"`metrics` holds the object {type(entry).__name__}(), but each method needs one of its own: pass the "
-            "class, or a function from an extractor to a metric"
-        )
-    return entry
 
 
 def _make_extractor(
@@ -160,15 +154,14 @@ def _make_extractor(
         extractor = entry
     else:
         options: dict[str, Any] = {}
-        of_ours = _class_of(entry)
-        if (of_ours is not None and issubclass(of_ours, _CAM)) or _takes(entry, "target_layer"):
+        method = _unwrapped(entry)
+        if (isinstance(method, type) and issubclass(method, _CAM)) or _takes(entry, "target_layer"):
+            options = _missing_options(entry, batch_size=batch_size)
             if target_layer is not None and "target_layer" not in getattr(entry, "keywords", {}):
                 options["target_layer"] = target_layer
-            if batch_size is not None and _takes(entry, "batch_size"):
-                options["batch_size"] = batch_size
-        with plainly(f"the method {name}"):
+        with error_note(f"the method {name}"):
             extractor = entry(model, **options)
-    missing = [part for part in ("model", "fuse_cams", "__call__") if not hasattr(extractor, part)]
+    missing = missing_parts(extractor)
     if missing:
         raise TypeError(
             f"`methods` entry '{name}' gives {type(extractor).__name__}, which is no extractor: it lacks "
@@ -182,39 +175,30 @@ def _make_extractor(
 
 
 def _make_metric(name: str, entry: Any, extractor: Any, logits_fn: LogitsFn | None, batch_size: int | None) -> Metric:
-    options: dict[str, Any] = {}
-    if _class_of(entry) is not None:
-        options = {
-            option: value
-            for option, value in (("logits_fn", logits_fn), ("batch_size", batch_size))
-            if value is not None and _takes(entry, option) and option not in getattr(entry, "keywords", {})
-        }
-    with plainly(f"the metric {name}"):
+    is_class = isinstance(_unwrapped(entry), type)
+    options = _missing_options(entry, logits_fn=logits_fn, batch_size=batch_size) if is_class else {}
+    with error_note(f"the metric {name}"):
         metric = entry(extractor, **options)
     if not isinstance(metric, Metric):
         raise TypeError(f"`metrics` entry '{name}' must make a torchmetrics.Metric, got {type(metric).__name__}")
     return metric
 
 
-class plainly:  # noqa: N801 - reads as a statement
-    """Say what was being made or done when an error came up."""
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, _traceback: Any) -> None:
-        if isinstance(error, Exception):
-            error.add_note(f"torchcam.evaluate: this came up in {self.what}")
+@contextmanager
+def error_note(what: str) -> Iterator[None]:
+    """Add a note to an exception: what was being made or done."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"torchcam.evaluate: this came up in {what}")
+        raise
 
 
-def _class_of(entry: Any) -> type | None:
-    """Give the class that an entry is, or a partial of."""
+def _unwrapped(entry: Any) -> Any:
+    """Return the class or function that an entry is, or a partial of."""
     while isinstance(entry, partial):
         entry = entry.func
-    return entry if isinstance(entry, type) else None
+    return entry
 
 
 def _takes(function: Any, option: str) -> bool:
@@ -224,29 +208,23 @@ def _takes(function: Any, option: str) -> bool:
         return False
 
 
-def _accepted(metric: Metric) -> set[str]:
-    """Give the names of what a metric's update takes."""
-    return set(inspect.signature(metric.update).parameters)
-
-
-def plain_attributes(metric: Metric) -> dict[str, Any]:
-    """Give the options of a metric for the record: plain values, and descriptions of callables and tensors."""
-    common = vars(_Bare())
-    plain = {
+def _missing_options(entry: Any, **options: Any) -> dict[str, Any]:
+    """Return the options that are not None, that an entry takes, and that it is not a partial with."""
+    bound = getattr(entry, "keywords", {})
+    return {
         name: value
-        for name, value in vars(metric).items()
-        if not name.startswith("_") and name not in common and isinstance(value, (bool, int, float, str, tuple, list))
+        for name, value in options.items()
+        if value is not None and name not in bound and _takes(entry, name)
     }
-    options = metric._subject.options if isinstance(metric, CAMMetric) else {}
-    described = {name: value if isinstance(value, str) else describe(value) for name, value in options.items()}
-    return plain | {name: text for name, text in described.items() if options[name] is not None}
 
 
-class _Bare(Metric):
-    """A metric without options."""
-
-    def update(self) -> None:
-        """Take nothing."""
-
-    def compute(self) -> None:
-        """Give nothing."""
+def metric_options(metric: Metric) -> dict[str, Any]:
+    """Return the options of a metric for the record: plain values, and descriptions of callables and tensors."""
+    found = {}
+    for name in inspect.signature(type(metric)).parameters:
+        value = getattr(metric, name, None)
+        if isinstance(value, (bool, int, float, str, tuple, list)):
+            found[name] = value
+        elif name != "cam_extractor" and (callable(value) or isinstance(value, torch.Tensor)):
+            found[name] = describe(value)
+    return found

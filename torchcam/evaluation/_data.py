@@ -1,4 +1,4 @@
-"""The batches of a data set: what is in one, and which of them a process takes."""
+"""The batches of a data set: their contents, and their distribution to processes."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _CLASS_KEYS = ("class_idx", "label", "labels", "class", "y")
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs and what is known about them.
+    """Inputs with their classes and annotations.
 
     Attributes:
         image: the model's input, (N, C, *spatial)
         labels: the class of each, (N,), if it is known
-        extras: what else there is by name, such as the `masks` of :class:`torchcam.metrics.Localization`
+        extras: annotations by name, such as the `masks` of :class:`torchcam.metrics.Localization`
     """
 
     image: Tensor
@@ -37,7 +37,7 @@ class Batch:
 
     @classmethod
     def read(cls, raw: Any, device: torch.device) -> Batch:
-        """Understand what a loader gives.
+        """Convert a batch of a loader.
 
         Raises:
             TypeError: if it holds no inputs, or labels that are not integers
@@ -63,7 +63,7 @@ class Batch:
 
 
 def _parts(raw: Any) -> tuple[Any, Any, dict[str, Any]]:
-    """Give the input, the classes and the rest."""
+    """Return the input, the classes and the rest."""
     if isinstance(raw, Tensor):
         return raw, None, {}
     if isinstance(raw, Mapping):
@@ -89,9 +89,9 @@ def _describe(raw: Any) -> str:
 class Stream:
     """The batches of a loader, of which process ``rank`` of ``size`` takes every ``size``-th.
 
-    The batches are those that a single process would see: nothing is padded, and no sample comes twice. A
-    ``DataLoader`` over a data set with random access does not load what other processes take or what is finished; from
-    any other iterable it is taken out and dropped.
+    The batches are those of a single process: nothing is padded, and no sample is repeated. A ``DataLoader`` over a
+    data set with random access loads only the batches of this process that are not finished; the others of any other
+    iterable are read and dropped.
 
     Args:
         loader: a ``DataLoader``, or any iterable of batches
@@ -133,7 +133,7 @@ class Stream:
             )
 
     def after(self, finished: int) -> Iterator[Any]:
-        """Give this process's batches but for the first ``finished``."""
+        """Return this process's batches but for the first ``finished``."""
         start = self.rank + finished * self.size
         loader = self.loader
         if start == 0 and self.size == 1:
@@ -148,7 +148,7 @@ class Stream:
 
 
 def _with_batches(loader: DataLoader[Any], batches: list[list[int]]) -> DataLoader[Any]:
-    """Give a loader as this one that loads only some batches."""
+    """Return a loader with the same options for some of the batches."""
     workers: dict[str, Any] = {}
     if loader.num_workers:
         workers = {

@@ -1,23 +1,23 @@
-"""The table that an evaluation ends in."""
+"""The result of an evaluation: numbers by method and metric, as a table and in files."""
 
 from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from torchcam._files import written_whole
+from torchcam._files import atomic_write
+from torchcam._numbers import finite, to_json
+from torchcam._tables import as_text, make_table
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions
-    from rich.table import Table
 
 __all__ = ["FORMATS", "Evaluation", "MethodResult", "check_format"]
 
@@ -29,15 +29,15 @@ _ARROWS = {True: "↑", False: "↓", None: ""}
 
 @dataclass(frozen=True)
 class MethodResult:
-    """How one method did.
+    """The results of one method.
 
     Attributes:
-        values: what each metric computed, by the metric's name and then by the value's
-        measured: the number of samples in each metric's means, where the metric says
-        left_out: the number of samples that each metric left out, their map or scores not finite, where it says
+        values: the values of each metric, by the metric's name and then by the value's
+        measured: the number of samples in each metric's means, for metrics that count them
+        left_out: the number of samples that each metric left out, their map or scores not finite, likewise
         empty: the number of samples that a metric left out because they hold no evidence to compare with
         nan_maps: the number of samples whose map was not finite
-        seconds: the time that a map took, in the mean over the samples; its metrics aside
+        seconds: the mean time of a map, without its metrics
     """
 
     values: Mapping[str, Mapping[str, float]]
@@ -50,14 +50,14 @@ class MethodResult:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Evaluation:
-    """What :func:`torchcam.evaluate` found. Prints as a table; ``result["GradCAM", "avg_drop"]`` is one number of it.
+    """The result of :func:`torchcam.evaluate`, printed as a table; ``result["GradCAM", "avg_drop"]`` is one number.
 
     Attributes:
         methods: the results of each method, by its name
         higher_is_better: for each metric and each of its values whether a high one is good; None where it is neither
         num_samples: the number of samples
         agreement: the share of the samples whose explained class is the one that the model predicts
-        settings: how the evaluation was made
+        settings: the arguments and the versions
     """
 
     methods: Mapping[str, MethodResult]
@@ -67,7 +67,7 @@ class Evaluation:
     settings: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     def __getitem__(self, place: tuple[str, str]) -> float:
-        """Give one number: of a method, and of a value's name, with its metric's name before it where that is needed.
+        """Return one number by the names of a method and a value, the latter after its metric's name where needed.
 
         Raises:
             KeyError: if there is no such method or value
@@ -83,32 +83,32 @@ class Evaluation:
         return self.methods[method].values[found[0]][found[1]]
 
     def _titles(self) -> dict[tuple[str, str], str]:
-        """Give the title of each column: the value's name, with its metric's where several have it."""
+        """Return the title of each column: the value's name, after its metric's where several have it."""
         columns = [(metric, key) for metric, keys in self.higher_is_better.items() for key in keys]
         count = Counter(key for _, key in columns)
         return {(metric, key): key if count[key] == 1 else f"{metric}.{key}" for metric, key in columns}
 
     def _best(self) -> set[tuple[str, str, str]]:
-        """Give the places of the best numbers: method, metric, value."""
+        """Return the best numbers: method, metric, value."""
         best = set()
         for metric, key in self._titles():
             direction = self.higher_is_better[metric][key]
             numbers = {name: entry.values[metric][key] for name, entry in self.methods.items()}
-            finite = [number for number in numbers.values() if math.isfinite(number)]
-            if direction is not None and len(set(finite)) > 1:
-                top = max(finite) if direction else min(finite)
+            comparable = [number for number in numbers.values() if math.isfinite(number)]
+            if direction is not None and len(set(comparable)) > 1:
+                top = max(comparable) if direction else min(comparable)
                 best |= {(name, metric, key) for name, number in numbers.items() if number == top}
         return best
 
     @property
     def summary(self) -> str:
-        """What the table is about, in a sentence."""
+        """A description of the data, in a sentence."""
         images = "1 sample" if self.num_samples == 1 else f"{self.num_samples} samples"
         return f"{images}; in {self.agreement:.1%} the explained class is the one that the model predicts"
 
     @property
     def notes(self) -> list[str]:
-        """What has to be said about the numbers: what is missing in them."""
+        """Remarks on the numbers: the samples that are missing in them."""
         notes = []
         for name, entry in self.methods.items():
             if entry.nan_maps:
@@ -128,44 +128,47 @@ class Evaluation:
         arrows = [f"{title} {_ARROWS[self.higher_is_better[m][k]]}".strip() for (m, k), title in self._titles().items()]
         return ["method", *arrows, "NaN maps", "s / map"]
 
-    def _rows(self, mark: Sequence[str] = ("", "")) -> Iterator[list[str]]:
+    def _rows(self, mark: Callable[[str], Any]) -> Iterator[list[Any]]:
+        """Yield the cells of each method, the best numbers marked."""
         best = self._best()
         for name, entry in self.methods.items():
-            cells = []
+            cells: list[Any] = []
             for metric, key in self._titles():
                 cell = _number(entry.values[metric][key])
-                cells.append(cell.join(mark) if (name, metric, key) in best else cell)
+                cells.append(mark(cell) if (name, metric, key) in best else cell)
             yield [name, *cells, str(entry.nan_maps), _number(entry.seconds)]
 
     def to_dict(self) -> dict[str, Any]:
-        """Give everything, as JSON can hold it: NaN and infinity become None."""
-        return {
-            "schema_version": 1,
-            "num_samples": self.num_samples,
-            "agreement": _plain(self.agreement),
-            "methods": {
-                name: {
-                    "values": {
-                        metric: {key: _plain(v) for key, v in values.items()} for metric, values in entry.values.items()
-                    },
-                    "measured": dict(entry.measured),
-                    "left_out": dict(entry.left_out),
-                    "empty": dict(entry.empty),
-                    "nan_maps": entry.nan_maps,
-                    "seconds_per_map": _plain(entry.seconds),
-                }
-                for name, entry in self.methods.items()
-            },
-            "higher_is_better": {metric: dict(keys) for metric, keys in self.higher_is_better.items()},
-            "settings": dict(self.settings),
+        """Return everything, as JSON can hold it: NaN and infinity become None."""
+        methods = {
+            name: {
+                "values": entry.values,
+                "measured": entry.measured,
+                "left_out": entry.left_out,
+                "empty": entry.empty,
+                "nan_maps": entry.nan_maps,
+                "seconds_per_map": entry.seconds,
+            }
+            for name, entry in self.methods.items()
         }
+        everything: dict[str, Any] = finite(
+            {
+                "schema_version": 1,
+                "num_samples": self.num_samples,
+                "agreement": self.agreement,
+                "methods": methods,
+                "higher_is_better": self.higher_is_better,
+                "settings": self.settings,
+            }
+        )
+        return everything
 
     def to_json(self) -> str:
-        """Give everything as JSON."""
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False, ensure_ascii=False)
+        """Return everything as JSON."""
+        return to_json(self.to_dict())
 
     def to_csv(self) -> str:
-        """Give the table as CSV, a row per method, with all digits."""
+        """Return the table as CSV, a row per method, with all digits."""
         titles = self._titles()
         metrics = [
             metric for metric in self.higher_is_better if any(metric in m.left_out for m in self.methods.values())
@@ -181,9 +184,9 @@ class Evaluation:
         return text.getvalue()
 
     def to_markdown(self) -> str:
-        """Give the table as Markdown, the best numbers in bold."""
+        """Return the table as Markdown, the best numbers in bold."""
         header = self._header()
-        rows = [header, ["---", *["---:"] * (len(header) - 1)], *self._rows(("**", "**"))]
+        rows = [header, ["---", *["---:"] * (len(header) - 1)], *self._rows("**{}**".format)]
         lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
         return "\n".join([*lines, "", f"{self.summary}.", *(f"\n{note}." for note in self.notes)]) + "\n"
 
@@ -198,12 +201,12 @@ class Evaluation:
         path = Path(path)
         method = check_format(path)
         text: str = getattr(self, method)()
-        with written_whole(path) as part:
+        with atomic_write(path) as part:
             part.write_text(text if text.endswith("\n") else f"{text}\n", encoding="utf-8")
         return path
 
     def _groups(self, widths: Sequence[int], width: int) -> list[list[int]]:
-        """Share the columns but the first out to tables that are not wider than a terminal, each metric's together."""
+        """Distribute the columns but the first to tables that fit a width, those of a metric together if possible."""
         numbers = iter(range(1, len(widths)))
         parts = [[next(numbers) for _ in keys] for keys in self.higher_is_better.values()]
         groups: list[list[int]] = [[]]
@@ -217,45 +220,25 @@ class Evaluation:
                 groups[-1].append(column)
         return groups
 
-    def _tables(self, width: int) -> Iterator[Table]:
-        """Split the table into ones that are not wider than a terminal."""
-        from rich import box
-        from rich.table import Table
-        from rich.text import Text
-
-        header, rows = self._header(), list(self._rows(("*", "*")))
-        widths = [max(len(row[column].strip("*")) for row in [header, *rows]) + 3 for column in range(len(header))]
-        for group in self._groups(widths, width):
-            table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
-            table.add_column(Text(header[0]), no_wrap=True)
-            for column in group:
-                table.add_column(Text(header[column]), justify="right", no_wrap=True)
-            for row in rows:
-                cells = [Text(row[c].strip("*"), style="bold green" if row[c].startswith("*") else "") for c in group]
-                table.add_row(Text(row[0]), *cells)
-            yield table
-
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
         from rich.text import Text
 
-        for table in self._tables(options.max_width):
-            yield table
+        header, rows = self._header(), list(self._rows(lambda cell: Text(cell, style="bold green")))
+        widths = [max(len(row[column]) for row in [header, *rows]) + 3 for column in range(len(header))]
+        for group in self._groups(widths, options.max_width):
+            part = [[row[column] for column in (0, *group)] for row in [header, *rows]]
+            yield make_table(part[0], part[1:], right=range(1, len(part[0])))
             yield Text()
         yield Text(f"{self.summary}.")
         for note in self.notes:
             yield Text(f"{note}.", style="yellow")
 
     def __repr__(self) -> str:
-        from rich.console import Console
-
-        console = Console(file=io.StringIO(), width=120, color_system=None, force_terminal=False)
-        with console.capture() as capture:
-            console.print(self)
-        return "\n".join(line.rstrip() for line in capture.get().splitlines())
+        return as_text(self, width=120)
 
 
 def check_format(path: str | Path) -> str:
-    """Give the name of the method that makes what a file is to hold.
+    """Return the name of the method that returns the contents of a file, by its suffix.
 
     Raises:
         ValueError: if the file's suffix names no format
@@ -270,7 +253,3 @@ def _number(value: float) -> str:
     if not math.isfinite(value):
         return "NaN" if math.isnan(value) else str(value)
     return f"{value:.2e}" if 0 < abs(value) < 5e-4 or abs(value) >= 1e5 else f"{value:.4f}"
-
-
-def _plain(value: float) -> float | None:
-    return value if math.isfinite(value) else None

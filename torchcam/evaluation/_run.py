@@ -1,4 +1,4 @@
-"""The evaluation itself: batch by batch, method by method, each map shared by all metrics."""
+"""The loop over batches and methods; all metrics of a method measure the same maps."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from operator import methodcaller
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -17,15 +19,17 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from torchcam import __version__
-from torchcam._passes import model_device, untouched
+from torchcam._checks import callable_object, one_of, positive_integer, torch_module
+from torchcam._passes import model_device
+from torchcam._replica import replicated
+from torchcam._tensors import map_tensors
 from torchcam.layers import TargetLayer
-from torchcam.methods._replay import positive_integer
 from torchcam.methods.core import plain_tensors
-from torchcam.metrics.core import logits_applied, maps_of, watched
+from torchcam.metrics.core import explaining, maps_of, with_logits
 from torchcam.targets import class_scores
 
 from ._checkpoint import Checkpoint, checksum, describe
-from ._contestants import Contestant, LogitsFn, make_contestants, plain_attributes, plainly
+from ._contestants import Contestant, LogitsFn, error_note, make_contestants, metric_options
 from ._data import Batch, Stream
 from ._result import Evaluation, MethodResult
 from ._team import Team
@@ -54,12 +58,12 @@ def evaluate(
     """Measure the maps of several methods by several metrics, over a data set.
 
     Each batch is explained once by each method, and all its metrics measure the same maps. The model runs in evaluation
-    mode on its own device, and is left as it was. Samples whose map is not finite are counted, and no metric includes
-    them.
+    mode on its own device, and is left as it was. Samples whose map is not finite are counted and left out of all
+    metrics.
 
-    With a ``checkpoint``, the sums are written after each batch: the same call goes on after the last one that was
-    finished, with the same result to the bit as if nothing had happened. What it takes up must be the same in all
-    settings and in each bit of the model; of the data only type and number are compared.
+    With a ``checkpoint``, the sums are saved after each batch: after an interruption, the same call resumes after the
+    last finished batch, and the result is the same to the bit. All settings must be the same, and each bit of the
+    model. Functions are compared by their names, and of the data only type and number.
 
     In a process group (``torchrun``), each process takes every n-th batch and all get the same result. No sample is
     repeated, and the batches are those of a single process, so that its result differs by rounding only (but for
@@ -68,8 +72,8 @@ def evaluate(
     Args:
         model: the model
         loader: a ``DataLoader`` or any iterable of batches: (input, class), (input, class, {name: more}), dicts such as
-            {"image": ..., "label": ...}, or inputs alone. What is named goes to each metric that takes it, such as the
-            ``masks`` of :class:`torchcam.metrics.Localization`.
+            {"image": ..., "label": ...}, or inputs alone. Named values are passed to each metric that takes them, such
+            as the ``masks`` of :class:`torchcam.metrics.Localization`.
         methods: names or classes of :mod:`torchcam.methods`, extractors on ``model``, or functions from the model to an
             extractor, such as ``partial(GradCAM, target_layer="layer4")``; in a dict, by their names in the table
         metrics: names or classes of :mod:`torchcam.metrics`, or functions from an extractor to a
@@ -79,8 +83,8 @@ def evaluate(
             as a softmax; the maps explain the score after it
         class_source: whether to explain the class that comes with an input, or the one that the model predicts
         batch_size: largest number of inputs in one pass, for the methods and metrics that run many; by default theirs
-        checkpoint: a folder that keeps what is finished
-        keep_checkpoint: whether to leave the checkpoint there in the end, or else to remove it
+        checkpoint: a folder to save the finished batches in
+        keep_checkpoint: whether to keep the checkpoint in the end, or else to remove it
         progress: whether to show a progress bar with the time left
         distributed: whether to share the work with the other processes; by default, if there is a process group
         settings: more about the evaluation, to be compared with the checkpoint's and recorded in the result: what a
@@ -91,8 +95,8 @@ def evaluate(
 
     Raises:
         TypeError: if an argument has the wrong type
-        ValueError: if a name is unknown, ``loader`` gives nothing, no labels, or shuffles where it must not, or the
-            checkpoint belongs to another evaluation
+        ValueError: if a name is unknown, ``loader`` yields no batches or no labels, or shuffles where it must not, or
+            the checkpoint belongs to another evaluation
         RuntimeError: if another process has failed
 
     Example:
@@ -105,18 +109,14 @@ def evaluate(
         >>> result["GradCAM", "avg_drop"] < result["RandomCAM", "avg_drop"]
         True
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
-    if class_source not in ("label", "predicted"):
-        raise ValueError(f"`class_source` must be 'label' or 'predicted', got {class_source!r}")
-    if logits_fn is not None and not callable(logits_fn):
-        raise TypeError(f"`logits_fn` must be callable or None, got {logits_fn!r}")
+    torch_module("model", model)
+    one_of("class_source", class_source, ("label", "predicted"))
+    callable_object("logits_fn", logits_fn, optional=True)
     if batch_size is not None:
         positive_integer("batch_size", batch_size)
     team = Team(distributed)
     with ExitStack() as stack, plain_tensors():
-        run: _Run | None = None
-        with _together(team):
+        with team.failing_together():
             stream = Stream(loader, team.rank, team.size)
             device = model_device(model)
             contestants = make_contestants(
@@ -130,38 +130,24 @@ def evaluate(
                 device=device if device.type == "cuda" else torch.device("cpu"),
             )
             record = _settings(model, stream, contestants, logits_fn, class_source, settings, team)
-            kept = None if checkpoint is None else Checkpoint(checkpoint, team.rank, team.size)
-            run = _Run(model, stream, contestants, logits_fn, class_source, team, kept, record)
+            saved = None if checkpoint is None else Checkpoint(checkpoint, team.rank, team.size)
+            run = _Run(
+                getattr(model, "_orig_mod", model), stream, contestants, logits_fn, class_source, team, saved, record
+            )
             run.resume()
         if not team.agree(zlib.crc32(json.dumps(record, sort_keys=True).encode())):
             raise ValueError("the processes of the group were given different settings, models or data")
-        run.go(progress)
+        run.run_batches(progress)
         result = run.result()
-        if kept is not None and not keep_checkpoint:
-            team.sum(torch.zeros(1))  # all of them have the result
-            kept.remove()
+        if saved is not None and not keep_checkpoint:
+            team.sum(torch.zeros(1))  # waits until all processes have the result
+            saved.remove()
     return result
 
 
 def discard_checkpoint(checkpoint: str | Path) -> None:
-    """Remove what :func:`evaluate` has kept in a folder, and the folder if nothing else is in it."""
+    """Remove the files that :func:`evaluate` has saved in a folder, and the folder if nothing else is in it."""
     Checkpoint(checkpoint).remove()
-
-
-@contextmanager
-def _together(team: Team) -> Iterator[None]:
-    """Let all processes fail if one does."""
-    failed = False
-    try:
-        yield
-    except Exception:
-        failed = True
-        raise
-    finally:
-        if failed:
-            with suppress(RuntimeError):  # the error that is on its way says more
-                team.step(working=False, failed=True)
-    team.step(working=True, failed=False)
 
 
 def _settings(
@@ -173,7 +159,7 @@ def _settings(
     more: Mapping[str, Any] | None,
     team: Team,
 ) -> dict[str, Any]:
-    """Describe an evaluation, the same way in every run."""
+    """Return a description of an evaluation, the same in every run, as JSON can hold it."""
     dataset = getattr(stream.loader, "dataset", None)
     try:
         num_samples = None if dataset is None else len(dataset)
@@ -191,7 +177,7 @@ def _settings(
             name: {
                 "made_by": first.descriptions[name],
                 "class": describe(type(metric)),
-                **{key: _jsonable(value) for key, value in plain_attributes(metric).items()},
+                **metric_options(metric),
             }
             for name, metric in first.metrics.items()
         },
@@ -207,63 +193,53 @@ def _settings(
         "processes": team.size,
     }
     if more is not None:
-        try:
-            record["settings"] = json.loads(json.dumps(dict(more)))
-        except (TypeError, ValueError) as error:
-            raise TypeError(f"`settings` must be what a JSON file can hold: {error}") from error
-    return record
+        record["settings"] = dict(more)
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(record))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"`settings` must be what a JSON file can hold: {error}") from error
+    return plain
 
 
-def _jsonable(value: Any) -> Any:
-    return [_jsonable(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
+@dataclass
 class _Run:
-    """What an evaluation has and where it is."""
+    """An evaluation and its progress."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        stream: Stream,
-        contestants: Sequence[Contestant],
-        logits_fn: LogitsFn | None,
-        class_source: str,
-        team: Team,
-        checkpoint: Checkpoint | None,
-        settings: dict[str, Any],
-    ) -> None:
-        self.model = getattr(model, "_orig_mod", model)
-        self.device = model_device(model)
-        self.stream = stream
-        self.contestants = contestants
-        self.logits_fn = logits_fn
-        self.class_source = class_source
-        self.team = team
-        self.checkpoint = checkpoint
-        self.settings = settings
-        self.finished = 0
-        # samples, predicted as explained; and of each method: maps of NaN, seconds
-        self.tally = torch.zeros(2 + 2 * len(contestants), dtype=torch.float64)
+    model: nn.Module
+    stream: Stream
+    contestants: Sequence[Contestant]
+    logits_fn: LogitsFn | None
+    class_source: str
+    team: Team
+    checkpoint: Checkpoint | None
+    settings: dict[str, Any]
+    finished: int = 0
+
+    def __post_init__(self) -> None:
+        self.device = model_device(self.model)
+        # The numbers of samples and of those predicted as explained; of each method: maps of NaN, seconds.
+        self.tally = torch.zeros(2 + 2 * len(self.contestants), dtype=torch.float64)
 
     # The checkpoint.
 
     def resume(self) -> None:
-        """Go back to where an earlier run was."""
+        """Restore the state that an earlier run has saved."""
         if self.team.size > 1 or self.checkpoint is not None:
             self.stream.check_order()
-        kept = None if self.checkpoint is None else self.checkpoint.load(self.settings)
-        if kept is None:
+        state = None if self.checkpoint is None else self.checkpoint.load(self.settings)
+        if state is None:
             return
-        self.finished = kept["finished"]
-        self.tally = kept["tally"]
-        for one, states, generators in zip(self.contestants, kept["states"], kept["generators"], strict=True):
+        self.finished = state["finished"]
+        self.tally = state["tally"]
+        for one, states, generators in zip(self.contestants, state["states"], state["generators"], strict=True):
             for name, metric in one.metrics.items():
-                metric.load_state_dict({key: _moved(value, metric.device) for key, value in states[name].items()})
-            for generator, state in zip(one.generators, generators, strict=True):
-                generator.set_state(state)
+                to_device = methodcaller("to", metric.device)
+                metric.load_state_dict(map_tensors(to_device, states[name]))
+            for generator, position in zip(one.generators, generators, strict=True):
+                generator.set_state(position)
 
-    def keep(self, finished: int) -> None:
-        """Write down what is finished, this number of batches."""
+    def _save(self, finished: int) -> None:
+        """Save the state after a number of batches."""
         if self.checkpoint is not None:
             self.checkpoint.save(
                 self.settings,
@@ -277,9 +253,9 @@ class _Run:
 
     # The batches.
 
-    def go(self, progress: bool) -> None:
-        """Take one batch after the other, in step with the other processes."""
-        with self._bar(progress) as bar:
+    def run_batches(self, progress: bool) -> None:
+        """Measure one batch after the other, in step with the other processes."""
+        with self._bar(progress) as advance:
             batches = self.stream.after(self.finished)
             working = True
             try:
@@ -288,30 +264,31 @@ class _Run:
                         raw = next(batches, None) if working else None
                         working = raw is not None
                         if working:
-                            self._take(raw, bar)
-                            self.keep(self.finished + 1)
-                            self.finished += 1  # only now: an interrupt says what is kept
+                            self._measure(raw, advance)
+                            self._save(self.finished + 1)
+                            self.finished += 1  # not earlier: the note on an interrupt says what is saved
                     except Exception as error:
-                        self._explain_where(error)
-                        with suppress(RuntimeError):  # the error that is on its way says more
+                        self._add_progress(error)
+                        with suppress(RuntimeError):  # this error says more than that of the other processes
                             self.team.step(working=False, failed=True)
                         raise
                     if not self.team.step(working=working, failed=False):
                         break
             except KeyboardInterrupt as interrupt:
-                self._explain_where(interrupt)
+                self._add_progress(interrupt)
                 raise
 
-    def _explain_where(self, error: BaseException) -> None:
+    def _add_progress(self, error: BaseException) -> None:
+        """Add a note to an exception: how many batches were finished."""
         own = self.stream.own
         done = f"{self.finished} {'batches' if own is None else f'of {own} batches'}"
-        kept = "" if self.checkpoint is None else f", and are kept in '{self.checkpoint.folder}'"
+        saved = "" if self.checkpoint is None else f", and are kept in '{self.checkpoint.folder}'"
         whose = f"process {self.team.rank}: " if self.team.together else ""
-        error.add_note(f"{whose}{done} were finished{kept}")
+        error.add_note(f"{whose}{done} were finished{saved}")
 
     @contextmanager
     def _bar(self, shown: bool) -> Iterator[Callable[[str], None]]:
-        """Show how far it is, counting each method of a batch, and give what says which one is next."""
+        """Show the progress, each method of a batch a step; yields a function that is told the next method, or none."""
         if not shown or self.team.rank:
             yield lambda _title: None
             return
@@ -331,11 +308,12 @@ class _Run:
 
             yield advance
 
-    def _take(self, raw: Any, advance: Callable[[str], None]) -> None:
+    def _measure(self, raw: Any, advance: Callable[[str], None]) -> None:
         """Explain a batch by each method, and measure the maps."""
         batch = Batch.read(raw, self.device)
-        with untouched(self.model), torch.inference_mode(), logits_applied(self.model, self.logits_fn):
-            predicted: list[int] = class_scores(self.model(batch.image)).argmax(1).tolist()
+        with replicated(self.model) as model, torch.inference_mode():
+            output = with_logits(self.logits_fn, model(batch.image))
+            predicted: list[int] = class_scores(output).argmax(1).tolist()
         classes = predicted if self.class_source == "predicted" else batch.labels
         if classes is None:
             raise ValueError(
@@ -344,40 +322,41 @@ class _Run:
             )
         part = torch.zeros_like(self.tally)
         part[0], part[1] = len(classes), sum(a == b for a, b in zip(classes, predicted, strict=True))
+        place = f"batch {self.finished + 1} of this process"
         for number, one in enumerate(self.contestants):
             advance(one.name)
-            with plainly(f"the method {one.name}, batch {self.finished + 1} of this process"):
+            with error_note(f"the method {one.name}, {place}"):
                 started = self._now()
-                maps = {id(self.logits_fn): self._explain(one, batch.image, classes, self.logits_fn)}
+                found = self._explain(one, batch.image, classes, self.logits_fn)
                 part[3 + 2 * number] = self._now() - started
-                part[2 + 2 * number] = (~maps[id(self.logits_fn)].flatten(1).isfinite().all(1)).sum()
+            part[2 + 2 * number] = (~found.flatten(1).isfinite().all(1)).sum()
+            maps = {id(self.logits_fn): found}
             for name, metric in one.metrics.items():
-                accepted = one.accepted[name]
-                options = {key: value for key, value in batch.extras.items() if key in accepted}
-                with plainly(f"the metric {name} of the method {one.name}, batch {self.finished + 1} of this process"):
-                    if "maps" in accepted:
-                        own_fn = getattr(metric, "logits_fn", self.logits_fn)
-                        if id(own_fn) not in maps:
-                            maps[id(own_fn)] = self._explain(one, batch.image, classes, own_fn)
-                        options["maps"] = maps[id(own_fn)]
+                options = {key: value for key, value in batch.extras.items() if key in one.accepted[name]}
+                with error_note(f"the metric {name} of the method {one.name}, {place}"):
+                    if "maps" in one.accepted[name]:
+                        logits_fn = getattr(metric, "logits_fn", self.logits_fn)
+                        if id(logits_fn) not in maps:
+                            maps[id(logits_fn)] = self._explain(one, batch.image, classes, logits_fn)
+                        options["maps"] = maps[id(logits_fn)]
                     metric.update(batch.image, classes, **options)
             advance("")
         self.tally = self.tally + part
 
     def _explain(self, one: Contestant, image: Tensor, classes: list[int], logits_fn: LogitsFn | None) -> Tensor:
-        """Give the maps of a batch, (N, *spatial)."""
-        with plain_tensors(), logits_applied(self.model, logits_fn), watched(one.extractor):
-            return maps_of(one.extractor, self.model(image), image, class_idx=classes)
+        """Return the maps of a batch, (N, *spatial)."""
+        with plain_tensors(), explaining(one.extractor, logits_fn) as extractor:
+            return maps_of(extractor, extractor.model(image), image, class_idx=classes)
 
     def _now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    # The end.
+    # The result.
 
     def result(self) -> Evaluation:
-        """Add up what the processes have found."""
+        """Return the table of all processes."""
         tally = self.team.sum(self.tally).tolist()
         num_samples = int(tally[0])
         if not num_samples:
@@ -405,7 +384,7 @@ class _Run:
         )
 
     def _compute(self, name: str, metric: Metric) -> dict[str, float]:
-        """Compute a metric over the samples of all processes."""
+        """Return the values of a metric over the samples of all processes."""
         metric.distributed_available_fn = lambda: self.team.together
         metric.to(self.team.device)
         with warnings.catch_warnings(), self.team.watching():
@@ -420,10 +399,6 @@ class _Run:
 
 
 def _direction(metric: Metric, key: str) -> bool | None:
-    """Tell whether a high value is good."""
+    """Check whether a high value is good; None where it is neither."""
     found = getattr(metric, "key_higher_is_better", {}).get(key, metric.higher_is_better)
     return None if found is None else bool(found)
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 import torch.distributed as dist
@@ -15,8 +15,8 @@ __all__ = ["Team"]
 class Team:
     """The processes of the default process group, or this one alone.
 
-    The processes go through their batches in step: after each, they tell each other whether they have work left and
-    whether one has failed, so that an error in one ends all of them instead of leaving the others to wait.
+    The processes go through their batches in step: after each, they exchange whether they have work left and whether
+    one has failed, so that an error in one ends all of them and none waits.
 
     Args:
         together: whether the processes work together; by default they do if there is a process group
@@ -39,12 +39,12 @@ class Team:
         return self._reduced(values, "sum")
 
     def agree(self, number: int) -> bool:
-        """Tell whether all processes hold the same number."""
+        """Check whether all processes hold the same number."""
         both = self._reduced(torch.tensor([number, -number], dtype=torch.int64), "max")
         return int(both[0]) == -int(both[1])
 
     def step(self, *, working: bool, failed: bool) -> bool:
-        """Tell the others how it is here.
+        """Exchange the states of the processes: whether there is work left, and whether one has failed.
 
         Returns:
             whether any process has work left
@@ -60,6 +60,17 @@ class Team:
             raise RuntimeError(f"process {last_failed - 1} of {self.size} has failed, see its message; this one stops")
         return bool(any_working)
 
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Raise an error in all processes if the block raises one in any."""
+        try:
+            yield
+        except Exception:
+            with suppress(RuntimeError):  # this error says more than that of the other processes
+                self.step(working=False, failed=True)
+            raise
+        self.step(working=True, failed=False)
+
     def _reduced(self, values: Tensor, how: str) -> Tensor:
         if not self.together:
             return values
@@ -70,7 +81,7 @@ class Team:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Say it in plain words if the others do not answer."""
+        """Raise an error with a plain message if the other processes do not answer."""
         try:
             yield
         except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Which explanation can be trusted: how faithful, how local and how stable maps are, over a whole data set."""
+"""Metrics of maps over a data set: faithfulness, localisation, stability and sanity checks."""
 
 from .coherency import ADCC, ARCC
 from .faithfulness import ROAD, ClassificationMetric, DeletionInsertionMetric

@@ -1,4 +1,4 @@
-"""Fill removed positions of an input from the rest, by noisy linear imputation (ROAD): one batched solve."""
+"""Linear imputation of removed positions (ROAD), in one batched solve."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ class _Multigrid:
             self.systems.append(self._coarser(len(self.systems) - 1))
 
     def __call__(self, residual: Tensor, level: int = 0) -> Tensor:
-        """Give about what the system makes the residual of, for the level's system."""
+        """Return an approximate solution of a level's system for the right side ``residual``."""
         system = self.systems[level]
         solution = system.jacobi * residual
         if level == len(self.systems) - 1:
@@ -173,7 +173,7 @@ class _Multigrid:
         return finer.mul_(self.unknown) if level == 0 else finer
 
     def _coarser(self, level: int) -> _Stencil:
-        """Make the system of half the width, (interpolated, applied, summed), from its answers to few probes.
+        """Return the system of half the width: the finer one between interpolation and its transpose, found by probes.
 
         Positions three apart have no neighbour in common, so that one probe serves them all.
         """
@@ -200,7 +200,7 @@ class _Multigrid:
 
 
 def _damping(shape: tuple[int, ...]) -> float:
-    """Give the share of a row's absolute sum to divide by: a line has higher frequencies to smooth than a plane."""
+    """Return the share of a row's absolute sum to divide by: a line has higher frequencies to smooth than a plane."""
     return 0.75 if _is_line(shape) else 0.5
 
 

@@ -1,4 +1,4 @@
-"""Numbers about batches of maps and scores, on their device: ranks, how alike two maps are, means."""
+"""Statistics of batches of maps and scores, on their device: ranks, similarities, means."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torchcam._tensors import gaussian_blur, is_constant
 __all__ = [
     "cosine",
     "descending_ranks",
+    "energy",
     "harmonic_mean",
     "pearson",
     "relative_fall",
@@ -23,14 +24,19 @@ def descending_ranks(maps: Tensor) -> Tensor:
     return maps.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(1)
 
 
+def energy(maps: Tensor, mask: Tensor) -> Tensor:
+    """Return the share of maps (N, *spatial) inside masks of the same shape, (N,); NaN for maps of zeros."""
+    return (maps * mask).flatten(1).sum(1) / maps.flatten(1).sum(1)
+
+
 def relative_fall(fall: Tensor, score: Tensor) -> Tensor:
-    """Give the positive part of a fall as a share of the score it starts from; no fall is 0 of anything."""
+    """Return the positive part of a fall as a share of the score that falls; 0 where nothing falls."""
     fall = fall.relu()
     return torch.where(fall == 0, 0.0, fall / score.abs())
 
 
 def pearson(first: Tensor, second: Tensor) -> Tensor:
-    """Correlate maps (N, *spatial) over their positions, (N,) in [-1, 1]; nothing correlates with a constant: 0."""
+    """Correlate maps (N, *spatial) over their positions, (N,) in [-1, 1]; 0 for a constant map."""
     x, y = first.flatten(1).double(), second.flatten(1).double()
     constant = is_constant(*first.flatten(1).aminmax(dim=1)) | is_constant(*second.flatten(1).aminmax(dim=1))
     x, y = x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
@@ -52,7 +58,7 @@ def _ranks(maps: Tensor) -> Tensor:
 
 
 def cosine(first: Tensor, second: Tensor) -> Tensor:
-    """Give the cosine between maps (N, *spatial), (N,): 1 if both are zero, 0 if only one is."""
+    """Return the cosine between maps (N, *spatial), (N,): 1 if both are zero, 0 if only one is."""
     x, y = first.flatten(1).double(), second.flatten(1).double()
     norms = x.norm(dim=1), y.norm(dim=1)
     product = norms[0] * norms[1]
@@ -78,7 +84,7 @@ def structural_similarity(first: Tensor, second: Tensor) -> Tensor:
 
 
 def harmonic_mean(*values: Tensor) -> Tensor:
-    """Give the harmonic mean of values of 0 and more; 0 if one of them is."""
+    """Return the harmonic mean of values of 0 and more; 0 if one of them is."""
     stacked = torch.stack([value.double() for value in values])
     positive = (stacked > 0) | stacked.isnan()
     inverse = (1 / torch.where(positive, stacked, 1.0)).sum(0)

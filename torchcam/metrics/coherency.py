@@ -1,23 +1,23 @@
-"""How well a map explains itself: the same again from what it shows, little shown, and the score kept."""
+"""ADCC and ARCC: coherency, complexity and faithfulness of maps in one number."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from torchcam.methods._replay import positive_integer
+from torchcam._checks import positive_integer
 
 from ._statistics import harmonic_mean, pearson, relative_fall
-from .core import POSITIVE, UNBOUNDED, UNIT, Bounds, CAMMetric, Explained, Extractor
+from .core import POSITIVE, UNBOUNDED, UNIT, Bounds, CAMMetric, Explained, Extractor, LogitsFn
 from .faithfulness import Removal
 
 __all__ = ["ADCC", "ARCC"]
 
 
 class _CoherencyMetric(CAMMetric):
-    """What the metrics share that compare the map of an input with that of the input it leaves."""
+    """The base class of metrics that compare the map of an input with that of the masked input."""
 
     _explains_again = True
     _masks_with_maps = True
@@ -26,13 +26,13 @@ class _CoherencyMetric(CAMMetric):
     complexity: Tensor
 
     def __init__(
-        self, cam_extractor: Extractor, logits_fn: Callable[[Any], Any] | None, batch_size: int, **kwargs: Any
+        self, cam_extractor: Extractor, logits_fn: LogitsFn | None = None, *, batch_size: int = 32, **kwargs: Any
     ) -> None:
         super().__init__(cam_extractor, logits_fn, **kwargs)
         self.batch_size = positive_integer("batch_size", batch_size)
 
     def _coherency(self, explained: Explained) -> dict[str, Tensor]:
-        """Give each sample's coherency and complexity, (N,) each."""
+        """Return each sample's coherency and complexity, (N,) each."""
 
         def alike(again: Tensor, samples: Tensor, _variants: Tensor) -> Tensor:
             return (pearson(again, explained.cam[samples]) + 1) / 2
@@ -45,7 +45,7 @@ class _CoherencyMetric(CAMMetric):
 
 
 def _masked(explained: Explained, samples: Tensor) -> Tensor:
-    """Give the inputs multiplied by their maps."""
+    """Return the inputs multiplied by their maps."""
     image: Tensor = explained.image[samples] * explained.cam[samples].unsqueeze(1).to(explained.image.dtype)
     return image
 
@@ -109,19 +109,12 @@ class ADCC(_CoherencyMetric):
         ['adcc', 'adcc_of_means', 'avg_drop', 'coherency', 'complexity']
     """
 
-    key_higher_is_better: ClassVar[dict[str, bool]] = {
-        "adcc": True,
-        "adcc_of_means": True,
-        "coherency": True,
-        "complexity": False,
-        "avg_drop": False,
-    }
-    key_bounds: ClassVar[dict[str, Bounds]] = {
-        "adcc": UNIT,
-        "adcc_of_means": UNIT,
-        "coherency": UNIT,
-        "complexity": UNIT,
-        "avg_drop": POSITIVE,
+    _keys: ClassVar[dict[str, tuple[bool, Bounds]]] = {
+        "adcc": (True, UNIT),
+        "adcc_of_means": (True, UNIT),
+        "coherency": (True, UNIT),
+        "complexity": (False, UNIT),
+        "avg_drop": (False, POSITIVE),
     }
     plot_lower_bound = 0.0
     _sums = ("adcc", "coherency", "complexity", "drop")
@@ -129,18 +122,8 @@ class ADCC(_CoherencyMetric):
     adcc: Tensor
     drop: Tensor
 
-    def __init__(
-        self,
-        cam_extractor: Extractor,
-        logits_fn: Callable[[Any], Any] | None = None,
-        *,
-        batch_size: int = 32,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(cam_extractor, logits_fn, batch_size, **kwargs)
-
     def compute(self) -> dict[str, Tensor]:
-        """Give ``adcc``, ``adcc_of_means``, ``coherency``, ``complexity`` and ``avg_drop`` of the samples so far."""
+        """Return ``adcc``, ``adcc_of_means``, ``coherency``, ``complexity`` and ``avg_drop`` of the samples so far."""
         coherency, complexity, drop = (part / self.total for part in (self.coherency, self.complexity, self.drop))
         return {
             "adcc": self.adcc / self.total,
@@ -213,19 +196,12 @@ class ARCC(_CoherencyMetric):
         ['arcc', 'arcc_of_means', 'coherency', 'complexity', 'road']
     """
 
-    key_higher_is_better: ClassVar[dict[str, bool]] = {
-        "arcc": True,
-        "arcc_of_means": True,
-        "coherency": True,
-        "complexity": False,
-        "road": True,
-    }
-    key_bounds: ClassVar[dict[str, Bounds]] = {
-        "arcc": UNIT,
-        "arcc_of_means": UNIT,
-        "coherency": UNIT,
-        "complexity": UNIT,
-        "road": UNBOUNDED,
+    _keys: ClassVar[dict[str, tuple[bool, Bounds]]] = {
+        "arcc": (True, UNIT),
+        "arcc_of_means": (True, UNIT),
+        "coherency": (True, UNIT),
+        "complexity": (False, UNIT),
+        "road": (True, UNBOUNDED),
     }
     _sums = ("arcc", "coherency", "complexity", "road")
 
@@ -235,7 +211,7 @@ class ARCC(_CoherencyMetric):
     def __init__(
         self,
         cam_extractor: Extractor,
-        logits_fn: Callable[[Any], Any] | None = None,
+        logits_fn: LogitsFn | None = None,
         *,
         percentiles: Sequence[float] = (20, 40, 60, 80),
         noise: float = 0.01,
@@ -243,12 +219,12 @@ class ARCC(_CoherencyMetric):
         batch_size: int = 32,
         **kwargs: Any,
     ) -> None:
-        super().__init__(cam_extractor, logits_fn, batch_size, **kwargs)
+        super().__init__(cam_extractor, logits_fn, batch_size=batch_size, **kwargs)
         removal = Removal(percentiles, noise, seed)
         self.percentiles, self.noise, self.seed = removal.percentiles, removal.noise, removal.seed
 
     def compute(self) -> dict[str, Tensor]:
-        """Give ``arcc``, ``arcc_of_means``, ``coherency``, ``complexity`` and ``road`` of the samples so far."""
+        """Return ``arcc``, ``arcc_of_means``, ``coherency``, ``complexity`` and ``road`` of the samples so far."""
         coherency, complexity, road = (part / self.total for part in (self.coherency, self.complexity, self.road))
         return {
             "arcc": self.arcc / self.total,

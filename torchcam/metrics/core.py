@@ -1,10 +1,10 @@
-"""What every metric builds on: the explained pass or the given maps, variants of the input, sums over samples."""
+"""The base class of the metrics: the explained pass or the given maps, variants of the input, sums over samples."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Protocol
@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from torchcam._passes import EVERYONE, forwards_replaced, untouched
+from torchcam._checks import callable_object, integer
+from torchcam._passes import forwards_replaced
+from torchcam._replica import replicated
 from torchcam._tensors import map_tensors, over_channels, resize, to_float
 from torchcam.methods._replay import VariantRunner, run_chunks
-from torchcam.methods.core import _CAM, plain_tensors
+from torchcam.methods.core import on_replica, plain_tensors
 from torchcam.targets import ClassIndex, OutputTarget, Selector, check_one_of, class_scores, read_logits
 
 __all__ = [
@@ -27,13 +29,17 @@ __all__ = [
     "Subject",
     "as_image",
     "check_seed",
+    "explaining",
     "given_maps",
-    "logits_applied",
     "maps_of",
-    "watched",
-    "zero_where_broken",
+    "missing_parts",
+    "run_to_explain",
+    "tensor_of",
+    "with_logits",
+    "zero_where_not_finite",
 ]
 
+LogitsFn = Callable[[Any], Any]
 Baseline = Tensor | Callable[[Tensor], Tensor]
 Variant = Callable[[Tensor, Tensor], Tensor]
 Bounds = tuple[float, float]
@@ -44,45 +50,43 @@ UNBOUNDED: Bounds = (-math.inf, math.inf)
 
 
 class Extractor(Protocol):
-    """What a metric asks of an extractor."""
+    """The interface that a metric needs of an extractor."""
 
     @property
     def model(self) -> nn.Module:
-        """The model that it watches."""
+        """The model with the extractor's hooks."""
 
     @property
     def fuse_cams(self) -> Callable[..., Tensor]:
-        """Fuses the maps of several layers: from a list of maps (N, *spatial) to one."""
+        """The function that fuses the maps of several layers: from a list of maps (N, *spatial) to one."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> list[Tensor]:
-        """Give the maps of the last forward pass for ``(class_idx, scores)``, or for ``scores=`` and ``targets=``."""
+        """Return the maps of the last forward pass for ``(class_idx, scores)``, or for ``scores=`` and ``targets=``."""
 
 
+def missing_parts(extractor: Any) -> list[str]:
+    """Return the names of the attributes that an extractor must have and this object lacks."""
+    return [name for name in ("model", "fuse_cams", "__call__") if not hasattr(extractor, name)]
+
+
+@dataclass
 class Subject:
-    """What a metric is about: nothing that ``nn.Module`` should take for a part of the metric.
+    """The extractor and the callables of a metric: attributes of the metric would be parts of it to ``nn.Module``.
 
-    Copies of a metric share it, as a copied extractor would watch no model. A pickle leaves the extractor and the model
-    out: the extractor's hooks are on a model of this process.
+    Copies of a metric share it, as the hooks of a copied extractor would be on no model. Pickles leave the extractor
+    and the model out, as these belong to the process.
 
     Attributes:
-        source: the extractor, or a plain model, whose maps have to be given; None if there is neither
-        logits_fn: what is applied to the model's output
-        options: what else was handed over that is not a plain value, such as callables
-        unpickled: whether it comes from a pickle
+        source: the extractor, or a plain model whose maps have to be given; None if there is neither
+        logits_fn: the function that is applied to the model's output
+        options: other arguments that are not plain values, such as callables
+        unpickled: whether the metric comes from a pickle
     """
 
-    def __init__(
-        self,
-        source: Extractor | nn.Module | None,
-        logits_fn: Callable[[Any], Any] | None,
-        options: Mapping[str, Any],
-        *,
-        unpickled: bool = False,
-    ) -> None:
-        self.source = source
-        self.logits_fn = logits_fn
-        self.options = options
-        self.unpickled = unpickled
+    source: Extractor | nn.Module | None
+    logits_fn: LogitsFn | None
+    options: Mapping[str, Any]
+    unpickled: bool = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Subject:
         return self
@@ -96,18 +100,20 @@ class Explained:
     """A batch of inputs with their maps and explained scores.
 
     Attributes:
-        model: the model, whose output is the scores
+        model: the model
         extractor: the extractor, None if the metric has none
+        logits_fn: the function from the model's output to the scores, None if the output is the scores
         image: the inputs, (N, C, *spatial)
         cam: one map per sample, of the input's size, (N, *spatial)
         score: the explained scores of the inputs, (N,)
-        output: what the model returned for the inputs
-        select: reads the explained score off the model's output
+        output: the model's output for the inputs, after ``logits_fn``
+        select: reads the explained score off such an output
         valid: the samples whose map and scores are all finite, (N,)
     """
 
     model: nn.Module
-    extractor: Extractor | None
+    extractor: Any
+    logits_fn: LogitsFn | None
     image: Tensor
     cam: Tensor
     score: Tensor
@@ -126,16 +132,14 @@ class Explained:
         Returns:
             the scores, (N, V)
         """
-        samples, variants = self._rows(num_variants)
-        run = VariantRunner(self.model)
+        with replicated(self.model) as model:
+            run = VariantRunner(model)
 
-        def evaluate(chunk: slice) -> Tensor:
-            rows = samples[chunk]
-            return self.select(run(variant(rows, variants[chunk]), rows), rows)
+            def score(samples: Tensor, variants: Tensor, _chunk: slice) -> Tensor:
+                output = run(variant(samples, variants), samples)
+                return self.select(with_logits(self.logits_fn, output), samples)
 
-        with untouched(self.model), plain_tensors():
-            scores = torch.cat(run_chunks(evaluate, len(samples), batch_size))
-        return self._checked(to_float(scores.clone()), num_variants)
+            return to_float(self._by_variant(score, num_variants, batch_size))
 
     def explain_again(
         self,
@@ -143,62 +147,61 @@ class Explained:
         measure: Callable[[Tensor, Tensor, Tensor], Tensor],
         num_variants: int,
         batch_size: int,
+        *,
         classes: Tensor | None = None,
+        extractor: Any = None,
     ) -> Tensor:
         """Explain variants of the inputs and measure the maps, no more than ``batch_size`` of them in memory.
 
         Args:
             variant: builds inputs (B, C, *spatial) from the numbers of the samples and of their variants, (B,) each
-            measure: from maps (B, *spatial) of the input's size, of NaN where broken, and the same numbers, to (B, ...)
+            measure: from maps (B, *spatial) of the input's size, of NaN where not finite, and the same numbers, to
+                (B, ...)
             num_variants: the number of variants V of each sample
             batch_size: largest number of inputs in one pass
-            classes: the class to explain of each variant, (N, V); by default what was explained before
+            classes: the class to explain of each variant, (N, V); by default the score that was explained before
+            extractor: an extractor to use in place of the metric's
 
         Returns:
-            what was measured, (N, V, ...)
+            the measures, (N, V, ...)
         """
-        extractor = self.extractor
-        assert extractor is not None  # noqa: S101 - for the type checker: `_explain` has seen to it
-        samples, variants = self._rows(num_variants)
-        named: list[int] | None = None
-        if classes is not None:
-            named = classes.flatten().tolist()
-        elif not self.select.targets:
-            indices = self.select.indices(read_logits(self.output))
-            named = indices.repeat_interleave(num_variants).tolist()
+        if classes is None and self.select.targets:
+            asked = "targets"
+            values = [target for target in self.select.targets for _ in range(num_variants)]
+        else:
+            asked = "class_idx"
+            if classes is None:
+                classes = self.select.indices(read_logits(self.output)).repeat_interleave(num_variants)
+            values = classes.flatten().tolist()
 
-        def evaluate(chunk: slice) -> Tensor:
-            rows = samples[chunk]
-            if named is not None:
-                asked: dict[str, Any] = {"class_idx": named[chunk]}
-            else:
-                owners = (row // num_variants for row in range(chunk.start, chunk.stop))
-                asked = {"targets": [self.select.targets[owner] for owner in owners]}
-            inputs = variant(rows, variants[chunk])
-            with watched(extractor):
-                maps = maps_of(extractor, self.model(inputs), inputs, **asked)
-            return measure(maps, rows, variants[chunk])
+        def explain(samples: Tensor, variants: Tensor, chunk: slice) -> Tensor:
+            inputs = variant(samples, variants)
+            with explaining(extractor or self.extractor, self.logits_fn) as own:
+                output = run_to_explain(own, inputs)
+                maps = maps_of(own, output, inputs, **{asked: values[chunk]})
+            return measure(maps, samples, variants)
 
-        with untouched(self.model, EVERYONE):  # `variant` may draw random numbers as well
-            measured = torch.cat(run_chunks(evaluate, len(samples), batch_size))
-        return self._checked(measured, num_variants)
+        return self._by_variant(explain, num_variants, batch_size)
 
-    def _rows(self, num_variants: int) -> tuple[Tensor, Tensor]:
+    def _by_variant(
+        self, evaluate: Callable[[Tensor, Tensor, slice], Tensor], num_variants: int, batch_size: int
+    ) -> Tensor:
+        """Evaluate the variants in chunks, to (N, V, ...), and mark samples with values that are not finite."""
         rows = torch.arange(len(self.image) * num_variants, device=self.image.device)
-        return rows.div(num_variants, rounding_mode="floor"), rows % num_variants
-
-    def _checked(self, values: Tensor, num_variants: int) -> Tensor:
+        samples, variants = rows.div(num_variants, rounding_mode="floor"), rows % num_variants
+        chunks = run_chunks(lambda part: evaluate(samples[part], variants[part], part), len(rows), batch_size)
+        values = torch.cat(chunks)
         values = values.reshape(-1, num_variants, *values.shape[1:])
         self.valid = self.valid & values.isfinite().flatten(1).all(1)
         return values
 
 
 class CAMMetric(Metric):
-    """What all metrics share: the explained pass, the sums over samples, the summary.
+    """The base class of all metrics: the explained pass, the sums over samples, the summary.
 
-    A subclass names the sums it keeps in ``_sums``, gives each sample's part of them in ``_measure``, and the means in
-    ``compute``. Every sum is a state of its own, float64, as are ``total`` and ``nan_count``, the numbers of samples
-    that were summed and that were left out.
+    A subclass names its sums in ``_sums``, returns each sample's part of them from ``_measure``, and the means from
+    ``compute``. Every sum is a state, float64, and so are ``total`` and ``nan_count``, the numbers of samples in the
+    sums and of samples left out.
 
     Attributes:
         key_higher_is_better: for each key of ``compute``, whether a higher value is better
@@ -211,6 +214,7 @@ class CAMMetric(Metric):
 
     key_higher_is_better: ClassVar[dict[str, bool]]
     key_bounds: ClassVar[dict[str, Bounds]]
+    _keys: ClassVar[dict[str, tuple[bool, Bounds]]]  # for each key of `compute` the two above
     _sums: ClassVar[tuple[str, ...]]
     _summary_keys: ClassVar[tuple[str, ...] | None] = None  # by default all that `compute` gives
     _masks_with_maps: ClassVar[bool] = False  # the values of a map count, not only their order
@@ -219,15 +223,22 @@ class CAMMetric(Metric):
     total: Tensor
     nan_count: Tensor
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        keys = vars(cls).get("_keys", {})
+        if keys:
+            cls.key_higher_is_better = {key: higher for key, (higher, _) in keys.items()}
+            cls.key_bounds = {key: bounds for key, (_, bounds) in keys.items()}
+
     def __init__(
         self,
         cam_extractor: Extractor | nn.Module | None,
-        logits_fn: Callable[[Any], Any] | None,
+        logits_fn: LogitsFn | None,
         options: Mapping[str, Any] | None = None,
         shapes: Mapping[str, tuple[int, ...]] | None = None,
         **kwargs: Any,
     ) -> None:
-        missing = [name for name in ("model", "fuse_cams", "__call__") if not hasattr(cam_extractor, name)]
+        missing = missing_parts(cam_extractor)
         if missing and cam_extractor is not None and not isinstance(cam_extractor, nn.Module):
             raise TypeError(
                 f"`cam_extractor` must have a `model`, be callable and have `fuse_cams`, or be a model whose maps are "
@@ -238,8 +249,7 @@ class CAMMetric(Metric):
                 f"{type(self).__name__} explains inputs of its own making, so given maps are not enough: "
                 f"`cam_extractor` must be an extractor, such as GradCAM(model), got {type(cam_extractor).__name__}"
             )
-        if logits_fn is not None and not callable(logits_fn):
-            raise TypeError(f"`logits_fn` must be callable or None, got {logits_fn!r}")
+        callable_object("logits_fn", logits_fn, optional=True)
         super().__init__(**kwargs)
         self._subject = Subject(cam_extractor, logits_fn, options or {})
         for name in self._sums:
@@ -286,8 +296,8 @@ class CAMMetric(Metric):
         return self.cam_extractor.model
 
     @property
-    def logits_fn(self) -> Callable[[Any], Any] | None:
-        """What is applied to the model's output before a score is read off it."""
+    def logits_fn(self) -> LogitsFn | None:
+        """The function from the model's output to the scores, None if the output is the scores."""
         return self._subject.logits_fn
 
     @property
@@ -305,8 +315,8 @@ class CAMMetric(Metric):
     ) -> None:
         """Explain a batch of inputs, and add its part to the sums.
 
-        The model runs in evaluation mode and is left as it was. So is an extractor of this library: the pass that it
-        has recorded stays its own, and it may be disabled.
+        A replica of the model runs, in evaluation mode, and the model is left as it was. So is an extractor of this
+        library: it keeps the pass that it has recorded, and may be disabled.
 
         Args:
             input_tensor: the model's input, (N, C, *spatial) with 1, 2 or 3 spatial dimensions
@@ -324,17 +334,17 @@ class CAMMetric(Metric):
             RuntimeError: if there is neither an extractor nor ``maps``
         """
         image = as_image(input_tensor)
-        with plain_tensors(), logits_applied(self.model, self.logits_fn):
+        with plain_tensors():
             explained = self._explain(image, class_idx, targets, maps)
             parts = self._measure(explained)
             self._add(parts, explained.valid)
 
     def compute(self) -> dict[str, Tensor]:
-        """Give the means over the samples so far, in all processes; NaN if there are none."""
-        raise NotImplementedError(f"{type(self).__name__} does not define its means")
+        """Return the means over the samples so far, in all processes; NaN if there are none."""
+        return {name: getattr(self, name) / self.total for name in self._sums}
 
     def summary(self) -> dict[str, float]:
-        """Give the metric's main means over the samples so far, in all processes.
+        """Return the metric's main means over the samples so far, in all processes.
 
         Raises:
             AssertionError: if no sample was measured
@@ -360,7 +370,7 @@ class CAMMetric(Metric):
         return self._plot(val, ax)
 
     def _measure(self, explained: Explained) -> dict[str, Tensor]:
-        """Give each sample's part of the sums, (N, ...) each; a sample with any that is not finite is left out."""
+        """Return each sample's part of the sums, (N, ...) each; samples with parts that are not finite are left out."""
         raise NotImplementedError(f"{type(self).__name__} does not define what it measures")
 
     def _add(self, parts: Mapping[str, Tensor], valid: Tensor, **counts: Tensor) -> None:
@@ -384,31 +394,40 @@ class CAMMetric(Metric):
         targets: OutputTarget | Sequence[OutputTarget] | None,
         maps: Any,
     ) -> Explained:
-        """Run the model on the inputs, with the extractor watching unless maps are given."""
+        """Run the model on the inputs and explain them, unless maps are given."""
         if class_idx is not None:
             check_one_of(class_idx, targets)
-        given = None if maps is None else given_maps(maps, image, in_unit_range=self._masks_with_maps)
-        extractor = self.cam_extractor if given is None else None
-        model = self.model
-        with _only_run(model) if extractor is None else watched(extractor):
-            if torch.is_grad_enabled() and image.is_inference():
-                image = image.clone()  # no graph can hold on to it as it is
-            output = model(image)
-            if class_idx is None and targets is None:
-                class_idx = _predicted(read_logits(output)).tolist()
-            select = Selector(class_idx, targets, len(image))
-            with torch.no_grad():
-                score = to_float(select(output).detach()).clone()
-            if score.ndim != 1:
-                raise ValueError(
-                    f"a metric measures one map of each sample: `class_idx` or `targets` name {score.shape[1]} scores"
-                )
-            asked = {"class_idx": class_idx} if targets is None else {"targets": targets}
-            raw = given if extractor is None else maps_of(extractor, output, image, **asked)
-        assert raw is not None  # noqa: S101 - for the type checker: there are maps if there is no extractor
-        cam, finite = zero_where_broken(raw)
+        if maps is None:
+            with explaining(self.cam_extractor, self.logits_fn) as extractor:
+                output = run_to_explain(extractor, image)
+                select, score = _select(output, class_idx, targets, len(image))
+                asked = {"class_idx": select.class_idx} if targets is None else {"targets": targets}
+                maps = maps_of(extractor, output, image, **asked)
+        else:
+            maps = given_maps(maps, image, in_unit_range=self._masks_with_maps)
+            with replicated(self.model) as model, torch.inference_mode():
+                output = with_logits(self.logits_fn, model(image))
+                select, score = _select(output, class_idx, targets, len(image))
+        cam, finite = zero_where_not_finite(maps)
         output = map_tensors(lambda t: t.detach().clone() if t.is_inference() else t.detach(), output)
-        return Explained(model, self._extractor, image, cam, score, output, select, finite & score.isfinite())
+        valid = finite & score.isfinite()
+        return Explained(self.model, self._extractor, self.logits_fn, image, cam, score, output, select, valid)
+
+
+def _select(
+    output: Any, class_idx: ClassIndex | None, targets: OutputTarget | Sequence[OutputTarget] | None, batch_size: int
+) -> tuple[Selector, Tensor]:
+    """Return the selection of one score per sample, by default of the predicted class, and these scores, (N,)."""
+    if class_idx is None and targets is None:
+        class_idx = class_scores(read_logits(output)).argmax(1).tolist()
+    select = Selector(class_idx, targets, batch_size)
+    with torch.no_grad():
+        score = to_float(select(output).detach()).clone()
+    if score.ndim != 1:
+        raise ValueError(
+            f"a metric measures one map of each sample: `class_idx` or `targets` name {score.shape[1]} scores"
+        )
+    return select, score
 
 
 def as_image(input_tensor: object) -> Tensor:
@@ -430,16 +449,13 @@ def as_image(input_tensor: object) -> Tensor:
 
 
 def given_maps(maps: Any, image: Tensor, *, in_unit_range: bool = False) -> Tensor:
-    """Check maps that were not made here, and give them in the input's size, (N, *spatial).
+    """Check maps of the user, and resize them to the input's size, (N, *spatial).
 
     Raises:
         TypeError: if they are neither a tensor nor an array
         ValueError: if there is not one for each sample, or their values count and are not in [0, 1]
     """
-    if not isinstance(maps, Tensor):
-        if not hasattr(maps, "__array__"):
-            raise TypeError(f"`maps` must be a tensor or an array (N, *spatial), got {type(maps).__name__}")
-        maps = torch.as_tensor(maps)
+    maps = tensor_of("maps", maps)
     maps = to_float(maps.detach().to(image.device))
     found = tuple(maps.shape)
     if maps.ndim == image.ndim and maps.shape[1] == 1:
@@ -457,6 +473,17 @@ def given_maps(maps: Any, image: Tensor, *, in_unit_range: bool = False) -> Tens
     return resize(maps.unsqueeze(1), image.shape[2:]).squeeze(1)
 
 
+def tensor_of(name: str, value: Any) -> Tensor:
+    """Convert an argument that is a tensor or an array (N, *spatial).
+
+    Raises:
+        TypeError: if it is neither
+    """
+    if not isinstance(value, Tensor) and not hasattr(value, "__array__"):
+        raise TypeError(f"`{name}` must be a tensor or an array (N, *spatial), got {type(value).__name__}")
+    return torch.as_tensor(value)
+
+
 def check_seed(seed: int) -> int:
     """Check a seed.
 
@@ -464,26 +491,65 @@ def check_seed(seed: int) -> int:
         TypeError: if it is not an integer
         ValueError: if no generator takes it
     """
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"`seed` must be an integer, got {seed!r} of type {type(seed).__name__}")
+    integer("seed", seed)
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"`seed` must be from -2**63 to 2**64 - 1, got {seed}")
     return seed
 
 
-def logits_applied(model: nn.Module, logits_fn: Callable[[Any], Any] | None) -> AbstractContextManager[None]:
-    """Make ``logits_fn`` a part of the model inside the block: what reads its output explains what follows it."""
+@contextmanager
+def explaining(extractor: Extractor, logits_fn: LogitsFn | None) -> Iterator[Extractor]:
+    """Yield an extractor to explain one pass with; ``logits_fn`` is a part of its model inside the block.
+
+    It is like ``extractor``, on a replica of the model. An extractor that is not of this library is yielded itself: it
+    gets a full graph and may call ``backward()``, and its model is restored afterwards.
+    """
+    with on_replica(extractor) as own:
+        foreign = own is extractor
+        with _gradients_restored(own.model) if foreign else nullcontext(), _logits_applied(own.model, logits_fn):
+            yield own
+
+
+def _logits_applied(model: nn.Module, logits_fn: LogitsFn | None) -> AbstractContextManager[None]:
+    """Let ``model.forward`` apply ``logits_fn`` inside the block."""
     if logits_fn is None:
-        return forwards_replaced({})
+        return nullcontext()
+    # A partial, unlike a closure, is bound to the replica's modules in a replica.
+    return forwards_replaced({model: lambda _model, forward: partial(_run_with_logits, logits_fn, forward)})
 
-    def wrap(_model: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args, **kwargs: logits_fn(forward(*args, **kwargs))
 
-    return forwards_replaced({model: wrap})
+def _run_with_logits(logits_fn: LogitsFn, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return logits_fn(forward(*args, **kwargs))
+
+
+@contextmanager
+def _gradients_restored(model: nn.Module) -> Iterator[None]:
+    """Record graphs inside the block, and put the parameters' gradients aside."""
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in gradients:
+            parameter.grad = None
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+
+
+def run_to_explain(extractor: Extractor, image: Tensor) -> Any:
+    """Run the model of an extractor on inputs; inference tensors are copied where a graph is recorded."""
+    return extractor.model(image.clone() if torch.is_grad_enabled() and image.is_inference() else image)
 
 
 def maps_of(extractor: Extractor, output: Any, image: Tensor, **asked: Any) -> Tensor:
-    """Ask an extractor for the maps of the pass it has just watched, (N, *spatial) of the input's size."""
+    """Return the fused maps of the pass that returned ``output``, (N, *spatial) of the input's size.
+
+    Args:
+        extractor: the extractor
+        output: the output of its model
+        image: the inputs, (N, C, *spatial)
+        asked: the ``class_idx`` or the ``targets`` to explain
+    """
     maps = extractor(scores=output, **asked) if "targets" in asked else extractor(asked["class_idx"], output)
     fused = to_float(extractor.fuse_cams(maps).detach())
     if len(fused) != len(image):
@@ -496,43 +562,12 @@ def maps_of(extractor: Extractor, output: Any, image: Tensor, **asked: Any) -> T
     return resize(fused.unsqueeze(1), image.shape[2:]).squeeze(1)
 
 
-def zero_where_broken(maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Give the maps with those that are not finite set to 0, and which are, (N,)."""
+def with_logits(logits_fn: LogitsFn | None, output: Any) -> Any:
+    """Apply ``logits_fn`` to a model's output, if there is one."""
+    return output if logits_fn is None else logits_fn(output)
+
+
+def zero_where_not_finite(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the maps with zeros in place of those that are not finite, and which are finite, (N,)."""
     finite = maps.flatten(1).isfinite().all(1)
     return maps.masked_fill(~finite.reshape(-1, *[1] * (maps.ndim - 1)), 0.0), finite
-
-
-def _predicted(logits: Tensor) -> Tensor:
-    """Give the class with the highest score, (N,)."""
-    return class_scores(logits).argmax(1)
-
-
-@contextmanager
-def _only_run(model: nn.Module) -> Iterator[None]:
-    with untouched(model), torch.inference_mode():
-        yield
-
-
-@contextmanager
-def watched(extractor: Extractor) -> Iterator[None]:
-    """Let an extractor watch the pass that runs inside the block, and leave no trace of it on the model.
-
-    Extractors of this library record nothing that lasts, and make the graph that they need from the target layer on.
-    Of others nothing is known: they get a full graph, and may call ``backward()``.
-    """
-    watcher = getattr(extractor, "base_cam", extractor)
-    if isinstance(watcher, _CAM):
-        with watcher._inner_pass():
-            watcher.reset_hooks()  # if nothing gets recorded now, an older pass must not be explained
-            yield
-        return
-    model = extractor.model
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    with untouched(model, EVERYONE), torch.enable_grad():
-        try:
-            for parameter, _ in gradients:
-                parameter.grad = None
-            yield
-        finally:
-            for parameter, gradient in gradients:
-                parameter.grad = gradient

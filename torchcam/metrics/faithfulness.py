@@ -1,4 +1,4 @@
-"""How faithful maps are to the model: its score while what they show, or the rest, is taken from the input."""
+"""Faithfulness of maps: the change of the score when the positions that they show, or the others, are removed."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from torchcam.methods._replay import finite_number, positive_integer
+from torchcam._checks import finite_number, positive_integer
 
 from ._imputation import impute
 from ._statistics import descending_ranks, relative_fall
-from .core import POSITIVE, UNBOUNDED, UNIT, Baseline, Bounds, CAMMetric, Explained, Extractor, check_seed
+from .core import POSITIVE, UNBOUNDED, UNIT, Baseline, Bounds, CAMMetric, Explained, Extractor, LogitsFn, check_seed
 
 __all__ = ["ROAD", "ClassificationMetric", "DeletionInsertionMetric"]
 
 
 class ClassificationMetric(CAMMetric):
-    r"""How the score of a class changes when only what its map shows, or only the rest, is left of the input.
+    r"""Change of a class score when the input is masked with the map of the class, or with the inverted map.
 
     With the map :math:`m_i` in [0, 1], upsampled to the input :math:`x_i`, and the score :math:`p` of the explained
     class, after ``logits_fn``:
@@ -65,7 +65,7 @@ class ClassificationMetric(CAMMetric):
         nan_count: the number of samples left out
 
     Raises:
-        TypeError: if ``cam_extractor`` or ``logits_fn`` is not what is said above
+        TypeError: if ``cam_extractor`` or ``logits_fn`` has another type than above
 
     Example:
         >>> from functools import partial
@@ -78,17 +78,11 @@ class ClassificationMetric(CAMMetric):
         ['avg_drop', 'conf_increase']
     """
 
-    key_higher_is_better: ClassVar[dict[str, bool]] = {
-        "avg_drop": False,
-        "conf_increase": True,
-        "avg_gain": True,
-        "deletion_drop": True,
-    }
-    key_bounds: ClassVar[dict[str, Bounds]] = {
-        "avg_drop": POSITIVE,
-        "conf_increase": UNIT,
-        "avg_gain": UNIT,
-        "deletion_drop": POSITIVE,
+    _keys: ClassVar[dict[str, tuple[bool, Bounds]]] = {
+        "avg_drop": (False, POSITIVE),
+        "conf_increase": (True, UNIT),
+        "avg_gain": (True, UNIT),
+        "deletion_drop": (True, POSITIVE),
     }
     plot_lower_bound = 0.0
     _masks_with_maps = True
@@ -101,13 +95,11 @@ class ClassificationMetric(CAMMetric):
     deletion_drop: Tensor
     out_of_range: Tensor
 
-    def __init__(
-        self, cam_extractor: Extractor | nn.Module, logits_fn: Callable[[Any], Any] | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, cam_extractor: Extractor | nn.Module, logits_fn: LogitsFn | None = None, **kwargs: Any) -> None:
         super().__init__(cam_extractor, logits_fn, **kwargs)
 
     def compute(self) -> dict[str, Tensor]:
-        """Give ``avg_drop``, ``conf_increase``, ``avg_gain`` and ``deletion_drop`` of the samples so far."""
+        """Return ``avg_drop``, ``conf_increase``, ``avg_gain`` and ``deletion_drop`` of the samples so far."""
         return {
             "avg_drop": self.drop / self.total,
             "conf_increase": self.increase / self.total,
@@ -196,10 +188,11 @@ class DeletionInsertionMetric(CAMMetric):
         ['deletion_auc', 'insertion_auc']
     """
 
-    key_higher_is_better: ClassVar[dict[str, bool]] = {"deletion_auc": False, "insertion_auc": True}
-    key_bounds: ClassVar[dict[str, Bounds]] = {"deletion_auc": UNBOUNDED, "insertion_auc": UNBOUNDED}
+    _keys: ClassVar[dict[str, tuple[bool, Bounds]]] = {
+        "deletion_auc": (False, UNBOUNDED),
+        "insertion_auc": (True, UNBOUNDED),
+    }
     _sums = ("deletion", "insertion")
-    _summary_keys = ("deletion_auc", "insertion_auc")
 
     deletion: Tensor
     insertion: Tensor
@@ -207,7 +200,7 @@ class DeletionInsertionMetric(CAMMetric):
     def __init__(
         self,
         cam_extractor: Extractor | nn.Module,
-        logits_fn: Callable[[Any], Any] | None = None,
+        logits_fn: LogitsFn | None = None,
         *,
         steps: int = 20,
         baseline: Baseline | None = None,
@@ -222,30 +215,27 @@ class DeletionInsertionMetric(CAMMetric):
 
     @property
     def baseline(self) -> Baseline | None:
-        """What a removed position becomes."""
+        """The value of removed positions."""
         baseline: Baseline | None = self._subject.options["baseline"]
         return baseline
 
     def compute(self) -> dict[str, Tensor]:
-        """Give ``deletion_auc`` and ``insertion_auc`` of the samples so far."""
+        """Return ``deletion_auc`` and ``insertion_auc`` of the samples so far."""
         return {"deletion_auc": self.deletion / self.total, "insertion_auc": self.insertion / self.total}
 
     def _measure(self, explained: Explained) -> dict[str, Tensor]:
         image, score = explained.image, explained.score.unsqueeze(1)
         baseline = self._baseline_of(image)
-        ranks = descending_ranks(explained.cam)
-        positions = ranks.shape[1]
+        positions = image[0, 0].numel()
         counts = [*range(0, positions, math.ceil(positions / self.steps)), positions]
         inner = len(counts) - 2
         # The input is visible at ranks from `first` to `last` - 1: deletion, the bare baseline, insertion. The ends
         # that are the input itself have its score.
-        first = torch.tensor(counts[1:] + [0] * inner, device=image.device)
-        last = torch.tensor([positions] * (inner + 1) + counts[1:-1], device=image.device)
+        first, last = counts[1:] + [0] * inner, [positions] * (inner + 1) + counts[1:-1]
+        visible = _ranked_between(explained.cam, first, last)
 
         def perturbed(samples: Tensor, variants: Tensor) -> Tensor:
-            rank = ranks[samples]
-            visible = (rank >= first[variants].unsqueeze(1)) & (rank < last[variants].unsqueeze(1))
-            return torch.where(visible.reshape(-1, 1, *image.shape[2:]), image[samples], baseline[samples])
+            return torch.where(visible(samples, variants).unsqueeze(1), image[samples], baseline[samples])
 
         scores = explained.replay(perturbed, len(first), self.batch_size)
         removed, bare, added = scores[:, :inner], scores[:, inner : inner + 1], scores[:, inner + 1 :]
@@ -256,7 +246,7 @@ class DeletionInsertionMetric(CAMMetric):
         }
 
     def _baseline_of(self, image: Tensor) -> Tensor:
-        """Give the baseline of each input, shaped like it."""
+        """Return the baseline of each input, shaped like it."""
         if self.baseline is None:
             return torch.zeros_like(image)
         baseline = self.baseline if isinstance(self.baseline, Tensor) else self.baseline(image)
@@ -271,7 +261,7 @@ class DeletionInsertionMetric(CAMMetric):
 
 
 class ROAD(CAMMetric):
-    r"""How the score changes while the positions that a map ranks highest, or lowest, are imputed from the rest.
+    r"""Change of the score when the positions that a map ranks highest, or lowest, are imputed from the others.
 
     From ROAD, remove and debias (Rong et al. 2022, arXiv:2202.00449). A removed position is replaced by the weighted
     mean of its neighbours, removed or not (direct neighbours 1/6, diagonal ones 1/12, more at the border in
@@ -331,8 +321,11 @@ class ROAD(CAMMetric):
         ['lerf', 'morf', 'road']
     """
 
-    key_higher_is_better: ClassVar[dict[str, bool]] = {"morf": False, "lerf": True, "road": True}
-    key_bounds: ClassVar[dict[str, Bounds]] = {"morf": UNBOUNDED, "lerf": UNBOUNDED, "road": UNBOUNDED}
+    _keys: ClassVar[dict[str, tuple[bool, Bounds]]] = {
+        "morf": (False, UNBOUNDED),
+        "lerf": (True, UNBOUNDED),
+        "road": (True, UNBOUNDED),
+    }
     _sums = ("morf", "lerf")
 
     morf: Tensor
@@ -341,7 +334,7 @@ class ROAD(CAMMetric):
     def __init__(
         self,
         cam_extractor: Extractor | nn.Module,
-        logits_fn: Callable[[Any], Any] | None = None,
+        logits_fn: LogitsFn | None = None,
         *,
         percentiles: Sequence[float] = (20, 40, 60, 80),
         noise: float = 0.01,
@@ -355,13 +348,29 @@ class ROAD(CAMMetric):
         self.batch_size = positive_integer("batch_size", batch_size)
 
     def compute(self) -> dict[str, Tensor]:
-        """Give ``morf``, ``lerf`` and ``road`` of the samples so far."""
+        """Return ``morf``, ``lerf`` and ``road`` of the samples so far."""
         morf, lerf = self.morf / self.total, self.lerf / self.total
         return {"morf": morf, "lerf": lerf, "road": (lerf - morf) / 2}
 
     def _measure(self, explained: Explained) -> dict[str, Tensor]:
         morf, lerf = Removal(self.percentiles, self.noise, self.seed).changes(explained, self.batch_size)
         return {"morf": morf, "lerf": lerf}
+
+
+def _ranked_between(cam: Tensor, first: list[int], last: list[int]) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return a function from the numbers of samples and variants, (B,) each, to masks (B, *spatial).
+
+    Those of variant v hold the positions that the map ranks from ``first[v]`` to ``last[v] - 1``.
+    """
+    ranks = descending_ranks(cam).reshape(cam.shape)
+    bounds = torch.tensor([first, last], device=cam.device).reshape(2, -1, *[1] * (cam.ndim - 1))
+
+    def mask(samples: Tensor, variants: Tensor) -> Tensor:
+        rank, (lowest, end) = ranks[samples], bounds[:, variants]
+        inside: Tensor = (rank >= lowest) & (rank < end)
+        return inside
+
+    return mask
 
 
 class Removal:
@@ -392,20 +401,18 @@ class Removal:
         self.seed = check_seed(seed)
 
     def changes(self, explained: Explained, batch_size: int) -> tuple[Tensor, Tensor]:
-        """Give the mean change of each sample's score, most and least relevant positions first: (N,) each."""
-        image, ranks = explained.image, descending_ranks(explained.cam)
-        positions = ranks.shape[1]
+        """Return the mean change of each sample's score, most and least relevant positions first: (N,) each."""
+        image = explained.image
+        positions = image[0, 0].numel()
         counts = [math.floor(percentile * positions / 100 + 1e-9) for percentile in self.percentiles]
-        first = torch.tensor([0] * len(counts) + [positions - count for count in counts], device=image.device)
-        last = torch.tensor(counts + [positions] * len(counts), device=image.device)
+        first = [0] * len(counts) + [positions - count for count in counts]
+        to_remove = _ranked_between(explained.cam, first, counts + [positions] * len(counts))
         # Drawn where it comes out the same for every device.
         generator = torch.Generator().manual_seed(self.seed)
         noise = torch.randn((len(first), *image.shape[1:]), generator=generator).to(image) * self.noise
 
         def imputed(samples: Tensor, variants: Tensor) -> Tensor:
-            rank = ranks[samples]
-            removed = (rank >= first[variants].unsqueeze(1)) & (rank < last[variants].unsqueeze(1))
-            removed = removed.reshape(-1, *image.shape[2:])
+            removed = to_remove(samples, variants)
             filled = impute(image[samples], removed)
             return torch.where(removed.unsqueeze(1), filled + noise[variants], filled)
 

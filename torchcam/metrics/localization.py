@@ -1,9 +1,9 @@
-"""How well maps point at the evidence that is known: masks or boxes of the object."""
+"""Localisation: the agreement of maps with known evidence, masks or boxes of the object."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,21 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from torchcam.methods._replay import finite_number
+from torchcam._checks import finite_number
 from torchcam.methods.core import plain_tensors
 from torchcam.targets import ClassIndex, OutputTarget
 
-from .core import UNIT, Bounds, CAMMetric, Extractor, as_image, given_maps, zero_where_broken
+from ._statistics import energy
+from .core import UNIT, Bounds, CAMMetric, Extractor, LogitsFn, as_image, given_maps, tensor_of, zero_where_not_finite
 
 __all__ = ["Localization"]
 
 Boxes = Tensor | Sequence[Tensor | Sequence[Sequence[float]]]
 
-_CONVOLUTION: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-
 
 class Localization(CAMMetric):
-    r"""How much of a map lies on the evidence: pointing game, energy, rank accuracy and overlap.
+    r"""Agreement of maps with masks or boxes of the evidence: pointing game, energy, rank accuracy and overlap.
 
     With the map :math:`m`, upsampled to the input, its positive part counting, and the mask :math:`E` of the evidence:
 
@@ -68,7 +67,7 @@ class Localization(CAMMetric):
         empty_count: the number of samples left out, their mask empty
 
     Raises:
-        TypeError: if ``cam_extractor`` or ``logits_fn`` is not what is said above
+        TypeError: if ``cam_extractor`` or ``logits_fn`` has another type than above
         ValueError: if ``tolerance`` is negative, or ``threshold`` not in [0, 1]
 
     Example:
@@ -80,13 +79,10 @@ class Localization(CAMMetric):
     """
 
     higher_is_better = True
-    key_higher_is_better: ClassVar[dict[str, bool]] = dict.fromkeys(
-        ("pointing_game", "energy", "rank_accuracy", "iou", "best_iou"), True
-    )
-    key_bounds: ClassVar[dict[str, Bounds]] = dict.fromkeys(key_higher_is_better, UNIT)
     plot_lower_bound = 0.0
     plot_upper_bound = 1.0
     _sums = ("pointing_game", "energy", "rank_accuracy", "iou", "best_iou")
+    _keys: ClassVar[dict[str, tuple[bool, Bounds]]] = dict.fromkeys(_sums, (True, UNIT))
 
     pointing_game: Tensor
     energy: Tensor
@@ -98,7 +94,7 @@ class Localization(CAMMetric):
     def __init__(
         self,
         cam_extractor: Extractor | nn.Module | None = None,
-        logits_fn: Callable[[Any], Any] | None = None,
+        logits_fn: LogitsFn | None = None,
         *,
         tolerance: float = 0,
         threshold: float = 0.5,
@@ -152,26 +148,21 @@ class Localization(CAMMetric):
         with plain_tensors():
             evidence = _mask_of_boxes(boxes, image) if masks is None else _checked_mask(masks, image)
             if maps is None:
-                with self._logits_applied():
-                    explained = self._explain(image, class_idx, targets, None)
+                explained = self._explain(image, class_idx, targets, None)
                 cam, valid = explained.cam, explained.valid
             else:
-                cam, valid = zero_where_broken(given_maps(maps, image))
+                cam, valid = zero_where_not_finite(given_maps(maps, image))
             empty = valid & ~evidence.flatten(1).any(1)
             parts = {name: part.masked_fill(empty, 0.0) for name, part in self._compare(cam.relu(), evidence).items()}
             kept = valid & ~empty
             self._add(parts, kept, empty_count=empty.sum(), nan_count=(~valid).sum())
 
-    def compute(self) -> dict[str, Tensor]:
-        """Give the means of the five over the samples so far."""
-        return {name: getattr(self, name) / self.total for name in self._sums}
-
     def _compare(self, cam: Tensor, evidence: Tensor) -> dict[str, Tensor]:
-        """Give each sample's five numbers, (N,) each, for maps that are not negative."""
+        """Return each sample's five numbers, (N,) each, for maps that are not negative."""
         m, mask = cam.flatten(1).double(), evidence.flatten(1)
         near = _within(evidence, self.tolerance).flatten(1)
         size, share = _count(mask), mask.double().mean(1)
-        peak, mass = m.amax(1, keepdim=True), m.sum(1)
+        peak = m.amax(1, keepdim=True)
 
         highest = m == peak
         shown = m >= self.threshold * peak
@@ -187,7 +178,7 @@ class Localization(CAMMetric):
         whole = torch.cat([ordered[:, 1:] < ordered[:, :-1], torch.ones_like(mask[:, :1])], 1)
         return {
             "pointing_game": _count(highest & near) / _count(highest),
-            "energy": torch.where(mass > 0, (m * mask).sum(1) / torch.where(mass > 0, mass, 1.0), share),
+            "energy": torch.where(m.sum(1) > 0, energy(m, mask), share),
             "rank_accuracy": (_count(above & mask) + by_chance) / size,
             "iou": _count(shown & mask) / _count(shown | mask),
             "best_iou": torch.where(whole, overlap, 0.0).amax(1),
@@ -200,11 +191,8 @@ def _count(positions: Tensor) -> Tensor:
 
 
 def _checked_mask(masks: Any, image: Tensor) -> Tensor:
-    """Give the evidence as booleans (N, *spatial)."""
-    if not isinstance(masks, Tensor):
-        if not hasattr(masks, "__array__"):
-            raise TypeError(f"`masks` must be a tensor or an array (N, *spatial), got {type(masks).__name__}")
-        masks = torch.as_tensor(masks)
+    """Return the evidence as booleans (N, *spatial)."""
+    masks = tensor_of("masks", masks)
     if masks.is_floating_point() or masks.is_complex():
         raise TypeError(
             f"`masks` must hold booleans or integers, got {masks.dtype}: say what counts, as in `masks > 0.5`"
@@ -219,7 +207,7 @@ def _checked_mask(masks: Any, image: Tensor) -> Tensor:
 
 
 def _mask_of_boxes(boxes: Any, image: Tensor) -> Tensor:
-    """Give the pixels whose centres are in any of a sample's boxes, (N, H, W)."""
+    """Return the pixels whose centres are in any of a sample's boxes, (N, H, W)."""
     if image.ndim != 4:
         raise ValueError(f"`boxes` are for images (N, C, H, W), got an input of {tuple(image.shape)}: give `masks`")
     if not hasattr(boxes, "__len__") or (isinstance(boxes, Tensor) and not boxes.ndim):
@@ -244,7 +232,7 @@ def _mask_of_boxes(boxes: Any, image: Tensor) -> Tensor:
 
 
 def _numbers(boxes: Any, number: int) -> Tensor:
-    """Give a sample's boxes in the type in which all of them are compared."""
+    """Return a sample's boxes in float64."""
     try:
         return torch.as_tensor(boxes, dtype=torch.float64)
     except (RuntimeError, TypeError, ValueError) as error:  # which of them depends on what it got
@@ -254,7 +242,7 @@ def _numbers(boxes: Any, number: int) -> Tensor:
 
 
 def _within(evidence: Tensor, tolerance: float) -> Tensor:
-    """Give the positions no further than ``tolerance`` from the evidence (N, *spatial)."""
+    """Return the positions no further than ``tolerance`` from the evidence (N, *spatial)."""
     reach = math.floor(tolerance)
     if not reach:
         return evidence
@@ -262,5 +250,6 @@ def _within(evidence: Tensor, tolerance: float) -> Tensor:
     offsets = torch.arange(-reach, reach + 1, device=evidence.device)
     squared = sum(offsets.reshape(-1, *[1] * (dims - 1 - axis)) ** 2 for axis in range(dims))
     ball = (torch.as_tensor(squared) <= tolerance**2).float()
-    met: Tensor = _CONVOLUTION[dims](evidence.unsqueeze(1).float(), ball[None, None], padding=reach).squeeze(1) > 0.5
+    convolution = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
+    met: Tensor = convolution(evidence.unsqueeze(1).float(), ball[None, None], padding=reach).squeeze(1) > 0.5
     return met

@@ -1,4 +1,4 @@
-"""Whether maps depend on what the model has learned, and on the class that they are asked about."""
+"""Sanity checks: the dependence of maps on the parameters of the model and on the explained class."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from torchcam._passes import caches_of, model_device
+from torchcam._checks import positive_integer
+from torchcam._passes import model_device
 from torchcam.layers import TargetLayer, layer_names
-from torchcam.methods._replay import positive_integer, seeded
+from torchcam.methods._replay import seeded
+from torchcam.methods.core import on_replica
 from torchcam.targets import class_scores
 
 from ._statistics import cosine, spearman, structural_similarity
-from .core import UNIT, Bounds, CAMMetric, Explained, Extractor, check_seed
+from .core import UNIT, Bounds, CAMMetric, Explained, Extractor, LogitsFn, check_seed
 
 __all__ = ["SanityCheck"]
 
 
 class SanityCheck(CAMMetric):
-    r"""Whether maps change with the model's weights and with the class: those that do not explain neither.
+    r"""Similarity of maps to those of a randomised model, and of the maps of two classes.
 
     From "Sanity checks for saliency maps" (Adebayo et al. 2018, arXiv:1810.03292), cascading randomisation: the layers
     are randomised from the top of the model on, one more at each stage and all those before staying so, and the maps of
@@ -38,9 +40,10 @@ class SanityCheck(CAMMetric):
     one has a ``class_overlap`` of 1, and one that ignores the weights a ``rank_correlation`` of 1.
 
     A parameter is randomised by values drawn from the normal distribution with its own mean and standard deviation, so
-    that activations keep about their scale; buffers stay. The draw is the same for every batch. Other parameters are
-    put in the place of the model's own while the maps are made, so that these never change: after an update, also one
-    that raises, the model holds the same parameter objects with the same values, versions and gradients.
+    that activations keep about their scale; buffers stay. The draw is the same for every batch. It is a replica of the
+    model, with parameters of its own, that is randomised: the model keeps its parameter objects with the same values,
+    versions and gradients. Only with an extractor that is not of this library, the parameters of the model itself are
+    replaced while the maps are computed, and restored afterwards.
 
     Samples whose maps or scores are not finite are left out: ``nan_count`` says how many, ``total`` how many are in
     the means.
@@ -82,13 +85,10 @@ class SanityCheck(CAMMetric):
     """
 
     higher_is_better = False
-    key_higher_is_better: ClassVar[dict[str, bool]] = dict.fromkeys(
-        ("rank_correlation", "ssim", "class_overlap"), False
-    )
-    key_bounds: ClassVar[dict[str, Bounds]] = {
-        "rank_correlation": (-1.0, 1.0),
-        "ssim": (-1.0, 1.0),
-        "class_overlap": UNIT,
+    _keys: ClassVar[dict[str, tuple[bool, Bounds]]] = {
+        "rank_correlation": (False, (-1.0, 1.0)),
+        "ssim": (False, (-1.0, 1.0)),
+        "class_overlap": (False, UNIT),
     }
     plot_lower_bound = -1.0
     plot_upper_bound = 1.0
@@ -104,7 +104,7 @@ class SanityCheck(CAMMetric):
     def __init__(
         self,
         cam_extractor: Extractor,
-        logits_fn: Callable[[Any], Any] | None = None,
+        logits_fn: LogitsFn | None = None,
         *,
         layers: TargetLayer | Sequence[TargetLayer] | None = None,
         seed: int = 0,
@@ -119,7 +119,7 @@ class SanityCheck(CAMMetric):
         self.batch_size = positive_integer("batch_size", batch_size)
 
     def compute(self) -> dict[str, Tensor]:
-        """Give ``rank_correlation``, ``ssim`` and ``class_overlap`` of the samples so far."""
+        """Return ``rank_correlation``, ``ssim`` and ``class_overlap`` of the samples so far."""
         return {
             "rank_correlation": self.rank.mean() / self.total,
             "ssim": self.similarity.mean() / self.total,
@@ -127,7 +127,7 @@ class SanityCheck(CAMMetric):
         }
 
     def by_layer(self) -> dict[str, dict[str, float]]:
-        """Give ``rank_correlation`` and ``ssim`` of each stage, by the layer that was randomised last."""
+        """Return ``rank_correlation`` and ``ssim`` of each stage, by the layer that was randomised last."""
         with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self.sync_on_compute):
             stages = (torch.stack([self.rank, self.similarity], 1) / self.total).tolist()
         return {
@@ -145,16 +145,16 @@ class SanityCheck(CAMMetric):
 
         overlap, single = self._overlap(explained, same)
         stages = []
-        with _parameters_replaced(explained.model) as replace:
-            generator = seeded(self.seed, model_device(explained.model))
+        with on_replica(explained.extractor) as own, _parameters_replaced(own.model) as replace:
+            generator = seeded(self.seed, model_device(own.model))
             for layer in self.layers:
-                replace(explained.model.get_submodule(layer), generator)
-                stages.append(explained.explain_again(same, alike, 1, self.batch_size))
+                replace(own.model.get_submodule(layer), generator)
+                stages.append(explained.explain_again(same, alike, 1, self.batch_size, extractor=own))
         rank, similarity = torch.cat(stages, 1).unbind(2)  # (N, stages) each
         return {"rank": rank, "similarity": similarity, "overlap": overlap, "single": single}
 
     def _overlap(self, explained: Explained, same: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """Give each sample's overlap of the maps of two classes, and whether there is only one."""
+        """Return each sample's overlap of the maps of two classes, and whether there is only one."""
         try:
             scores = class_scores(explained.output)
         except TypeError:  # the output of a detector holds no class scores
@@ -175,7 +175,7 @@ class SanityCheck(CAMMetric):
 
 
 def _layers_from_the_top(model: nn.Module, layers: Any) -> tuple[str, ...]:
-    """Give the names of the layers to randomise, the last one first.
+    """Return the names of the layers to randomise, the last one first.
 
     Raises:
         ValueError: if there are none, or one has no parameters
@@ -186,37 +186,38 @@ def _layers_from_the_top(model: nn.Module, layers: Any) -> tuple[str, ...]:
             found = children
             prefix = found[0]
         layers = found[::-1]
-        if not any(True for _ in model.parameters()):
+        if not _has_parameters(model):
             raise ValueError(f"{type(model).__name__} has no parameters that could be randomised")
         return tuple(layers)
     try:
         names = tuple(layer_names(model, layers))
     except ValueError as error:
         raise ValueError(str(error).replace("`target_layer`", "`layers`")) from None
-    bare = [name for name in names if not any(True for _ in model.get_submodule(name).parameters())]
+    bare = [name for name in names if not _has_parameters(model.get_submodule(name))]
     if bare:
         raise ValueError(f"`layers` must be modules with parameters, got {bare}")
     return names
 
 
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
 def _with_parameters(module: nn.Module, prefix: str) -> list[str]:
-    return [
-        f"{prefix}.{name}".lstrip(".")
-        for name, child in module.named_children()
-        if any(True for _ in child.parameters())
-    ]
+    return [f"{prefix}.{name}".lstrip(".") for name, child in module.named_children() if _has_parameters(child)]
 
 
 @contextmanager
 def _parameters_replaced(model: nn.Module) -> Iterator[Callable[[nn.Module, torch.Generator], None]]:
-    """Give a function that puts random parameters in the place of a module's; the model has its own back afterwards."""
+    """Return a function that replaces the parameters of a part of ``model`` with random ones, until the block ends."""
     own = [
         (module, name, parameter)
         for module in model.modules()
         for name, parameter in module._parameters.items()
         if parameter is not None
     ]
-    caches = [(cache, dict(cache)) for cache in caches_of(model)]
+    attributes = [item for module in model.modules() for item in vars(module).items()]
+    caches = [(value, dict(value)) for name, value in attributes if type(value) is dict and not name.startswith("_")]
     drawn: dict[nn.Parameter, nn.Parameter] = {}
 
     def replace(part: nn.Module, generator: torch.Generator) -> None:
@@ -227,7 +228,7 @@ def _parameters_replaced(model: nn.Module) -> Iterator[Callable[[nn.Module, torc
         for module, name, parameter in own:  # a parameter that two modules share stays shared
             if parameter in drawn:
                 setattr(module, name, drawn[parameter])
-        for cache, items in caches:  # what was computed from the model's own parameters
+        for cache, items in caches:  # computed from the model's own parameters
             for key in [key for key, item in items.items() if isinstance(item, Tensor)]:
                 cache.pop(key, None)
 

@@ -1,4 +1,4 @@
-"""How stable maps are where the input hardly changes, and how well they foretell the score where it does."""
+"""Max-sensitivity and infidelity: the stability of maps, and how well they predict changes of the score."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from torchcam.methods._replay import finite_number, positive_integer
+from torchcam._checks import callable_object, finite_number, positive_integer
 
-from .core import POSITIVE, Bounds, CAMMetric, Explained, Extractor, check_seed
+from .core import POSITIVE, Bounds, CAMMetric, Explained, Extractor, LogitsFn, check_seed
 
 __all__ = ["Sensitivity"]
 
@@ -56,13 +56,13 @@ class Sensitivity(CAMMetric):
         num_samples: number of perturbed inputs that are explained
         perturb: in place of the uniform noise, a function from inputs (B, C, *spatial) to perturbed ones; called
             for every chunk of inputs, in which each occurs as often as it shall be perturbed
-        removal: what is taken from the input for the infidelity: ``"square"``, ``"gaussian"`` for normal noise, or a
+        removal: the perturbation for the infidelity: ``"square"``, ``"gaussian"`` for normal noise, or a
             function from inputs (B, C, *spatial) to perturbations :math:`I`, called as ``perturb`` is
         num_perturbations: number of these perturbations
         square_size: the side of the square, as a share of the input's sides
         std: the standard deviation of the normal noise, in the units of the input
         normalize: whether the infidelity is that of the map in its best scale
-        seed: the seed of what is drawn
+        seed: the seed of the perturbations
         batch_size: largest number of inputs in one pass, the explained one aside
         kwargs: options of :class:`torchmetrics.Metric`, such as ``process_group``
 
@@ -87,8 +87,9 @@ class Sensitivity(CAMMetric):
     """
 
     higher_is_better = False
-    key_higher_is_better: ClassVar[dict[str, bool]] = {"max_sensitivity": False, "infidelity": False}
-    key_bounds: ClassVar[dict[str, Bounds]] = {"max_sensitivity": POSITIVE, "infidelity": POSITIVE}
+    _keys: ClassVar[dict[str, tuple[bool, Bounds]]] = dict.fromkeys(
+        ("max_sensitivity", "infidelity"), (False, POSITIVE)
+    )
     plot_lower_bound = 0.0
     _explains_again = True
     _sums = ("sensitivity", "infidelity")
@@ -99,7 +100,7 @@ class Sensitivity(CAMMetric):
     def __init__(
         self,
         cam_extractor: Extractor,
-        logits_fn: Callable[[Any], Any] | None = None,
+        logits_fn: LogitsFn | None = None,
         *,
         radius: float = 0.02,
         num_samples: int = 10,
@@ -113,8 +114,7 @@ class Sensitivity(CAMMetric):
         batch_size: int = 32,
         **kwargs: Any,
     ) -> None:
-        if perturb is not None and not callable(perturb):
-            raise TypeError(f"`perturb` must be callable or None, got {perturb!r}")
+        callable_object("perturb", perturb, optional=True)
         if not callable(removal) and removal not in ("square", "gaussian"):
             raise ValueError(f"`removal` must be 'square', 'gaussian' or a callable, got {removal!r}")
         if not isinstance(normalize, bool):
@@ -134,25 +134,29 @@ class Sensitivity(CAMMetric):
 
     @property
     def perturb(self) -> Perturbation | None:
-        """What perturbs the inputs whose maps are compared, in place of uniform noise."""
+        """The function that perturbs the inputs whose maps are compared, in place of uniform noise."""
         perturb: Perturbation | None = self._subject.options["perturb"]
         return perturb
 
     @property
     def removal(self) -> str | Perturbation:
-        """What is taken from the inputs whose scores are compared."""
+        """The perturbation of the inputs whose scores are compared."""
         removal: str | Perturbation = self._subject.options["removal"]
         return removal
 
     def compute(self) -> dict[str, Tensor]:
-        """Give ``max_sensitivity`` and ``infidelity`` of the samples so far."""
+        """Return ``max_sensitivity`` and ``infidelity`` of the samples so far."""
         return {"max_sensitivity": self.sensitivity / self.total, "infidelity": self.infidelity / self.total}
 
     def _measure(self, explained: Explained) -> dict[str, Tensor]:
-        return {"sensitivity": self._max_sensitivity(explained), "infidelity": self._infidelity(explained)}
+        device = explained.image.device
+        devices = [] if device.type == "cpu" else [device]
+        draws = callable(self.perturb) or callable(self.removal)  # perhaps random numbers
+        with torch.random.fork_rng(devices, enabled=draws, device_type=device.type):
+            return {"sensitivity": self._max_sensitivity(explained), "infidelity": self._infidelity(explained)}
 
     def _max_sensitivity(self, explained: Explained) -> Tensor:
-        """Give each sample's largest relative change of its map, (N,)."""
+        """Return each sample's largest relative change of its map, (N,)."""
         image, cam = explained.image, explained.cam
         noise = torch.zeros(())
         if self.perturb is None:
@@ -172,28 +176,28 @@ class Sensitivity(CAMMetric):
         return torch.where(changes == 0, 0.0, changes / torch.linalg.vector_norm(cam.flatten(1).double(), dim=1))
 
     def _infidelity(self, explained: Explained) -> Tensor:
-        """Give each sample's mean squared error in foretelling the fall of its score, (N,)."""
+        """Return each sample's mean squared error in predicting the fall of its score, (N,)."""
         image, cam = explained.image, explained.cam
         remove = self._removals(image)
-        foretold = torch.zeros(len(image), self.num_perturbations, dtype=torch.float64, device=image.device)
+        predicted = torch.zeros(len(image), self.num_perturbations, dtype=torch.float64, device=image.device)
 
         def rest(samples: Tensor, variants: Tensor) -> Tensor:
             x = image[samples]
             removed = remove(x, variants)
-            foretold[samples, variants] = (removed.sum(1) * cam[samples]).flatten(1).sum(1, dtype=torch.float64)
+            predicted[samples, variants] = (removed.sum(1) * cam[samples]).flatten(1).sum(1, dtype=torch.float64)
             return x - removed
 
         left = explained.replay(rest, self.num_perturbations, self.batch_size)
         fall = explained.score.unsqueeze(1).double() - left
         if self.normalize:
-            power = (foretold**2).sum(1, keepdim=True)
-            best = (foretold * fall).sum(1, keepdim=True) / torch.where(power > 0, power, 1.0)
-            foretold = foretold * best
-        error: Tensor = ((foretold - fall) ** 2).mean(1)
+            power = (predicted**2).sum(1, keepdim=True)
+            best = (predicted * fall).sum(1, keepdim=True) / torch.where(power > 0, power, 1.0)
+            predicted = predicted * best
+        error: Tensor = ((predicted - fall) ** 2).mean(1)
         return error
 
     def _removals(self, image: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-        """Give a function from inputs (B, C, *spatial) and the numbers of perturbations (B,) to what is taken away."""
+        """Return a function from inputs (B, C, *spatial) and the numbers of perturbations (B,) to perturbations."""
         removal, number = self.removal, self.num_perturbations
         if callable(removal):
             return lambda x, _variants: _checked("removal", removal(x), x)
