@@ -113,6 +113,7 @@ class PredictionTrust:
         return lines
 
 
+@dataclass(eq=False, repr=False)
 class TrustReport(Sequence[PredictionTrust]):
     """The verdicts on the maps of some predictions, and on all of them together. Prints as a page of text.
 
@@ -125,19 +126,14 @@ class TrustReport(Sequence[PredictionTrust]):
         versions: the versions of Python, torch and torchcam
     """
 
-    def __init__(
-        self,
-        items: Sequence[PredictionTrust],
-        method: str,
-        model: str,
-        others: Sequence[str] = (),
-        remarks: Sequence[str] = (),
-    ) -> None:
-        self.items = tuple(items)
-        self.method = method
-        self.model = model
-        self.others = tuple(others)
-        self.remarks = tuple(remarks)
+    items: Sequence[PredictionTrust]
+    method: str
+    model: str
+    others: Sequence[str] = ()
+    remarks: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        self.items, self.others, self.remarks = tuple(self.items), tuple(self.others), tuple(self.remarks)
         self.versions = {
             "python": platform.python_version(),
             "torch": str(torch.__version__),

@@ -21,7 +21,7 @@ from torchcam._tensors import blurred_out, is_constant, over_channels, resize, t
 from torchcam.layers import TargetLayer
 from torchcam.methods import MeanActivation
 from torchcam.methods._diagnose import diagnose
-from torchcam.methods.core import plain_tensors
+from torchcam.methods.core import on_replica, plain_tensors
 from torchcam.metrics import ROAD, DeletionInsertionMetric, Localization, SanityCheck
 from torchcam.metrics._statistics import spearman
 from torchcam.metrics.core import CAMMetric, as_image, check_seed
@@ -268,9 +268,9 @@ class _Trials:
         checks = []
         signed = options.get("relu") is False
         for image, classes in self._batches():
-            with plain_tensors():
-                extractor.model(image)
-                findings = diagnose(extractor, classes, **options)
+            with plain_tensors(), on_replica(extractor) as watcher:
+                watcher.model(image)
+                findings = diagnose(watcher, classes, **options)
             checks += [
                 verdicts.check_diagnosis(findings, row, len(classes), signed=signed) for row in range(len(classes))
             ]
