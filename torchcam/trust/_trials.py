@@ -252,7 +252,8 @@ class _Trials:
             the checks of each sample, and the maps (N, *grid)
         """
         cams = self.maps(extractor, options)
-        checks = [list(pair) for pair in zip(self._diagnosis(extractor, options), self._evidence(), strict=True)]
+        evidence, baselines = self._evidence()
+        checks = [list(pair) for pair in zip(self._diagnosis(extractor, options), evidence, strict=True)]
         flat = cams.flatten(1)
         usable = flat.isfinite().all(1) & ~is_constant(flat.amin(1), flat.amax(1))
         active = self._mean_activation(extractor)
@@ -260,7 +261,7 @@ class _Trials:
         sanity = SanityCheck(subject, seed=self.seed, batch_size=self.batch_size)
         for sample in usable.nonzero().flatten().tolist():
             checks[sample] += self._sanity(sanity, sample)
-            checks[sample] += self._faithfulness(sample, cams, active)
+            checks[sample] += self._faithfulness(sample, cams, active, baselines[sample])
         return checks, cams
 
     def _diagnosis(self, extractor: Any, options: Mapping[str, Any]) -> list[Check]:
@@ -276,14 +277,14 @@ class _Trials:
             ]
         return checks
 
-    def _evidence(self) -> list[Check]:
-        """Remove the content of each input, in three ways, and keep the one with the largest effect as baseline."""
+    def _evidence(self) -> tuple[list[Check], list[Tensor]]:
+        """Remove the content of each input in three ways; return also the result with the lowest probability."""
         means = [self.image.mean(tuple(range(first, self.image.ndim)), keepdim=True) for first in (2, 1)]
         without = [blurred_out(self.image), *(mean.expand_as(self.image) for mean in means)]
         found = torch.stack([self._of_classes(self._predict(image)) for image in without])
         lowest, strongest = found.min(0)
-        self.baselines = [without[kind][sample] for sample, kind in enumerate(strongest.tolist())]
-        return [verdicts.check_evidence(*pair) for pair in zip(self.probability.tolist(), lowest.tolist(), strict=True)]
+        checks = map(verdicts.check_evidence, self.probability.tolist(), lowest.tolist())
+        return list(checks), [without[kind][sample] for sample, kind in enumerate(strongest.tolist())]
 
     def _sanity(self, metric: SanityCheck, sample: int) -> list[Check]:
         """Compare the map with those of randomised models, and with that of another class."""
@@ -304,7 +305,7 @@ class _Trials:
         except (ValueError, RuntimeError):
             return None
 
-    def _faithfulness(self, sample: int, cams: Tensor, active: Tensor | None) -> list[Check]:
+    def _faithfulness(self, sample: int, cams: Tensor, active: Tensor | None, baseline: Tensor) -> list[Check]:
         """Score the map, random maps and the mean activation by what happens when pixels go in their order."""
         generator = torch.Generator().manual_seed(self.seed)
         random = torch.rand((self.num_random, *cams.shape[1:]), generator=generator).to(cams)
@@ -312,7 +313,7 @@ class _Trials:
             self.model,
             self.scores,
             steps=self.steps,
-            baseline=self.baselines[sample].unsqueeze(0),
+            baseline=baseline.unsqueeze(0),
             batch_size=self.batch_size,
         )
         removal = ROAD(self.model, self.scores, seed=self.seed, batch_size=self.batch_size)
@@ -428,11 +429,11 @@ def _correlations(cam: Tensor, others: Mapping[str, Tensor | str]) -> tuple[dict
     return values, missing
 
 
-def _remarks(cam: Tensor, mask: Tensor | None, image: Tensor) -> Iterator[str]:
-    """Yield remarks on where a map (*grid) of an input (1, C, *spatial) looks."""
+def _remarks(cam: Tensor, mask: Tensor | None, image: Tensor) -> list[str]:
+    """Return the remarks on where a map (*grid) of an input (1, C, *spatial) looks."""
     cam = resize(cam[None, None], image.shape[2:]).squeeze(1).relu()
     if not 0 < float(cam.sum()) < math.inf:
-        return
+        return []
 
     def located(mask: Tensor) -> dict[str, float]:
         metric = Localization()
@@ -448,14 +449,12 @@ def _remarks(cam: Tensor, mask: Tensor | None, image: Tensor) -> Iterator[str]:
             inside = torch.zeros_like(frame)
             inside[0][corner] = True
             corners.append(located(inside)["energy"])
-    remark = verdicts.remark_on_place(corners, located(frame)["energy"], float(frame.float().mean()))
-    if remark:
-        yield remark
+    remarks = [verdicts.remark_on_place(corners, located(frame)["energy"], float(frame.float().mean()))]
     if mask is not None and mask.any():
         values = located(mask)
-        remark = verdicts.remark_on_object(values["energy"], values["pointing_game"], float(mask.float().mean()))
-        if remark:
-            yield remark
+        area = float(mask.float().mean())
+        remarks.append(verdicts.remark_on_object(values["energy"], values["pointing_game"], area))
+    return [remark for remark in remarks if remark]
 
 
 def _shared_positions(cams: Tensor) -> float:
