@@ -30,7 +30,6 @@ def diagnose(
     class_idx: ClassIndex | None = None,
     *,
     targets: OutputTarget | Sequence[OutputTarget] | None = None,
-    **kwargs: Any,
 ) -> Diagnosis:
     """Look for what is wrong with the maps of the pass that an extractor has recorded.
 
@@ -44,7 +43,6 @@ def diagnose(
         extractor: the extractor, after a forward pass
         class_idx: the class whose map is wrong, for the whole batch or one per sample
         targets: in place of ``class_idx``, a callable (or one per sample) from one sample's output to a scalar
-        kwargs: options of the calls that make the map, such as ``relu``
 
     Returns:
         the findings
@@ -55,7 +53,7 @@ def diagnose(
     """
     if class_idx is not None and targets is not None:
         check_one_of(class_idx, targets)
-    examination = _Examination(extractor, kwargs)
+    examination = _Examination(extractor)
     if examination.has_recorded():
         examination.repeat(class_idx, targets)
     return Diagnosis(
@@ -76,9 +74,8 @@ class _Examination:
         explained_classes: the explained class of each sample, where classes are explained
     """
 
-    def __init__(self, extractor: Any, options: Mapping[str, Any]) -> None:
+    def __init__(self, extractor: Any) -> None:
         self.extractor = extractor
-        self.options = options  # of the calls that make the map
         self.cam = getattr(extractor, "base_cam", extractor)  # whose hooks and recorded pass they are
         self.model: nn.Module = self.cam.model
         self.findings: list[Finding] = []
@@ -830,7 +827,7 @@ class _Examination:
     def _fused(self, question: dict[str, Any]) -> Tensor:
         """Give the map of each sample as the user gets it, all layers in one."""
         keep = {"retain_graph": True} if self.cam._uses_gradients else {}
-        maps = self.extractor.compute_cams(scores=self.output, **keep, **question, **self.options)
+        maps = self.extractor.compute_cams(scores=self.output, **keep, **question)
         return to_float(self.extractor.fuse_cams(maps).detach())
 
     def _add_agnostic(self) -> None:

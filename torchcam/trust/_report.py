@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
-import math
 import platform
 import textwrap
 from collections import Counter
@@ -21,6 +19,7 @@ from torch import Tensor
 from torchcam import __version__
 from torchcam._figures import data_uri, fitted
 from torchcam._files import written_whole
+from torchcam._numbers import finite, to_json
 from torchcam.utils import overlay_map
 
 from ._verdicts import THRESHOLDS, Check, Outcome, Verdict, combined_verdict, reasons_of, verdict_of
@@ -97,7 +96,7 @@ class PredictionTrust:
         return {
             "class_idx": self.class_idx,
             "class_name": self.class_name,
-            "probability": self.probability if math.isfinite(self.probability) else None,
+            "probability": finite(self.probability),
             "verdict": self.verdict,
             "reasons": list(self.reasons),
             "remarks": list(self.remarks),
@@ -223,7 +222,7 @@ class TrustReport(Sequence[PredictionTrust]):
         texts: dict[str, Callable[[], str]] = {
             ".html": self.to_html,
             ".txt": lambda: f"{self}\n",
-            ".json": lambda: json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+            ".json": lambda: to_json(self.to_dict()) + "\n",
         }
         if path.suffix.lower() not in texts:
             raise ValueError(f"`path` must end in {', '.join(texts)}, got '{path}'")

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partialmethod
 from typing import Any
 
 import torch
@@ -15,16 +15,15 @@ from torch import Tensor, nn
 
 from torchcam._checks import callable_object, positive_integer, torch_module
 from torchcam._inputs import _picture
-from torchcam._methods import CALL_OPTIONS, as_method, by_method, takes
+from torchcam._methods import CALL_OPTIONS, by_method, find_method, takes
 from torchcam._replica import replicated
 from torchcam._tensors import blurred_out, is_constant, over_channels, resize, to_float
 from torchcam.layers import TargetLayer
 from torchcam.methods import MeanActivation
-from torchcam.methods._diagnose import diagnose
 from torchcam.methods.core import on_replica, plain_tensors
 from torchcam.metrics import ROAD, DeletionInsertionMetric, Localization, SanityCheck
-from torchcam.metrics._statistics import spearman
-from torchcam.metrics.core import CAMMetric, as_image, check_seed
+from torchcam.metrics._statistics import energy, spearman
+from torchcam.metrics.core import CAMMetric, as_image, check_seed, explaining, run_to_explain
 from torchcam.metrics.localization import _checked_mask
 from torchcam.targets import ClassIndex, Selector, read_logits
 
@@ -144,18 +143,20 @@ def trust(
             if takes(method, "input_shape"):
                 options.setdefault("input_shape", tuple(image.shape[1:]))
             # The modules of the replica have the same names.
-            return method(replica, **{key: _named(value, layer_names) for key, value in options.items()})
+            named = {key: _named(value, layer_names) for key, value in options.items()}
+            return _with_options(method, call_options.get(method.__name__, {}))(replica, **named)
 
         with make(classes[0]) as extractor:
             judged = repr(extractor)
-            checks, cams = trials.judge(extractor, call_options.get(names[0], {}))
+            signed = call_options.get(names[0], {}).get("relu") is False
+            checks, cams = trials.judge(extractor, signed=signed)
         others: dict[str, Tensor | str] = {}
-        for method, name in zip(classes[1:], names[1:], strict=True):
+        for method in classes[1:]:
             try:
                 with make(method) as extractor:
-                    others[name] = trials.maps(extractor, call_options.get(name, {}))
+                    others[method.__name__] = trials.maps(extractor)
             except (ValueError, RuntimeError) as error:
-                others[name] = f"{type(error).__name__}: {error}"
+                others[method.__name__] = f"{type(error).__name__}: {error}"
     items = []
     for sample, (index, cam) in enumerate(zip(trials.classes, cams, strict=True)):
         compared = {name: other if isinstance(other, str) else other[sample] for name, other in others.items()}
@@ -235,46 +236,43 @@ class _Trials:
             batch = slice(start, start + self.batch_size)
             yield self.image[batch], self.classes[batch]
 
-    def maps(self, extractor: Any, options: Mapping[str, Any]) -> Tensor:
-        """Return the maps of an extractor that is called with some options, (N, *grid)."""
+    def maps(self, extractor: Any) -> Tensor:
+        """Return the maps of an extractor, (N, *grid)."""
         parts = []
-        with plain_tensors():
-            for image, classes in self._batches():
-                (maps,) = extractor.stream([image], classes, **options)
-                parts.append(to_float(extractor.fuse_cams(maps).detach()))
+        for image, classes in self._batches():
+            with plain_tensors(), explaining(extractor, None) as own:
+                output = run_to_explain(own, image)
+                parts.append(to_float(own.fuse_cams(own(classes, output)).detach()))
         maps = torch.cat(parts)
         return over_channels(maps) if maps.ndim == self.image.ndim else maps
 
-    def judge(self, extractor: Any, options: Mapping[str, Any]) -> tuple[list[list[Check]], Tensor]:
-        """Try out the maps of an extractor that is called with some options.
+    def judge(self, extractor: Any, *, signed: bool) -> tuple[list[list[Check]], Tensor]:
+        """Try out the maps of an extractor, which may be signed.
 
         Returns:
             the checks of each sample, and the maps (N, *grid)
         """
-        cams = self.maps(extractor, options)
+        cams = self.maps(extractor)
         evidence, baselines = self._evidence()
-        checks = [list(pair) for pair in zip(self._diagnosis(extractor, options), evidence, strict=True)]
+        checks = [list(pair) for pair in zip(self._diagnosis(extractor, signed=signed), evidence, strict=True)]
         flat = cams.flatten(1)
         usable = flat.isfinite().all(1) & ~is_constant(flat.amin(1), flat.amax(1))
         active = self._mean_activation(extractor)
-        subject = _WithOptions(extractor, options) if options else extractor
-        sanity = SanityCheck(subject, seed=self.seed, batch_size=self.batch_size)
+        sanity = SanityCheck(extractor, seed=self.seed, batch_size=self.batch_size)
         for sample in usable.nonzero().flatten().tolist():
             checks[sample] += self._sanity(sanity, sample)
             checks[sample] += self._faithfulness(sample, cams, active, baselines[sample])
         return checks, cams
 
-    def _diagnosis(self, extractor: Any, options: Mapping[str, Any]) -> list[Check]:
+    def _diagnosis(self, extractor: Any, *, signed: bool) -> list[Check]:
         """Diagnose the map of each sample."""
         checks = []
-        signed = options.get("relu") is False
         for image, classes in self._batches():
-            with plain_tensors(), on_replica(extractor) as watcher:
-                watcher.model(image)
-                findings = diagnose(watcher, classes, **options)
-            checks += [
-                verdicts.check_diagnosis(findings, row, len(classes), signed=signed) for row in range(len(classes))
-            ]
+            with plain_tensors(), on_replica(extractor) as own:
+                own.model(image)
+                findings = own.diagnose(classes)
+            size = len(classes)
+            checks += [verdicts.check_diagnosis(findings, row, size, signed=signed) for row in range(size)]
         return checks
 
     def _evidence(self) -> tuple[list[Check], list[Tensor]]:
@@ -301,7 +299,7 @@ class _Trials:
             with MeanActivation(
                 self.model, extractor.target_names, reshape_transform=extractor.reshape_transform
             ) as active:
-                return self.maps(active, {})
+                return self.maps(active)
         except (ValueError, RuntimeError):
             return None
 
@@ -343,19 +341,6 @@ class _Trials:
         return {key: float(value) for key, value in metric.compute().items()}
 
 
-class _WithOptions:
-    """An extractor, for metrics, whose calls take some options."""
-
-    def __init__(self, extractor: Any, options: Mapping[str, Any]) -> None:
-        self.model: nn.Module = extractor.model
-        self.fuse_cams: Callable[..., Tensor] = extractor.fuse_cams
-        self.compute_maps: Callable[..., list[Tensor]] = partial(extractor, **options)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> list[Tensor]:
-        """Compute the maps of the last pass."""
-        return self.compute_maps(*args, **kwargs)
-
-
 # Arguments.
 
 
@@ -363,7 +348,7 @@ def _as_methods(given: Sequence[type[Any] | str]) -> list[type[Any]]:
     """Return the classes of the methods, each once."""
     if isinstance(given, (str, type)):
         given = [given]
-    found = list(dict.fromkeys(as_method(method, "methods") for method in given))
+    found = list(dict.fromkeys(find_method(method, "methods") for method in given))
     if not found:
         raise ValueError("`methods` is empty: name the method whose maps are to be judged")
     return found
@@ -391,6 +376,12 @@ def _check_call(name: str, options: Mapping[str, Any]) -> None:
             f"`comparison_idx` of {name} is {options['comparison_idx']!r}, but a trust report tries out maps of other "
             "classes as well, which have other references: leave `comparison_idx` out"
         )
+
+
+def _with_options(method: type[Any], options: Mapping[str, Any]) -> type[Any]:
+    """Return a method whose calls take some options by default."""
+    calls = {name: partialmethod(getattr(method, name), **options) for name in ("__call__", "compute_cams")}
+    return type(method.__name__, (method,), calls) if options else method
 
 
 def _named(value: Any, names: Mapping[nn.Module, str]) -> Any:
@@ -435,24 +426,20 @@ def _remarks(cam: Tensor, mask: Tensor | None, image: Tensor) -> list[str]:
     if not 0 < float(cam.sum()) < math.inf:
         return []
 
-    def located(mask: Tensor) -> dict[str, float]:
+    sides = cam.shape[1:]
+    masks = torch.zeros((1 + 2 ** len(sides), *sides), dtype=torch.bool, device=cam.device)
+    masks[0] = True
+    masks[0][tuple(slice(max(1, side // 10), side - max(1, side // 10)) for side in sides)] = False
+    ends = [(slice(0, max(1, side // 4)), slice(side - max(1, side // 4), side)) for side in sides]
+    for inside, corner in zip(masks[1:], itertools.product(*ends), strict=True):
+        inside[corner] = True
+    border, *corners = energy(cam.expand_as(masks), masks).tolist()
+    border_area = float(masks[0].float().mean())
+    remarks = [verdicts.remark_on_place(corners if len(sides) == 2 else [], border, border_area)]
+    if mask is not None and mask.any():
         metric = Localization()
         metric.update(image, masks=mask, maps=cam)
-        return {key: float(value) for key, value in metric.compute().items()}
-
-    frame = torch.ones_like(cam, dtype=torch.bool)
-    frame[0][tuple(slice(max(1, side // 10), side - max(1, side // 10)) for side in cam.shape[1:])] = False
-    corners = []
-    if cam.ndim == 3:
-        ends = [(slice(0, max(1, side // 4)), slice(side - max(1, side // 4), side)) for side in cam.shape[1:]]
-        for corner in itertools.product(*ends):
-            inside = torch.zeros_like(frame)
-            inside[0][corner] = True
-            corners.append(located(inside)["energy"])
-    remarks = [verdicts.remark_on_place(corners, located(frame)["energy"], float(frame.float().mean()))]
-    if mask is not None and mask.any():
-        values = located(mask)
-        area = float(mask.float().mean())
+        values, area = metric.summary(), float(mask.float().mean())
         remarks.append(verdicts.remark_on_object(values["energy"], values["pointing_game"], area))
     return [remark for remark in remarks if remark]
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
+from torchcam._numbers import finite
 from torchcam.methods._diagnose import Finding, of_samples
 
 __all__ = [
@@ -80,12 +81,8 @@ class Check:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the check as plain values."""
-        return {
-            "name": self.name,
-            "outcome": self.outcome,
-            "message": self.message,
-            "values": {key: value if math.isfinite(value) else None for key, value in self.values.items()},
-        }
+        values: dict[str, Any] = finite({**vars(self), "values": dict(self.values)})
+        return values
 
 
 # Checks.
