@@ -386,8 +386,8 @@ def _with_options(method: type[Any], options: Mapping[str, Any]) -> type[Any]:
 
 def _named(value: Any, names: Mapping[nn.Module, str]) -> Any:
     """Replace a module with its name, also in a list."""
-    if isinstance(value, (list, tuple)):
-        return type(value)(_named(entry, names) for entry in value)
+    if isinstance(value, (list, tuple)) and any(isinstance(entry, nn.Module) for entry in value):
+        return [_named(entry, names) for entry in value]
     return names.get(value, value) if isinstance(value, nn.Module) else value
 
 
