@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from tests.test_promises import Snapshot, count_hooks
 from torchcam.demo import CLASS_NAMES, DemoNet, load_model, sample_images
 from torchcam.methods import DeepFeatureFactorization, EigenCAM, GradCAM, GuidedBackprop, LayerCAM, RandomCAM
-from torchcam.trust import THRESHOLDS, Check, PredictionTrust, TrustReport, trust
+from torchcam.methods._diagnose import Finding
+from torchcam.trust import THRESHOLDS, Check, PredictionTrust, TrustReport, _verdicts, trust
 
 
 def scenes(count: int, cue: bool, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -274,6 +275,143 @@ class TestRules:
         )
 
 
+class TestConclusions:
+    """The functions from numbers to checks and remarks."""
+
+    @pytest.mark.parametrize(
+        ("check", "expected"),
+        [
+            (_verdicts.check_evidence(0.9, 0.1), "passed"),
+            (_verdicts.check_evidence(0.75, 0.625), "doubtful"),
+            (_verdicts.check_evidence(0.5, 0.75), "failed"),
+            (_verdicts.check_evidence(math.nan, 0.5), "failed"),
+            (_verdicts.check_weights(0.5, 0.1, 3), "passed"),
+            (_verdicts.check_weights(-0.7, 0.1, 3), "doubtful"),
+            (_verdicts.check_weights(-0.71, 0.1, 3), "failed"),
+            (_verdicts.check_weights(math.nan, math.nan, 3), "left out"),
+            (_verdicts.check_class(0.8), "passed"),
+            (_verdicts.check_class(0.95), "doubtful"),
+            (_verdicts.check_class(0.96), "failed"),
+            (_verdicts.check_class(math.nan), "left out"),
+            (_verdicts.check_class(math.nan, finite=False), "left out"),
+            (_verdicts.check_agreement({"LayerCAM": 0.5}), "passed"),
+            (_verdicts.check_agreement({"LayerCAM": 0.75, "ReciproCAM": -0.25}), "doubtful"),
+            (_verdicts.check_agreement({"LayerCAM": 0.0}), "failed"),
+            (_verdicts.check_agreement({}), "left out"),
+        ],
+    )
+    def test_outcomes(self, check: Check, expected: str) -> None:
+        assert check.outcome == expected, check
+
+    def test_evidence(self) -> None:
+        check = _verdicts.check_evidence(0.75, 0.5)
+        assert check.values == {"probability": 0.75, "without": 0.5, "fall": 0.25}
+        assert check.message.endswith("the probability falls from 0.750 to 0.500.")
+
+    def test_weights(self) -> None:
+        check = _verdicts.check_weights(-0.25, 0.125, 4)
+        assert check.values == {"rank_correlation": 0.25, "ssim": 0.125}
+        assert "rank correlation 0.25 over 4 stages" in check.message
+
+    def test_class(self) -> None:
+        assert _verdicts.check_class(0.25).values == {"class_overlap": 0.25}
+        assert _verdicts.check_class(math.nan).message == "There is only one class."
+        assert "not finite" in _verdicts.check_class(math.nan, finite=False).message
+        assert "not finite" in _verdicts.check_weights(math.nan, math.nan, 1).message
+
+    @pytest.mark.parametrize("name", ["deletion and insertion", "removal"])
+    def test_faithfulness(self, name: str) -> None:
+        random = [0.0, 0.25, 0.5, 0.25]
+        better = _verdicts.check_faithfulness(name, 0.75, random)
+        assert better.outcome == "passed"
+        assert better.values == {"map": 0.75, "random_mean": 0.25, "random_best": 0.5, "beaten": 1.0}
+        assert "more than any random one" in better.message
+        half = _verdicts.check_faithfulness(name, 0.51, random)
+        assert (half.outcome, half.values["beaten"]) == ("doubtful", 0.75)  # 0.01 is too small an effect
+        assert _verdicts.check_faithfulness(name, 0.25, random).outcome == "failed"
+
+    @pytest.mark.parametrize(
+        ("active", "outcome", "note"),
+        [(0.5, "passed", ""), (0.72, "passed", "does as well (0.720)."), (0.9, "doubtful", "does better (0.900).")],
+    )
+    def test_faithfulness_beside_the_mean_activation(self, active: float, outcome: str, note: str) -> None:
+        check = _verdicts.check_faithfulness("removal", 0.75, [0.0], active)
+        assert check.outcome == outcome
+        assert check.values["mean_activation"] == active
+        assert check.message.endswith(note)
+        assert ("merely active" in check.message) == bool(note)
+        assert _verdicts.check_faithfulness("removal", 0.0, [0.0], active).outcome == "failed"
+
+    def test_agreement(self) -> None:
+        check = _verdicts.check_agreement({"LayerCAM": 0.75, "ReciproCAM": 0.5}, ["that of LeGrad is blank"])
+        assert check.values == {"LayerCAM": 0.75, "ReciproCAM": 0.5}
+        assert check.message.endswith(
+            "(rank correlation: LayerCAM 0.75, ReciproCAM 0.50). Left out: that of LeGrad is blank."
+        )
+
+    def test_diagnosis(self) -> None:
+        blank = Finding("all_negative", "error", "1 of 2 samples (1): nothing is left.", "Do.", samples=(1,))
+        coarse = Finding("coarse_grid", "warning", "the grid is 2 x 2.", "Do.")
+        inverted = Finding("inverted", "warning", "the map is upside down.", "Do.", samples=(0,))
+        info = Finding("class_agnostic", "info", "no class.", "Do.")
+
+        def check(*findings: Finding, sample: int = 0, signed: bool = False) -> Check:
+            return _verdicts.check_diagnosis(findings, sample, 2, signed=signed)
+
+        assert check(blank, info).outcome == "passed"
+        assert check(blank, coarse).message == "The map has a weak point. coarse_grid: the grid is 2 x 2."
+        assert check(blank, coarse, sample=1).outcome == "failed"
+        assert check(blank, coarse, sample=1).message == "The map is not in order. all_negative: nothing is left."
+        assert check(blank, sample=1, signed=True).outcome == "passed"
+        assert check(inverted).outcome == "failed"
+
+    def test_remark_on_place(self) -> None:
+        assert _verdicts.remark_on_place([0.1, 0.4, 0.1, 0.1], 0.6, 0.2) is None
+        corner = _verdicts.remark_on_place([0.1, 0.1, 0.5, 0.1], 0.9, 0.2)
+        assert corner is not None
+        assert "50% of the map lies in the bottom left" in corner
+        border = _verdicts.remark_on_place([], 0.7, 0.2)
+        assert border is not None
+        assert "70% of the map lies in the outer tenth of the input, which is 20% of its area" in border
+        assert _verdicts.remark_on_place([], 0.7, 0.5) is None
+
+    def test_remark_on_object(self) -> None:
+        assert _verdicts.remark_on_object(0.5, 0.0, 0.1) is None
+        assert _verdicts.remark_on_object(0.25, 1.0, 0.1) is None
+        remark = _verdicts.remark_on_object(0.25, 0.0, 0.1)
+        assert remark is not None
+        assert "25% of the map lies on it, which is 10% of the area" in remark
+
+    def test_remark_on_common_place(self) -> None:
+        assert _verdicts.remark_on_common_place(math.nan) is None
+        assert _verdicts.remark_on_common_place(0.5) is None
+        assert "share 75% of the positions" in str(_verdicts.remark_on_common_place(0.75))
+
+    def test_verdict_and_reasons(self) -> None:
+        passed, doubtful, failed = (
+            Check("class", outcome, f"{outcome}.") for outcome in ("passed", "doubtful", "failed")
+        )
+        broken = Check("weights", "failed", "broken.")
+        for checks, verdict, reasons in [
+            ([], "believe", ()),
+            ([doubtful, passed], "believe", ("passed.",)),
+            ([doubtful, passed, doubtful], "with care", ("doubtful.", "doubtful.")),
+            ([doubtful, passed, failed], "with care", ("failed.", "doubtful.")),
+            ([doubtful, passed, broken], "do not believe", ("broken.",)),
+        ]:
+            assert _verdicts.verdict_of(checks) == verdict
+            assert _verdicts.reasons_of(checks) == reasons
+
+    def test_combined_verdict(self) -> None:
+        for verdicts, combined in [
+            (["believe", "believe"], "believe"),
+            (["believe", "with care"], "with care"),
+            (["believe", "believe", "do not believe"], "with care"),
+            (["believe", "do not believe"], "do not believe"),
+        ]:
+            assert _verdicts.combined_verdict(verdicts) == combined
+
+
 def test_the_page_on_troubleshooting_has_the_thresholds() -> None:
     page = (Path(__file__).parents[1] / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     rows = {}
@@ -294,6 +432,28 @@ class TestNoTrace:
         before = Snapshot(model)
         trust(model, x, target_layer="layer2", num_random=2, steps=3)
         before.check(hooks=False)
+
+    @pytest.mark.parametrize("method", ["GradCAM", "GuidedBackprop", "AblationCAM"])
+    def test_nothing_changes_meanwhile(self, method: str) -> None:
+        """What other threads see of the model while trust runs: its modes, parameters, hooks and forwards."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = DemoNet().train()
+        image = sample_images()[0].to_tensor()[..., :48, :48]
+
+        def state() -> list[Any]:
+            modules = [(module, module.training, sorted(vars(module))) for module in model.modules()]
+            tensors = [*model.parameters(), *model.buffers()]
+            return [modules, [(id(tensor), tensor._version) for tensor in tensors], count_hooks(model)]
+
+        seen = []
+        model.layer1.register_forward_hook(lambda *_: seen.append(state()))
+        before = state()
+        layer = {} if method == "GuidedBackprop" else {"target_layer": "layer2"}
+        trust(model, image, methods=[method], num_random=1, steps=2, **layer)
+        assert len(seen) > 20
+        assert all(during == before for during in seen)
+        assert state() == before
 
     def test_nor_if_it_raises(self) -> None:
         model, image = DemoNet(), sample_images()[0].to_tensor()
@@ -425,6 +585,36 @@ class TestArguments:
         fused = next(iter(shown.results["GuidedBackprop"].fused.values()))
         assert fused.shape == (48, 48)
         torch.testing.assert_close(report[0].cam, fused)
+
+    def test_layers_may_be_modules(self, honest_model: nn.Sequential) -> None:
+        images, _, _ = scenes(1, False, 3)
+        options: dict[str, Any] = {"methods": ["CAM", "LayerCAM"], **QUICK}
+        layers = {"CAM": honest_model[5], "LayerCAM": [honest_model[2], honest_model[5]]}
+        classifier = {"CAM": {"fc_layer": honest_model[8]}}
+        given = trust(honest_model, images, target_layer=layers, method_kwargs=classifier, **options)
+        names = {"CAM": "5", "LayerCAM": ["2", "5"]}
+        named = trust(honest_model, images, target_layer=names, method_kwargs={"CAM": {"fc_layer": "8"}}, **options)
+        assert given.to_dict() == named.to_dict()
+        with pytest.raises(ValueError, match="not a module of this Sequential"):
+            trust(honest_model, images, target_layer=nn.Conv2d(1, 1, 1))
+
+    @pytest.mark.parametrize("method", ["TransformerAttribution", "AttentionRollout", "LeGrad"])
+    def test_attention(self, method: str) -> None:
+        from torchvision.models import VisionTransformer
+
+        from torchcam.explain import explain
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            vit = VisionTransformer(
+                image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=3
+            ).eval()
+            nn.init.normal_(vit.heads.head.weight)
+        image = sample_images()[0].to_tensor()[..., :32, :32]
+        report = explain(vit, image, method=method).trust(methods=[method], **QUICK)
+        assert report.method.startswith(method)
+        assert report[0].cam.shape == (4, 4)
+        assert "weights" in [check.name for check in report[0].checks]
 
     def test_a_single_score(self) -> None:
         with torch.random.fork_rng(devices=[]):

@@ -1,0 +1,7 @@
+"""Trust reports: trials of the maps of one prediction or of several, and in words whether to believe them."""
+
+from ._report import PredictionTrust, TrustReport
+from ._trials import trust
+from ._verdicts import THRESHOLDS, Check
+
+__all__ = ["THRESHOLDS", "Check", "PredictionTrust", "TrustReport", "trust"]

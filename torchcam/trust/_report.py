@@ -1,0 +1,311 @@
+"""Trust reports as text, as a page and as JSON."""
+
+from __future__ import annotations
+
+import html
+import platform
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from torchcam import __version__
+from torchcam._figures import data_uri, fitted
+from torchcam._files import written_whole
+from torchcam._numbers import finite, to_json
+from torchcam.utils import overlay_map
+
+from ._verdicts import THRESHOLDS, Check, Outcome, Verdict, combined_verdict, reasons_of, verdict_of
+
+__all__ = ["PredictionTrust", "TrustReport"]
+
+_WORDS: dict[Verdict, str] = {
+    "believe": "Believe this picture.",
+    "with care": "Take this picture with care.",
+    "do not believe": "Do not believe this picture.",
+}
+_COUNTED: dict[Verdict, str] = {
+    "believe": "can be believed",
+    "with care": "should be taken with care",
+    "do not believe": "should not be believed",
+}
+_CSS_CLASSES: dict[Verdict, str] = {"believe": "believe", "with care": "care", "do not believe": "not"}
+_MARKS: dict[Outcome, str] = {"passed": "✓", "doubtful": "?", "failed": "✗", "left out": "–"}
+_MEASURES = {
+    "evidence": "by how much the probability falls when the input is blurred or painted over, at least",
+    "weights": "rank correlation with the maps of randomised models, at most",
+    "class": "cosine between the maps of the two best classes, at most",
+    "deletion and insertion": "share of random maps that the map does better than, at least",
+    "removal": "the same with ROAD, at least",
+    "agreement": "mean rank correlation with the maps of other methods, at least",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class PredictionTrust:
+    """The verdict on the map of one prediction.
+
+    Attributes:
+        class_idx: the explained class
+        class_name: its name, if it is known
+        probability: its probability
+        checks: the checks, in the order of the report
+        remarks: what the map shows that is worth a second look, whatever the verdict
+        cam: the map, (*spatial), on the CPU
+        picture: the input, if it is an image
+    """
+
+    class_idx: int
+    class_name: str | None
+    probability: float
+    checks: tuple[Check, ...]
+    remarks: tuple[str, ...]
+    cam: Tensor
+    picture: Image.Image | None = None
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether to believe the map.
+
+        A map is not believed if it is broken or inverted, if its score hardly depends on the input, if it hardly
+        depends on the weights, or if it fails both tests of faithfulness. It is taken with care if another check has
+        failed, or two are doubtful.
+        """
+        return verdict_of(self.checks)
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """The messages of the checks that spoke against the map or, if there are none, of those that it has passed."""
+        return reasons_of(self.checks)
+
+    @property
+    def title(self) -> str:
+        """The explained class and its probability."""
+        name = "" if self.class_name in {None, str(self.class_idx)} else f" ({self.class_name})"
+        return f"class {self.class_idx}{name}, probability {self.probability:.3f}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the verdict and its reasons as plain values."""
+        return {
+            "class_idx": self.class_idx,
+            "class_name": self.class_name,
+            "probability": finite(self.probability),
+            "verdict": self.verdict,
+            "reasons": list(self.reasons),
+            "remarks": list(self.remarks),
+            "checks": [check.to_dict() for check in self.checks],
+        }
+
+    def _lines(self) -> list[str]:
+        lines = [self.title, f"  {_WORDS[self.verdict]}"]
+        for check in self.checks:
+            lines += _wrapped(check.message, f"  {_MARKS[check.outcome]} {check.name}: ", 4)
+        for remark in self.remarks:
+            lines += _wrapped(remark, "  ! ", 4)
+        return lines
+
+
+@dataclass(eq=False, repr=False)
+class TrustReport(Sequence[PredictionTrust]):
+    """The verdicts on the maps of some predictions, and on all of them together. Prints as a page of text.
+
+    Attributes:
+        items: the verdict on each prediction
+        method: the method of the maps, as it prints
+        model: the name of the model's class
+        others: the methods that the maps are compared with
+        remarks: what the maps have in common that is worth a second look
+        versions: the versions of Python, torch and torchcam
+    """
+
+    items: Sequence[PredictionTrust]
+    method: str
+    model: str
+    others: Sequence[str] = ()
+    remarks: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        self.items, self.others, self.remarks = tuple(self.items), tuple(self.others), tuple(self.remarks)
+        self.versions = {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "torchcam": __version__,
+        }
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.items[index]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether to believe the maps: ``"believe"`` if each can be, ``"do not believe"`` if half of them cannot."""
+        return combined_verdict([item.verdict for item in self])
+
+    @property
+    def headline(self) -> str:
+        """The verdict in words."""
+        words, look = _WORDS[self.verdict], ""
+        if self.remarks or any(item.remarks for item in self):
+            look = " What it shows is worth a second look."
+        if len(self) == 1:
+            return words + look
+        counts = Counter(item.verdict for item in self)
+        parts = [f"{counts[verdict]} {text}" for verdict, text in _COUNTED.items() if counts[verdict]]
+        split = f"Of {len(self)}, {_joined(parts)}." if len(parts) > 1 else f"All {len(self)} {_COUNTED[self.verdict]}."
+        return f"{words.replace('this picture', 'these pictures')} {split}{look.replace('it shows', 'they show')}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain values, for JSON."""
+        return {
+            "verdict": self.verdict,
+            "headline": self.headline,
+            "method": self.method,
+            "model": self.model,
+            "compared_with": list(self.others),
+            "remarks": list(self.remarks),
+            "predictions": [item.to_dict() for item in self],
+            "thresholds": {name: {"passed": limits[0], "failed": limits[1]} for name, limits in THRESHOLDS.items()},
+            "versions": dict(self.versions),
+        }
+
+    def __str__(self) -> str:
+        lines = [self._title, "", *textwrap.wrap(self.headline, 100)]
+        for remark in self.remarks:
+            lines += _wrapped(remark, "! ", 2)
+        for item in self:
+            lines += ["", *item._lines()]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return f'<div class="torchcam-trust"><style>{_style("report")}</style>{self._body(256)}</div>'
+
+    def to_html(self, path: str | Path | None = None) -> str:
+        """Write a page that needs no other file, no network and no script.
+
+        Args:
+            path: the file to write; by default the page is only returned
+
+        Returns:
+            the page
+        """
+        policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+        page = (
+            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
+            f"<title>{html.escape(self._title)}</title><style>{_style('page')}{_style('report')}</style></head>"
+            f'<body><main class="torchcam-trust">{self._body(512)}</main></body></html>\n'
+        )
+        if path is not None:
+            _write(Path(path), page)
+        return page
+
+    def save(self, path: str | Path) -> Path:
+        """Write the report as a page, as text or as JSON, by the suffix (``.html``, ``.txt``, ``.json``).
+
+        Raises:
+            ValueError: if the path has another suffix
+        """
+        path = Path(path)
+        texts: dict[str, Callable[[], str]] = {
+            ".html": self.to_html,
+            ".txt": lambda: f"{self}\n",
+            ".json": lambda: to_json(self.to_dict()) + "\n",
+        }
+        if path.suffix.lower() not in texts:
+            raise ValueError(f"`path` must end in {', '.join(texts)}, got '{path}'")
+        _write(path, texts[path.suffix.lower()]())
+        return path
+
+    @property
+    def _title(self) -> str:
+        return f"{self.method} on {self.model}"
+
+    def _body(self, edge: int) -> str:
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        return (
+            f"<h1>{html.escape(self._title)}</h1>"
+            + _verdict_as_html(self.verdict, self.headline)
+            + _remarks_as_html(self.remarks)
+            + "".join(_section(item, edge, alone=len(self) == 1) for item in self)
+            + f"<details><summary>How this was judged</summary>{_explanations()}"
+            f"<p>Compared with {html.escape(_joined(self.others) or 'no other method')}. {html.escape(versions)}</p>"
+            "</details>"
+        )
+
+
+def _section(item: PredictionTrust, edge: int, *, alone: bool) -> str:
+    rows = "".join(
+        f'<tr><td class="outcome {check.outcome.replace(" ", "-")}">{_MARKS[check.outcome]} {check.outcome}</td>'
+        f"<th>{html.escape(check.name)}</th><td>{html.escape(check.message)}</td></tr>"
+        for check in item.checks
+    )
+    verdict = "" if alone else _verdict_as_html(item.verdict, _WORDS[item.verdict])
+    return (
+        f"<section><h2>{html.escape(item.title)}</h2>{verdict}{_remarks_as_html(item.remarks)}"
+        f'<div class="row">{_pictures(item, edge)}<div class="text"><table>{rows}</table></div></div></section>'
+    )
+
+
+def _verdict_as_html(verdict: Verdict, text: str) -> str:
+    return f'<p class="verdict {_CSS_CLASSES[verdict]}">{html.escape(text)}</p>'
+
+
+def _remarks_as_html(remarks: Sequence[str]) -> str:
+    return "".join(f'<p class="remark">{html.escape(remark)}</p>' for remark in remarks)
+
+
+def _pictures(item: PredictionTrust, edge: int) -> str:
+    if item.picture is None or item.cam.ndim != 2:
+        return ""
+    picture, cam = item.picture.convert("RGB"), item.cam.float()
+    overlay = overlay_map(picture, cam.numpy(), signed=bool((cam < 0).any()))
+    figures = "".join(
+        f'<figure><img src="{data_uri(fitted(shown, edge))}" alt="{caption}">'
+        f"<figcaption>{caption}</figcaption></figure>"
+        for shown, caption in ((picture, "input"), (overlay, "map"))
+    )
+    return f'<div class="pictures">{figures}</div>'
+
+
+def _explanations() -> str:
+    rows = "".join(
+        f"<tr><th>{name}</th><td>{_MEASURES[name]}</td><td>{passed:g}</td><td>{failed:g}</td></tr>"
+        for name, (passed, failed) in THRESHOLDS.items()
+    )
+    return (
+        "<p>A map is not believed if its diagnosis, the evidence or the weights fail, or both deletion and insertion "
+        "and removal. It is taken with care if anything else fails, or two checks are doubtful.</p>"
+        f"<table><tr><th></th><td>what is measured</td><td>passed</td><td>failed beyond</td></tr>{rows}</table>"
+    )
+
+
+def _style(name: str) -> str:
+    return "\n" + files("torchcam").joinpath("trust", f"{name}.css").read_text(encoding="utf-8")
+
+
+def _write(path: Path, text: str) -> None:
+    with written_whole(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def _wrapped(text: str, head: str, indent: int) -> list[str]:
+    return textwrap.wrap(
+        text, 100, initial_indent=head, subsequent_indent=" " * indent, break_on_hyphens=False, break_long_words=False
+    )
+
+
+def _joined(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
