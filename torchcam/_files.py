@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["written_whole"]
+__all__ = ["atomic_write", "written_whole"]
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Give a temporary neighbour of ``path`` to write a file or directory to, moved to its place at the end.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path`` to write a file or directory to, and move it to ``path`` at the end.
 
-    If the block raises, nothing of it stays. Missing parents are made.
+    If the block raises, nothing remains. Missing parents are made.
     """
     missing = [parent for parent in path.parents if not parent.exists()]
     part = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
@@ -36,3 +36,6 @@ def written_whole(path: Path) -> Iterator[Path]:
             for parent in missing:
                 parent.rmdir()
         raise
+
+
+written_whole = atomic_write  # the name in the public API
