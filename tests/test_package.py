@@ -21,6 +21,8 @@ FLOORS = {
     "_tensors": 0,
     "_files": 0,
     "_names": 0,
+    "_numbers": 0,
+    "_tables": 0,
     "_passes": 1,
     "_film": 2,
     "layout": 1,

@@ -1,0 +1,43 @@
+"""Tables for a terminal or a text file."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["as_text", "make_table"]
+
+
+def make_table(header: Sequence[str], rows: Iterable[Sequence[Any]], right: Iterable[int] = ()) -> Table:
+    """Make a table with a line below its header.
+
+    Args:
+        header: the titles of the columns
+        rows: the cells of each row: strings, or texts of rich
+        right: the numbers of the columns that are aligned to the right
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    aligned = set(right)
+    for column, title in enumerate(header):
+        table.add_column(Text(title), justify="right" if column in aligned else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
+    return table
+
+
+def as_text(*parts: Any, width: int) -> str:
+    """Return what rich would print, without colours and without spaces at the ends of lines."""
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
+    with console.capture() as capture:
+        console.print(*parts)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
