@@ -192,7 +192,6 @@ class TestFolders:
             message = fails(capsys, "data", "--model-factory", f"{mine}:named", *QUICK, "--workers", workers)
             assert message.startswith(f"torchcam: error: IMAGE 'data/{first.parent.name}/zzz.png' is not an image")
 
-
     def test_a_subfolder_without_images(self, place: Path, mine: str, capsys: pytest.CaptureFixture[str]) -> None:
         (place / "data" / "zero").mkdir()
         (place / "map.json").write_text(json.dumps({path.name: 0 for path in place.glob("data/*")}))
