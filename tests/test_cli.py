@@ -22,9 +22,9 @@ from torch import nn
 import torchcam
 import torchcam.explain
 from torchcam import cli, methods
-from torchcam.cli._methods import find_method
+from torchcam.cli._images import read_image
 from torchcam.cli._models import Classifier, load_classifier
-from torchcam.cli._pictures import read_image
+from torchcam.cli._options import find_method
 from torchcam.demo import load_model, sample_images
 
 COMMANDS = {"compare", "demo", "diagnose", "evaluate", "explain", "layers", "trust"}
@@ -296,8 +296,13 @@ class TestExplain:
 
     def test_maps_are_those_of_the_library(self, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         drawn: list[Any] = []
-        draw = cli.explain.draw_panels
-        monkeypatch.setattr(cli.explain, "draw_panels", lambda *arguments: drawn.append(arguments) or draw(*arguments))
+        plot = torchcam.explain.PredictionExplanation.plot
+
+        def record(explanation: Any, **options: Any) -> Any:
+            drawn.append((explanation, options))
+            return plot(explanation, **options)
+
+        monkeypatch.setattr(torchcam.explain.PredictionExplanation, "plot", record)
         arguments = [
             "--method",
             "layer-cam",
@@ -307,23 +312,23 @@ class TestExplain:
             "features.11",
         ]
         assert cli.main(["explain", str(photo), *SMALL, *arguments, "--class-idx", "3,5", "--class-idx", "1"]) == 0
-        ((picture, panels, title, alpha, colormap),) = drawn
-        assert (alpha, colormap) == (0.5, "jet")
-        assert "LayerCAM of features.3, features.8, features.11" in title
+        ((explanation, options),) = drawn
+        assert (options["alpha"], options["colormap"]) == (0.5, "jet")
+        assert "LayerCAM of features.3, features.8, features.11" in options["title"]
 
         classifier = load_classifier("mobilenet_v3_small", "none")
         batch = classifier.preprocess(Image.open(photo)).unsqueeze(0)
         layers = ["features.3", "features.8", "features.11"]
         with torch.no_grad(), methods.LayerCAM(classifier.model, layers) as extractor:
             logits = classifier.model(batch)
-            for (caption, cam), index in zip(panels, [3, 5, 1], strict=True):
+            for (key, cam), index in zip(explanation.results["LayerCAM"].fused.items(), [3, 5, 1], strict=True):
                 expected = extractor.fuse_cams(extractor(index, logits, retain_graph=True))[0]
                 assert torch.allclose(cam, expected, atol=1e-5)
-                assert f"({index})" in caption.replace("\n", " ")
+                assert f"({index})" in explanation.name_of(key)
         # The picture is what the model saw, up to rounding.
         seen = batch[0] * torch.tensor(classifier.preprocess.std)[:, None, None]
         seen = 255 * (seen + torch.tensor(classifier.preprocess.mean)[:, None, None])
-        assert np.abs(np.array(picture) - seen.permute(1, 2, 0).numpy()).max() <= 1
+        assert np.abs(np.array(explanation.image) - seen.permute(1, 2, 0).numpy()).max() <= 1
 
     def test_alpha_and_colormap_are_used(self, photo: Path, place: Path) -> None:
         pictures = []
@@ -359,7 +364,7 @@ class TestExplain:
         ).eval()
         preset = load_classifier("mobilenet_v3_small", "none").preprocess
         classifier = Classifier(small, vit_b_16.__name__, preset, [str(index) for index in range(1000)])
-        monkeypatch.setattr(cli.explain, "load_model", lambda *_: classifier)
+        monkeypatch.setattr(cli._images, "load_model", lambda *_: classifier)
         layers = "encoder.layers.encoder_layer_0,encoder.layers.encoder_layer_1"
         arguments = ["--method", "LeGrad", "--target-layer", layers]
         assert cli.main(["explain", str(photo), "--arch", "vit_b_16", *arguments]) == 0
@@ -410,7 +415,7 @@ class TestRefusals:
             (["photo.png", "--class-idx", "1000"], "--class-idx must lie between 0 and 999 for the 1000 classes"),
             (["photo.png", "--class-idx", "-1"], "--class-idx must lie between 0 and 999"),
             (["photo.png", "--class-idx", "dog"], "--class-idx must be the number of a class"),
-            (["photo.png", "--top-k", "0"], "--top-k must lie between 1 and 1000"),
+            (["photo.png", "--top-k", "0"], "--top-k must be at least 1 without --class-idx, got 0"),
             (["photo.png", "--top-k", "1001"], "--top-k must lie between 1 and 1000"),
             (["photo.png", "--method", "LeGrad"], "name them with --target-layer"),
             (["photo.png", "--method", "LeGrad", "--target-layer", "features"], "MobileNetV3 is not read out as"),
@@ -484,12 +489,16 @@ class TestRefusals:
     def test_maps_that_are_no_pictures(
         self, photo: Path, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        monkeypatch.setattr(methods.GradCAM, "fuse_cams", lambda _self, _cams: torch.zeros(1, 3, 4, 4))
-        assert "GradCAM gives maps of shape (3, 4, 4), which cannot be drawn" in fails(capsys, "explain", photo, *SMALL)
+        def signals(_self: Any, class_idx: Any = None, **_: Any) -> list[torch.Tensor]:
+            return [torch.zeros(1, 5)]
+
+        monkeypatch.setattr(methods.GradCAM, "__call__", signals)
+        printed = fails(capsys, "explain", photo, *SMALL)
+        assert "only maps (height, width) can be drawn over an image, these have shapes [(5,)]" in printed
         assert files(place) == {"photo.png"}
 
     def test_bugs_are_not_hidden(self, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(torchcam.explain, "explain_classes", lambda: None)
+        monkeypatch.setattr(torchcam.explain, "explain", lambda: None)
         with pytest.raises(TypeError):
             cli.main(["explain", str(photo), *SMALL])
 

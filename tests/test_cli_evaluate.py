@@ -19,11 +19,12 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torchvision.transforms import ToTensor
 
 from torchcam import cli, evaluate
+from torchcam.cli._folder import match_classes
 from torchcam.cli._messages import UserError
 from torchcam.cli._models import Classifier
-from torchcam.cli.evaluate import match_classes
 from torchcam.demo import CLASS_NAMES, load_model, make_scenes
 from torchcam.methods import GradCAM, RandomCAM
 
@@ -147,8 +148,7 @@ class TestFolders:
     def test_numbers(self, place: Path, mine: str, capsys: pytest.CaptureFixture[str]) -> None:
         named = printed(capsys, "data", "--model-factory", f"{mine}:named", *QUICK)
         files = sorted(place.glob("data/*/*.png"))
-        to_tensor = Classifier(nn.Identity(), "", cli.evaluate._pixels).preprocess
-        images = torch.stack([to_tensor(Image.open(path)) for path in files])
+        images = torch.stack([ToTensor()(Image.open(path)) for path in files])
         labels = torch.tensor([int(path.parent.name) for path in files])
         batches = [(images[i : i + 2], labels[i : i + 2]) for i in (0, 2, 4)]
 
@@ -191,6 +191,20 @@ class TestFolders:
         for workers in ("0", "1"):
             message = fails(capsys, "data", "--model-factory", f"{mine}:named", *QUICK, "--workers", workers)
             assert message.startswith(f"torchcam: error: IMAGE 'data/{first.parent.name}/zzz.png' is not an image")
+
+    def test_a_subfolder_without_images(self, place: Path, mine: str, capsys: pytest.CaptureFixture[str]) -> None:
+        (place / "data" / "zero").mkdir()
+        (place / "map.json").write_text(json.dumps({path.name: 0 for path in place.glob("data/*")}))
+        message = fails(capsys, "data", "--model-factory", f"{mine}:named", *QUICK, "--class-map", "map.json")
+        assert "DIR 'data': the subfolder 'zero' holds no images" in message
+
+    def test_subfolders_may_be_links(self, place: Path, mine: str, capsys: pytest.CaptureFixture[str]) -> None:
+        options = ["--model-factory", f"{mine}:named", *QUICK]
+        expected = printed(capsys, "data", *options)
+        (place / "links").mkdir()
+        for folder in place.glob("data/*"):
+            (place / "links" / folder.name).symlink_to(folder, target_is_directory=True)
+        assert printed(capsys, "links", *options) == expected
 
 
 def classifier(names: Sequence[str] | None, outputs: int = 3) -> Classifier:
@@ -288,7 +302,8 @@ class TestInterruptions:
         arguments = ["--demo", "--limit", "12", "--batch-size", "1", "--methods", "GradCAM", "--metrics"]
         arguments += ["deletion-insertion,road", "--output", "table.json"]
         code = (  # the second batch takes for ever, and says so
-            "import pathlib, runpy, time; from torchcam.methods import GradCAM\n"
+            "import pathlib, runpy, signal, time; from torchcam.methods import GradCAM\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job is started without it
             "take, taken = GradCAM.compute_cams, []\n"
             "def stuck(*args, **kwargs):\n"
             "    taken.append(1)\n"

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from torchcam import cli, methods
+from torchcam import cli
 from torchcam.cli._messages import UserError
 from torchcam.cli._models import Classifier, load_own
 from torchcam.demo import load_model, sample_images
@@ -208,9 +208,9 @@ class TestFactories:
             classifier = load_own(f"{mine}:{name}")
             assert not classifier.model.training
             assert classifier.name == f"{mine}:{name}"
-        assert classifier.size == (96, 96)
+        assert classifier.blank.shape == (3, 96, 96)
         assert list(classifier.categories or ()) == list("0123456789")
-        assert load_own(f"{mine}:model").size == (224, 224)
+        assert load_own(f"{mine}:model").blank.shape == (3, 224, 224)
         assert load_own(f"{mine}:preset").label(3) == "class 3"
 
     def test_weights_of_ones_own(self, place: Path, mine: str) -> None:
@@ -227,11 +227,14 @@ class TestFactories:
     def test_pictures_are_what_the_model_saw(self, name: str, mine: str) -> None:
         image = sample_images()[0].image
         classifier = load_own(f"{mine}:{name}")
-        assert classifier.picture(classifier.preprocess(image).unsqueeze(0)).tobytes() == image.tobytes()
+        (picture,) = classifier.read([image]).pictures
+        assert picture is not None
+        assert picture.tobytes() == image.tobytes()
 
     def test_pictures_of_an_unknown_range(self) -> None:
-        classifier = Classifier(nn.Identity(), "", lambda image: torch.zeros(1, 2, 2))
-        picture = classifier.picture(torch.tensor([[[[-3.0, 1.0], [5.0, 1.0]]]]))
+        classifier = Classifier(nn.Identity(), "", lambda image: torch.tensor([[[-3.0, 1.0], [5.0, 1.0]]]))
+        (picture,) = classifier.read([Image.new("RGB", (2, 2))]).pictures
+        assert picture is not None
         assert [picture.getpixel((0, 0)), picture.getpixel((0, 1)), picture.getpixel((1, 0))] == [
             (0, 0, 0),
             (255, 255, 255),
@@ -262,7 +265,3 @@ class TestFactories:
             capsys, *base, "--arch", "resnet18"
         )
         assert "--weights 'none' is not a file" in fails(capsys, *base, "--weights", "none")
-
-
-def test_every_method_that_can_be_named_exists() -> None:
-    assert {"GradCAM", "RandomCAM", "LeGrad"} <= set(cli._methods.method_names()) <= set(methods.__all__)

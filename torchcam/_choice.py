@@ -55,7 +55,10 @@ class Choice:
                 "; the names may be those of `weights`: then pass `transform=weights.transforms()` in their place"
             )
         if self.top_k > num_classes:
-            raise ValueError(f"`top_k` must lie between 1 and the {num_classes} classes of the model, got {self.top_k}")
+            raise ValueError(
+                f"`top_k` must lie between 1 and {num_classes} for the {num_classes} classes of the model, got "
+                f"{self.top_k}"
+            )
         highest = logits.topk(max(self.top_k, 1)).indices.tolist()
         chosen = []
         for best, named, expected in zip(highest, self.classes[samples], self.expected[samples], strict=True):
@@ -63,8 +66,8 @@ class Choice:
                 wrong = [index for index in indices if index is not None and not 0 <= index < num_classes]
                 if wrong:
                     raise ValueError(
-                        f"`{argument}` must lie between 0 and {num_classes - 1} for a model with {num_classes} "
-                        f"classes, got {wrong[0]}"
+                        f"`{argument}` must lie between 0 and {num_classes - 1} for the {num_classes} classes of the "
+                        f"model, got {wrong[0]}"
                     )
             extra = [] if expected is None else [expected]
             chosen.append(list(dict.fromkeys([*best[: self.top_k], *named, *extra])))

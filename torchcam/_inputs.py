@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from ._passes import find_image, model_device
@@ -214,8 +214,9 @@ def read_picture(given: Any) -> Image.Image:
         with Image.open(given) as opened:
             image = ImageOps.exif_transpose(opened)
             image.load()
-    except (UnidentifiedImageError, OSError, ValueError) as error:
-        raise ValueError(f"'{given}' is not an image that Pillow can read: {error}") from error
+    except Exception as error:  # decoders raise errors of any type
+        what = f"({type(error).__name__}: {error})"
+        raise ValueError(f"'{given}' is not an image that Pillow can read {what}") from error
     return image
 
 
@@ -247,6 +248,8 @@ def as_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
     elif image.mode == "F":
         image = _from_array(np.asarray(image))
+    elif image.mode == "P" and image.has_transparency_data:  # Pillow warns of a direct conversion
+        image = image.convert("RGBA")
     return image.convert("RGB")
 
 

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import io
-import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["as_text", "make_table", "print_rich"]
-
-PIPE_WIDTH = 200
-"""The width of what is printed to a file or a pipe, which have none of their own."""
+__all__ = ["as_text", "make_table"]
 
 
 def make_table(header: Sequence[str], rows: Iterable[Sequence[Any]], right: Iterable[int] = ()) -> Table:
@@ -45,13 +41,3 @@ def as_text(*parts: Any, width: int) -> str:
     with console.capture() as capture:
         console.print(*parts)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
-
-
-def print_rich(*parts: Any) -> None:
-    """Print with colours to a terminal, and as plain text to a file or a pipe."""
-    if not sys.stdout.isatty():
-        print(as_text(*parts, width=PIPE_WIDTH))
-        return
-    from rich.console import Console
-
-    Console(highlight=False).print(*parts)

@@ -1,6 +1,6 @@
-"""The command line: `torchcam demo`, `explain`, `layers` and the rest, a module each.
+"""The command line: a module for each command.
 
-Only the standard library is imported at the top of any of them, so that `--help` answers at once.
+No module imports more than the standard library at its top, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ start here:
   torchcam evaluate --demo
       which method's maps are the most faithful? (on pictures that are made for it; needs no network)
 
-`torchcam COMMAND --help` says more of a command.
+`torchcam COMMAND --help` describes a command.
 """
 
 
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with plain_messages():
                 arguments.run(arguments)
     except UserError as error:
-        # In one piece, as several processes may be speaking.
+        # In one write, as several processes may print at the same time.
         sys.stderr.write(f"torchcam: error: {one_line(error)}\n")
         return 2
     except KeyboardInterrupt as interrupt:
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> Parser:
-    """Make the parser of all commands; each sets `run`, the function that it calls with what is parsed."""
+    """Make the parser of all commands. Each command sets `run`, the function that takes the parsed arguments."""
     parser = Parser(
         prog="torchcam",
         description=DESCRIPTION,

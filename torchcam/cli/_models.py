@@ -1,4 +1,4 @@
-"""The model that a command is about: one of torchvision, or one's own."""
+"""The model of a command: one of torchvision, or the user's own."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._messages import UserError
+from ._options import ARCH
 
 if TYPE_CHECKING:
     import argparse
@@ -19,14 +20,12 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor, nn
 
-__all__ = ["Classifier", "add_device", "add_model", "find_device", "load_classifier", "load_model"]
+    from torchcam._inputs import Inputs
+
+__all__ = ["RANDOM_WEIGHTS", "SEED", "Classifier", "find_device", "load_classifier", "load_model"]
 
 SEED = 0
-ARCH = "resnet50"
-FACTORY_HELP = """\
-your own model in place of --arch: a function that is called without arguments and returns the model, or a tuple of the
-model, the transform that makes an input (C, H, W) of a PIL image (by default: ImageNet's resize, crop and
-normalisation), and the list of its class names; it is looked up in the current directory, too"""
+RANDOM_WEIGHTS = "The weights are random: these maps say nothing of what is in an image."
 
 
 @dataclass(frozen=True)
@@ -36,9 +35,9 @@ class Classifier:
     Attributes:
         model: the model, in evaluation mode
         name: architecture and weights
-        preprocess: makes an input (C, H, W) of a PIL image
+        preprocess: the transform from a PIL image to an input (C, H, W)
         categories: the names of the classes, if they are known
-        is_random: whether the weights say nothing
+        is_random: whether the weights are random
     """
 
     model: nn.Module
@@ -48,74 +47,37 @@ class Classifier:
     is_random: bool = False
 
     @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of what the model takes."""
+    def blank(self) -> Tensor:
+        """An input (C, H, W) made of a black image."""
         from PIL import Image
 
-        height, width = self.preprocess(Image.new("RGB", (256, 256))).shape[-2:]
-        return height, width
+        return self.preprocess(Image.new("RGB", (256, 256)))
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The model, as the results for other programs name it."""
+        return {"model": self.name, "random_weights": self.is_random}
+
+    def read(self, images: Sequence[Image.Image]) -> Inputs:
+        """Make inputs of images, all of one size after the transform, on the model's device."""
+        from torchcam._inputs import read_inputs
+
+        inputs = read_inputs(self.model, list(images), self.preprocess)
+        return replace(inputs, class_names=self.categories or inputs.class_names)
 
     def label(self, index: int) -> str:
-        """Give a class's name and number."""
+        """Return a class's name and number."""
         name = None if self.categories is None else self.categories[index]
         return f"class {index}" if name in {None, str(index)} else f"{name} ({index})"
 
-    def picture(self, batch: Tensor) -> Image.Image:
-        """Show an input (1, 3, H, W) as it was before it was normalised."""
-        from PIL import Image
 
-        pixels = batch[0].float()
-        found = _normalisation(self.preprocess)
-        if found is not None:
-            mean, std = (pixels.new_tensor(values).reshape(-1, 1, 1) for values in found)
-            pixels = pixels * std + mean
-        elif pixels.min() < 0 or pixels.max() > 1:  # nobody knows what it was: show its range
-            pixels = (pixels - pixels.min()) / (pixels.max() - pixels.min()).clamp_min(1e-12)
-        pixels = pixels.expand(3, -1, -1).clamp(0, 1).mul(255).round().byte()
-        return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
-
-
-def _normalisation(preprocess: Any) -> tuple[Sequence[float], Sequence[float]] | None:
-    """Find mean and standard deviation in a transform, or in one that it is made of."""
-    if hasattr(preprocess, "mean") and hasattr(preprocess, "std"):
-        return preprocess.mean, preprocess.std
-    parts = getattr(preprocess, "transforms", ())
-    return next((found for part in parts if (found := _normalisation(part)) is not None), None)
-
-
-def add_model(parser: Any, *, weights: bool = True) -> None:
-    """Add the options that name a model."""
-    model = parser.add_argument_group("the model")
-    model.add_argument("--arch", help=f"a classification model of torchvision (default: {ARCH})")
-    model.add_argument("--model-factory", metavar="PACKAGE.MODULE:FUNCTION", help=FACTORY_HELP)
-    if weights:
-        model.add_argument(
-            "--weights",
-            metavar="DEFAULT|none|PATH",
-            help="DEFAULT or another name of torchvision's weights for the model, downloaded once; none for random "
-            "weights; or a file with its state dict (default: DEFAULT; with --model-factory: what the function loads)",
-        )
-        add_device(model)
-
-
-def add_device(group: Any) -> None:
-    """Add the option that names a device."""
-    group.add_argument("--device", default="cpu", help="where it runs: cpu, cuda, cuda:1, mps (default: %(default)s)")
-
-
-def load_model(arguments: argparse.Namespace, weights: str | None = None) -> Classifier:
-    """Load the model that the arguments name.
-
-    Args:
-        arguments: the parsed arguments
-        weights: in place of `--weights`, for commands without
-    """
-    weights = getattr(arguments, "weights", None) if weights is None else weights
+def load_model(arguments: argparse.Namespace) -> Classifier:
+    """Load the model that the arguments name; a command without `--weights` needs none."""
     if arguments.model_factory is None:
-        return load_classifier(arguments.arch or ARCH, weights or "DEFAULT")
+        return load_classifier(arguments.arch or ARCH, getattr(arguments, "weights", "none") or "DEFAULT")
     if arguments.arch is not None:
         raise UserError("give --arch for a model of torchvision, or --model-factory for one of yours, not both")
-    return load_own(arguments.model_factory, arguments.weights if hasattr(arguments, "weights") else None)
+    return load_own(arguments.model_factory, getattr(arguments, "weights", None))
 
 
 def find_device(name: str) -> Any:
@@ -224,7 +186,7 @@ def load_classifier(arch: str, weights: str) -> Classifier:
 
 
 def _download(arch: str, url: str) -> Path:
-    """Give the file that torchvision keeps weights in, downloaded if it is not there."""
+    """Return the file in which torchvision keeps weights, after a download if it does not exist."""
     from http.client import HTTPException
 
     import torch
@@ -278,7 +240,7 @@ def _load_state(path: Path) -> dict[str, Tensor]:
 
 @contextmanager
 def _fitting(path: str | Path, model: str) -> Iterator[None]:
-    """Say in a line what does not fit when a state dict is loaded."""
+    """Raise a `UserError` of one line for a state dict that does not fit."""
     try:
         yield
     except (RuntimeError, ValueError) as error:

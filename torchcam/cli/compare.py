@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._messages import UserError, add_command, add_json, library_errors, percent, print_json
-from ._methods import add_layers, as_integers, check_layer_count, find_method, progress, split, target_layer
-from ._models import add_model, find_device, load_model
-from ._pictures import add_colours, check_colours, check_output, draw_panels, read_image, write
-from .explain import check_classes
+from . import _options
+from ._images import prepare, save_figure
+from ._messages import library_errors, print_json, print_table
+from ._models import RANDOM_WEIGHTS
+from .explain import class_entry, explain_image
 
 if TYPE_CHECKING:
     import argparse
 
-    from torch import Tensor
+    from matplotlib.figure import Figure
+
+    from torchcam._explanation import PredictionExplanation
 
 __all__ = ["add_to"]
 
@@ -23,8 +25,8 @@ METHODS = "GradCAM,GradCAMpp,XGradCAM,HiResCAM,LayerCAM,EigenCAM,RandomCAM"
 
 HELP = """\
 Explain one image by several methods, all on the same class and layers, in one picture with one scale of colours. The
-table says how much each map is like the others: the mean rank correlation with them, from -1 to 1. RandomCAM knows
-nothing of the class: a method whose map looks like its is no help.
+table shows how similar each map is to the others: the mean rank correlation with them, from -1 to 1. RandomCAM does not
+depend on the class: a method whose maps look like those of RandomCAM is no help.
 """
 
 EXAMPLES = """\
@@ -40,123 +42,85 @@ examples:
 
 def add_to(commands: Any) -> None:
     """Add the command to the parser."""
-    compare = add_command(
+    compare = _options.add_command(
         commands, "compare", short="explain an image by several methods", long=HELP, examples=EXAMPLES, run=run
     )
-    compare.add_argument("image", metavar="IMAGE", type=Path, help="an image file")
-    add_model(compare)
+    _options.add_images(compare, 1)
+    _options.add_model(compare)
     maps = compare.add_argument_group("the maps")
-    maps.add_argument(
-        "--methods",
-        metavar="NAMES",
-        action="append",
-        help=f"methods of torchcam.methods, separated by commas (default: {METHODS})",
-    )
-    add_layers(maps)
-    maps.add_argument("--class-idx", metavar="N", help="class to explain, by its number (default: the most probable)")
+    _options.add_methods(maps, METHODS)
+    _options.add_layers(maps)
+    _options.add_classes(maps, "class to explain, by its number (default: the most probable)", several=False)
     result = compare.add_argument_group("the result")
-    result.add_argument(
-        "--output", metavar="DIR", type=Path, default=Path(), help="where to write IMAGE-compare.png (default: here)"
-    )
-    result.add_argument("--overwrite", action="store_true", help="replace the picture if it is there")
-    add_colours(result)
-    add_json(result)
+    _options.add_picture(result, "IMAGE-compare.png")
+    _options.add_colours(result)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Explain the image by each method, draw the maps, and say how alike they are."""
+    """Explain the image by each method, draw the maps, and print how similar they are."""
+    methods = _options.find_methods(arguments.methods, METHODS)
+    (source,) = arguments.images
+    path = arguments.output / f"{source.stem}-compare.png"
+    classifier, target = prepare(arguments, methods, [path])
+    explanation = explain_image(arguments, classifier, source, methods, target)
+    (index,) = explanation.cams
+    title = f"{classifier.name}: evidence for {classifier.label(index)}, {explanation.value_of(index)}"
+    with library_errors():
+        figure = _draw(explanation, title, arguments.alpha, arguments.colormap)
+    save_figure(figure, path)
+    entries = _similarities(explanation, index)
+    if arguments.json:
+        about = {"image": str(source), "picture": str(path), **classifier.facts, **class_entry(explanation, index)}
+        print_json({**about, "methods": entries})
+        return
+
+    from torchcam._tables import make_table
+
+    print(f"{title}\n")
+    rows = [
+        (
+            f"  {entry['method']}",
+            "" if math.isnan(entry["likeness"]) else f"{entry['likeness']:.2f}",
+            ", ".join(entry["target_layers"]),
+        )
+        for entry in entries
+    ]
+    print_table(make_table(("  method", "like the others", "layers"), rows, right=[1]))
+    print(f"\n{source} -> {path}")
+    if classifier.is_random:
+        print(RANDOM_WEIGHTS)
+
+
+def _draw(explanation: PredictionExplanation, title: str, alpha: float, colormap: str) -> Figure:
+    """Draw the maps of all methods side by side."""
+    from torchcam._figures import Cell, Row, Sheet, draw
+
+    captions, cells = [], []
+    for name, result in explanation.results.items():
+        captions.append((name, textwrap.shorten(", ".join(result.target_layers), 30, placeholder=" ...")))
+        cells.append(Cell(explanation.overlay(method=name, alpha=alpha, colormap=colormap, grey=False)))
+    return draw([Sheet(title, explanation.image, captions, [Row("", "", False, cells)])], title, colormap, dark=False)
+
+
+def _similarities(explanation: PredictionExplanation, index: int) -> list[dict[str, Any]]:
+    """Return the rank correlations of each method's map with the others, and their mean."""
     import torch
 
-    from torchcam.explain import explain_classes
-
-    names = split(arguments.methods or [METHODS])
-    if not names:
-        raise UserError(f"--methods names none; try {METHODS}")
-    methods = list(dict.fromkeys(find_method(name, "--methods") for name in names))
-    layers = list(dict.fromkeys(split(arguments.target_layer)))
-    for method in methods:
-        check_layer_count(method.__name__, layers)
-    class_indices = as_integers([] if arguments.class_idx is None else [arguments.class_idx])
-    path = arguments.output / f"{arguments.image.stem}-compare.png"
-    check_output([path], [arguments.image], arguments.overwrite)
-    check_colours(arguments.alpha, arguments.colormap)
-    image = read_image(arguments.image)
-    device = find_device(arguments.device)
-
-    classifier = load_model(arguments)
-    model = classifier.model.to(device)
-    target = target_layer(model, layers)
-    batch = classifier.preprocess(image).unsqueeze(0).to(device)
-
-    def choose(logits: Tensor) -> list[int]:
-        check_classes(class_indices, 1, logits.shape[1], classifier.name)
-        return class_indices or logits[0].topk(1).indices.tolist()
-
-    cams, found = [], []
-    for method in methods:
-        with library_errors(layers):
-            logits, by_class, extractor = explain_classes(
-                model, batch, choose, method=method, target_layer=target, method_kwargs=progress(method)
-            )
-            ((index, maps),) = by_class.items()
-            cam = extractor.fuse_cams(list(maps), tuple(batch.shape[2:]))[0]
-        if cam.ndim != 2:
-            raise UserError(
-                f"{method.__name__} gives maps of shape {tuple(cam.shape)}, which cannot be drawn over an image"
-            )
-        cams.append(cam)
-        found.append((method.__name__, list(extractor.target_names)))
-    likeness = _likeness(torch.stack(cams))
-    probability = logits[0].softmax(0)[index]
-    title = f"{classifier.name}: evidence for {classifier.label(index)}, {percent(probability)}"
-    panels = [
-        (f"{name}\n{textwrap.shorten(', '.join(names), 30, placeholder=' ...')}", cam)
-        for (name, names), cam in zip(found, cams, strict=True)
-    ]
-    write(draw_panels(classifier.picture(batch), panels, title, arguments.alpha, arguments.colormap), path)
-    if arguments.json:
-        entries = [
-            {
-                "method": name,
-                "target_layers": names,
-                "likeness": like,
-                "correlations": dict(zip((other for other, _ in found), row, strict=True)),
-            }
-            for (name, names), like, row in zip(found, *likeness, strict=True)
-        ]
-        print_json(
-            {
-                "image": str(arguments.image),
-                "picture": str(path),
-                "model": classifier.name,
-                "random_weights": classifier.is_random,
-                "class_idx": index,
-                "class_name": None if classifier.categories is None else classifier.categories[index],
-                "probability": float(probability),
-                "methods": entries,
-            }
-        )
-        return
-    print(f"{title}\n")
-    width = max(len(name) for name, _ in found) + 2
-    print(f"  {'method':<{width}}{'like the others':>16}  layers")
-    for (name, names), like in zip(found, likeness[0], strict=True):
-        alike = "" if like is None else f"{like:.2f}"
-        print(f"  {name:<{width}}{alike:>16}  {', '.join(names)}")
-    print(f"\n{arguments.image} -> {path}")
-    if classifier.is_random:
-        print("The weights are random: these maps say nothing of the image.")
-
-
-def _likeness(cams: Tensor) -> tuple[list[float | None], list[list[float | None]]]:
-    """Give the mean rank correlation of each map with the others, and all of them."""
+    from torchcam._tensors import resize
     from torchcam.metrics._statistics import spearman
 
-    count = len(cams)
-    rows = spearman(cams.repeat_interleave(count, 0), cams.repeat(count, 1, 1)).reshape(count, count).tolist()
-    table = [[value if value == value else None for value in row] for row in rows]
-    means: list[float | None] = []
-    for own, row in enumerate(table):
-        others = [value for other, value in enumerate(row) if other != own and value is not None]
-        means.append(sum(others) / len(others) if others else None)
-    return means, table
+    results = explanation.results
+    shape = explanation.input_shape[2:]
+    maps = torch.stack([resize(result.fused[index][None, None], shape)[0, 0] for result in results.values()])
+    count = len(maps)
+    table = spearman(maps.repeat_interleave(count, 0), maps.repeat(count, 1, 1)).reshape(count, count)
+    means = table.masked_fill(torch.eye(count, dtype=torch.bool), torch.nan).nanmean(1)
+    return [
+        {
+            "method": name,
+            "target_layers": list(result.target_layers),
+            "likeness": mean,
+            "correlations": dict(zip(results, row, strict=True)),
+        }
+        for (name, result), mean, row in zip(results.items(), means.tolist(), table.tolist(), strict=True)
+    ]

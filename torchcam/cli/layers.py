@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from ._messages import UserError, add_command, add_json, print_json
-from ._models import SEED, add_model, load_model
+from . import _options
+from ._messages import UserError, print_json
+from ._models import SEED, load_model
 
 if TYPE_CHECKING:
     import argparse
@@ -30,7 +31,7 @@ examples:
 
 def add_to(commands: Any) -> None:
     """Add the command to the parser."""
-    layers = add_command(
+    layers = _options.add_command(
         commands,
         "layers",
         short="list the layers of a model that maps can be made from",
@@ -38,22 +39,22 @@ def add_to(commands: Any) -> None:
         examples=EXAMPLES,
         run=run,
     )
-    add_model(layers, weights=False)
+    _options.add_model(layers, weights=False)
     layers.add_argument("--size", metavar="HxW", help="height and width of the images (default: what the model is for)")
     layers.add_argument("--all", action="store_true", help="list every layer whose output has positions")
-    add_json(layers)
+    _options.add_json(layers)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """List the layers."""
     import torch
-    from PIL import Image
 
     from torchcam.layers import Candidates, candidates
 
-    classifier = load_model(arguments, "none")
-    height, width = classifier.size if arguments.size is None else as_size(arguments.size)
-    channels = len(classifier.preprocess(Image.new("RGB", (256, 256))))
+    classifier = load_model(arguments)
+    channels, height, width = classifier.blank.shape
+    if arguments.size is not None:
+        height, width = as_size(arguments.size)
     noise = torch.randn((1, channels, height, width), generator=torch.Generator().manual_seed(SEED))
     name = arguments.model_factory or classifier.name.split(",")[0]
     try:

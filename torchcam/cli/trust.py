@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._messages import UserError, add_command, add_outputs, library_errors, print_json
-from ._methods import add_layers, as_integers, check_layer_count, find_method, split, target_layer
-from ._models import add_model, find_device, load_model
-from ._pictures import check_output, read_image, writing
+from . import _options
+from ._images import prepare, read_image, save_reports
+from ._messages import UserError, library_errors, print_json
 
 if TYPE_CHECKING:
     import argparse
@@ -19,9 +17,9 @@ METHODS = "GradCAM,LayerCAM,ReciproCAM"
 SUFFIXES = (".html", ".json", ".txt")
 
 HELP = """\
-Try out the map of a prediction, and say in words whether to believe it: does it change with the weights and with the
-class, does the score fall where the map says, do other methods say the same? The first method is judged, the others are
-what it is compared with. Takes some hundreds of forward passes for each image.
+Test the map of a prediction, and report whether to believe it: does it change with the weights and with the class, does
+the score fall when the regions of the map are removed, do other methods agree? The first method is judged, the others
+are compared with it. Takes some hundreds of forward passes for each image.
 """
 
 EXAMPLES = """\
@@ -35,83 +33,55 @@ examples:
 
 def add_to(commands: Any) -> None:
     """Add the command to the parser."""
-    trust = add_command(commands, "trust", short="say whether to believe a map", long=HELP, examples=EXAMPLES, run=run)
-    trust.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="an image file")
-    add_model(trust)
+    trust = _options.add_command(
+        commands, "trust", short="report whether to believe a map", long=HELP, examples=EXAMPLES, run=run
+    )
+    _options.add_images(trust)
+    _options.add_model(trust)
     maps = trust.add_argument_group("the map")
-    maps.add_argument(
-        "--methods",
-        metavar="NAMES",
-        action="append",
-        help=f"the method to judge and those to compare with, separated by commas (default: {METHODS})",
+    _options.add_methods(maps, METHODS, "the method to judge and those to compare with")
+    _options.add_layers(maps)
+    _options.add_classes(
+        maps,
+        "the class whose map it is, for all images or, separated by commas, for each (default: the most probable)",
+        several=True,
     )
-    add_layers(maps)
-    maps.add_argument(
-        "--class-idx",
-        metavar="N",
-        action="append",
-        default=[],
-        help="the class whose map it is, for all images or, separated by commas, for each (default: the most probable)",
-    )
-    maps.add_argument(
-        "--chunk-size", metavar="N", type=int, default=32, help="images in one pass (default: %(default)s)"
-    )
-    result = trust.add_argument_group("the result")
-    add_outputs(result, "write the report there, too, as .html, .json or .txt")
+    _options.add_count(maps, "--chunk-size", "images in one pass (default: %(default)s)", default=32)
+    _options.add_reports(trust.add_argument_group("the result"), "the report as .html, .json or .txt")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Try out the maps of the images."""
-    import torch
-
-    names = split(arguments.methods or [METHODS])
-    if not names:
-        raise UserError(f"--methods names none; try {METHODS}")
-    methods = list(dict.fromkeys(find_method(name, "--methods") for name in names))
-    layers = list(dict.fromkeys(split(arguments.target_layer)))
-    check_layer_count(methods[0].__name__, layers)
-    classes = as_integers(split(arguments.class_idx))
+    """Test the maps of the images."""
+    methods = _options.find_methods(arguments.methods, METHODS)
+    classes = arguments.class_idx
     if len(classes) not in {0, 1, len(arguments.images)}:
         raise UserError(f"--class-idx must name one class, or one for each of {len(arguments.images)} images")
-    if arguments.chunk_size < 1:
-        raise UserError(f"--chunk-size must be at least 1, got {arguments.chunk_size}")
-    arguments.output = list(dict.fromkeys(arguments.output))
-    for path in arguments.output:
+    outputs = list(dict.fromkeys(arguments.output))
+    for path in outputs:
         if path.suffix.lower() not in SUFFIXES:
             raise UserError(f"--output '{path}' must end in {', '.join(SUFFIXES)}")
-    check_output(arguments.output, arguments.images, arguments.overwrite)
-    images = [read_image(path) for path in arguments.images]
-    device = find_device(arguments.device)
+    classifier, target = prepare(arguments, methods, outputs)
 
-    classifier = load_model(arguments)
-    model = classifier.model.to(device)
-    inputs = [classifier.preprocess(image) for image in images]
-    if len({tuple(image.shape) for image in inputs}) > 1:
-        raise UserError("the images are not of one size after the model's transform: give them one by one")
-    batch = torch.stack(inputs).to(device)
+    from torchcam.trust import trust  # after all checks, as it takes long to import
 
-    from torchcam.trust import trust  # heavy: after all that can be said no to
-
-    with library_errors(layers):
+    with library_errors(arguments.target_layer):
+        inputs = classifier.read([read_image(path) for path in arguments.images])
         report = trust(
-            model,
-            batch,
-            classes if len(classes) > 1 else classes[0] if classes else None,
+            classifier.model,
+            inputs.tensor,
+            classes if len(classes) > 1 else next(iter(classes), None),
             methods=methods,
-            target_layer=target_layer(model, layers),
-            images=[classifier.picture(image.unsqueeze(0)) for image in batch],
-            class_names=classifier.categories,
+            target_layer=target,
+            images=inputs.pictures,
+            class_names=inputs.class_names,
             batch_size=arguments.chunk_size,
         )
-    for path in arguments.output:
-        with writing(path) as part:
-            saved = report.save(part.with_suffix(path.suffix))
-            saved.replace(part)
+    save_reports(report, outputs)
     if arguments.json:
-        pictures = [str(path) for path in arguments.images]
-        print_json({"images": pictures, "random_weights": classifier.is_random, **report.to_dict()})
+        images = [str(path) for path in arguments.images]
+        print_json({"images": images, "random_weights": classifier.is_random, **report.to_dict()})
         return
     print(classifier.name)
     print(report)
-    for path in arguments.output:
+    for path in outputs:
         print(f"\n-> {path}")

@@ -1,0 +1,162 @@
+"""A folder of images as a data set, and the classes of its subfolders."""
+
+from __future__ import annotations
+
+import os
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ._images import read_image
+from ._messages import UserError, one_line
+from ._models import Classifier
+
+if TYPE_CHECKING:
+    import argparse
+
+__all__ = ["Folder", "match_classes", "read_folder"]
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The images of a folder: inputs of a model, with their classes if these are known.
+
+    Attributes:
+        classifier: the model that they are inputs of
+        root: the folder
+        files: the images
+        classes: the class of each subfolder; empty if the classes of the images are not known
+        how: how the classes were found
+    """
+
+    classifier: Classifier
+    root: Path
+    files: Sequence[Path]
+    classes: Mapping[str, int]
+    how: str
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Any:
+        path = self.files[index]
+        pixels = self.classifier.preprocess(read_image(path))
+        return (pixels, self.classes[_subfolder(self.root, path)]) if self.classes else pixels
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The identity of the folder, for the record of the evaluation."""
+        named = "\n".join(path.relative_to(self.root).as_posix() for path in self.files)
+        return {
+            "model": self.classifier.name,
+            "folder": str(self.root.resolve()),
+            "files": f"{len(self)}, {zlib.crc32(named.encode()):08x}",
+            "classes": dict(self.classes),
+        }
+
+
+def read_folder(arguments: argparse.Namespace, classifier: Classifier) -> Folder:
+    """List the images of a folder, and find their classes."""
+    root: Path = arguments.data
+    files = _images_in(root)
+    if arguments.class_source == "predicted":
+        if not files:
+            raise UserError(f"DIR '{root}' holds no images")
+        return Folder(classifier, root, files, {}, "what the model predicts is explained")
+    folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+    if not folders:
+        raise UserError(
+            f"DIR '{root}' has no subfolder for each class: pass --class-source predicted to explain what the model "
+            "predicts"
+        )
+    if arguments.class_map is None:
+        classes, how = match_classes(folders, classifier)
+    else:
+        classes, how = _read_class_map(arguments.class_map, folders), f"classes as in {arguments.class_map}"
+    files = [path for path in files if path.parent != root]
+    empty = set(folders) - {_subfolder(root, path) for path in files}
+    if empty:
+        raise UserError(f"DIR '{root}': the subfolder '{min(empty)}' holds no images")
+    return Folder(classifier, root, files, classes, how)
+
+
+def _images_in(root: Path) -> list[Path]:
+    """List the images in a folder and in those below it, links included."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    found = [Path(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names]
+    return sorted(path for path in found if path.suffix.lower() in IMG_EXTENSIONS)
+
+
+def _subfolder(root: Path, path: Path) -> str:
+    return path.relative_to(root).parts[0]
+
+
+def match_classes(folders: Sequence[str], classifier: Classifier) -> tuple[dict[str, int], str]:
+    """Find the class of each folder by its name.
+
+    Returns:
+        the number of each folder's class, and how they were found
+    """
+    categories = classifier.categories
+    num_classes = len(categories) if categories is not None else _num_outputs(classifier)
+    if categories is not None:
+        by_name: dict[str, list[int]] = {}
+        for index, category in enumerate(categories):
+            by_name.setdefault(_plain(category), []).append(index)
+        found = {name: by_name.get(_plain(name), []) for name in folders}
+        if all(len(indices) == 1 for indices in found.values()):
+            return {name: indices[0] for name, indices in found.items()}, "classes by the folders' names"
+    if all(re.fullmatch(r"\d+", name) and int(name) < num_classes for name in folders):
+        return {name: int(name) for name in folders}, "classes by the folders' numbers"
+    in_order = {name: index for index, name in enumerate(folders)}
+    if len(folders) == num_classes and all(re.fullmatch(r"n\d{8}", name) for name in folders):
+        return in_order, "classes in the order of the folders' WordNet names"
+    if len(folders) == num_classes and categories is None:
+        return in_order, "classes in the order of the folders' names"
+    ways = (
+        'pass --class-map FILE with the number of each folder\'s class, as in {"dog": 207}, or --class-source '
+        "predicted to explain what the model predicts"
+    )
+    if categories is None:
+        raise UserError(
+            f"there are {len(folders)} folders for the {num_classes} classes of {classifier.name}, whose names are not "
+            f"known: {ways}"
+        )
+    unknown = [name for name, indices in found.items() if len(indices) != 1]
+    twice = [name for name in unknown if found[name]]
+    why = "is the name of several classes" if unknown == twice else "is not the name of a class"
+    example = f"'{unknown[0]}'" + (f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else "")
+    raise UserError(f"the folder {example} {why} of {classifier.name}: {ways}")
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]+", " ", name).strip().casefold()
+
+
+def _num_outputs(classifier: Classifier) -> int:
+    import torch
+
+    from torchcam._replica import replicated
+    from torchcam.targets import read_logits
+
+    with replicated(classifier.model) as replica, torch.inference_mode():
+        return read_logits(replica(classifier.blank.unsqueeze(0))).shape[1]
+
+
+def _read_class_map(path: Path, folders: Sequence[str]) -> dict[str, int]:
+    import json
+
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--class-map '{path}' cannot be read as JSON: {one_line(error)}") from error
+    if not isinstance(found, dict) or not all(type(index) is int and index >= 0 for index in found.values()):
+        raise UserError(f"--class-map '{path}' must hold the numbers of classes by folder, as in {{\"dog\": 207}}")
+    missing = [name for name in folders if name not in found]
+    if missing:
+        raise UserError(f"--class-map '{path}' does not name the class of the folder '{missing[0]}'")
+    return {name: found[name] for name in folders}

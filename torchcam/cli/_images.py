@@ -1,0 +1,141 @@
+"""Images that are read, files that are written, and what the commands about images share."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torchcam import __version__
+
+from ._messages import UserError, library_errors
+from ._models import Classifier, find_device, load_model
+
+if TYPE_CHECKING:
+    import argparse
+
+    from matplotlib.figure import Figure
+    from PIL import Image
+    from torch import nn
+
+__all__ = ["check_layers", "check_output", "prepare", "read_image", "save_figure", "save_reports", "target_layer"]
+
+
+def prepare(
+    arguments: argparse.Namespace, methods: Sequence[type[Any]], outputs: Sequence[Path] = ()
+) -> tuple[Classifier, str | list[str] | None]:
+    """Check the options of a command about images, and load its model.
+
+    Args:
+        arguments: the parsed arguments
+        methods: the methods that they name
+        outputs: the files that the command writes
+
+    Returns:
+        the model on its device, and the target layers as a method takes them
+    """
+    layers = check_layers(arguments, methods)
+    if outputs:
+        check_output(outputs, arguments.images, arguments.overwrite)
+    for path in arguments.images:
+        read_image(path)
+    if hasattr(arguments, "colormap"):
+        _check_colours(arguments.alpha, arguments.colormap)
+    device = find_device(arguments.device)
+    classifier = load_model(arguments)
+    return classifier, target_layer(classifier.model.to(device), layers)
+
+
+def check_layers(arguments: argparse.Namespace, methods: Sequence[type[Any]]) -> list[str]:
+    """Check that the methods get as many layers as they need, and return the names of the layers, each once."""
+    layers = list(dict.fromkeys(arguments.target_layer))
+    taken = {method.__name__ for method in methods}
+    if "LeGrad" in taken and not layers:
+        raise UserError("LeGrad reads the blocks of a vision transformer: name them with --target-layer")
+    if "RefineCAM" in taken and len(layers) < 2:
+        raise UserError("RefineCAM multiplies the maps of layers: name two or more with --target-layer")
+    if "CAM" in taken and len(layers) > 1:
+        raise UserError(f"CAM explains one layer, the one before the pooling: --target-layer names {len(layers)}")
+    return layers
+
+
+def target_layer(model: nn.Module, layers: Sequence[str]) -> str | list[str] | None:
+    """Return the target layers as methods take them: one name for one layer, None for the default of each method."""
+    from torchcam.layers import layer_names
+
+    if not layers:
+        return None
+    with library_errors():
+        found = layer_names(model, list(layers))
+    return found if len(found) > 1 else found[0]
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Read an image file as RGB, upright."""
+    from torchcam._inputs import as_rgb, read_picture
+
+    if Path(path).is_dir():
+        raise UserError(f"IMAGE '{path}' is a directory: name the images in it")
+    try:
+        image = read_picture(path)
+    except FileNotFoundError as error:
+        raise UserError(f"IMAGE '{path}' does not exist") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"IMAGE {error}") from error
+    if image.mode == "F":
+        raise UserError(f"IMAGE '{path}' has floating-point pixels of unknown range: save it with 8 or 16 bits")
+    return as_rgb(image)
+
+
+def check_output(paths: Sequence[Path], inputs: Sequence[Path], overwrite: bool) -> None:
+    """Check that results can be written, before any is made."""
+    twice = [path for path, count in Counter(paths).items() if count > 1]
+    if twice:
+        raise UserError(
+            f"several images would be written to '{twice[0]}': explain them one by one, with an --output each"
+        )
+    for path in paths:
+        folder = next(place for place in (path.parent, *path.parent.parents) if place.exists())
+        if not folder.is_dir():
+            raise UserError(f"--output '{path.parent}' cannot be made: '{folder}' is not a directory")
+    there = [path for path in paths if path.exists()]
+    if there and not overwrite:
+        more = f" and {len(there) - 1} more exist" if len(there) > 1 else " exists"
+        raise UserError(f"'{there[0]}'{more}: pass --overwrite, or another --output")
+    taken = {path.resolve() for path in inputs} & {path.resolve() for path in paths}
+    if taken or any(path.is_dir() for path in there):
+        raise UserError(f"'{min(taken, default=there[0] if there else None)}' is in the way: pass another --output")
+
+
+def _check_colours(alpha: float, colormap: str) -> None:
+    from PIL import Image
+
+    from torchcam.utils import overlay_mask
+
+    with library_errors():
+        overlay_mask(Image.new("L", (1, 1)), Image.new("L", (1, 1)), colormap, alpha)
+
+
+def save_figure(figure: Figure, path: Path, dpi: int = 150) -> None:
+    """Write a picture completely or not at all."""
+    from torchcam._files import atomic_write
+
+    with _file_errors(path), atomic_write(path) as part:
+        figure.savefig(part, format="png", dpi=dpi, metadata={"Software": f"torchcam {__version__}"})
+
+
+def save_reports(report: Any, paths: Sequence[Path]) -> None:
+    """Write a result to files, in the formats that their suffixes name."""
+    for path in paths:
+        with _file_errors(path):
+            report.save(path)
+
+
+@contextmanager
+def _file_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write '{path}': {error.strerror or error}") from error

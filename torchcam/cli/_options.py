@@ -1,0 +1,195 @@
+"""The options that several commands have, and the checks that need no model."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ._messages import Parser, UserError
+
+__all__ = [
+    "add_classes",
+    "add_colours",
+    "add_command",
+    "add_count",
+    "add_images",
+    "add_json",
+    "add_layers",
+    "add_method",
+    "add_methods",
+    "add_model",
+    "add_picture",
+    "add_reports",
+    "find_method",
+    "find_methods",
+    "names",
+]
+
+ARCH = "resnet50"
+FACTORY_HELP = """\
+your own model in place of --arch: a function that is called without arguments and returns the model, or a tuple of the
+model, the transform that makes an input (C, H, W) of a PIL image (by default: ImageNet's resize, crop and
+normalisation), and the list of its class names; it is looked up in the current directory, too"""
+
+
+def add_command(commands: Any, name: str, *, short: str, long: str, examples: str = "", run: Any) -> Parser:
+    """Add a command to the parser."""
+    parser: Parser = commands.add_parser(
+        name, help=short, description=long, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+# The images and the model.
+
+
+def add_images(parser: Any, count: str | int = "+") -> None:
+    """Add the argument that names images."""
+    parser.add_argument("images", metavar="IMAGE", nargs=count, type=Path, help="an image file")
+
+
+def add_model(parser: Any, *, weights: bool = True) -> None:
+    """Add the options that name a model."""
+    model = parser.add_argument_group("the model")
+    model.add_argument("--arch", help=f"a classification model of torchvision (default: {ARCH})")
+    model.add_argument("--model-factory", metavar="PACKAGE.MODULE:FUNCTION", help=FACTORY_HELP)
+    if weights:
+        model.add_argument(
+            "--weights",
+            metavar="DEFAULT|none|PATH",
+            help="DEFAULT or another name of torchvision's weights for the model, downloaded once; none for random "
+            "weights; or a file with its state dict (default: DEFAULT; with --model-factory: what the function loads)",
+        )
+        model.add_argument(
+            "--device", default="cpu", help="where it runs: cpu, cuda, cuda:1, mps (default: %(default)s)"
+        )
+
+
+# The maps.
+
+
+def names(text: str) -> list[str]:
+    """Split names at commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def add_layers(group: Any) -> None:
+    """Add the option that names target layers."""
+    group.add_argument(
+        "--target-layer",
+        metavar="NAME",
+        action="extend",
+        type=names,
+        default=[],
+        help="layer to look at, as in `model.named_modules()`; several, separated by commas or by repeating the "
+        "option, are fused (default: the last one whose output still has positions)",
+    )
+
+
+def add_method(group: Any) -> None:
+    """Add the option that names one method."""
+    group.add_argument(
+        "--method", default="GradCAM", help="a method of torchcam.methods, in any case (default: %(default)s)"
+    )
+
+
+def add_methods(group: Any, default: str, what: str = "methods of torchcam.methods") -> None:
+    """Add the option that names several methods."""
+    group.add_argument(
+        "--methods",
+        metavar="NAMES",
+        action="extend",
+        type=names,
+        help=f"{what}, separated by commas (default: {default})",
+    )
+
+
+def find_methods(given: Sequence[str] | None, default: str) -> list[type[Any]]:
+    """Find the methods that `--methods` names, each once."""
+    if given is not None and not given:
+        raise UserError(f"--methods names none; try {default}")
+    return list(dict.fromkeys(find_method(name, "--methods") for name in given or names(default)))
+
+
+def find_method(name: str, option: str = "--method") -> type[Any]:
+    """Find a method by its name."""
+    from torchcam import _methods
+
+    try:
+        return _methods.find_method(name, option)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def add_classes(group: Any, what: str, *, several: bool) -> None:
+    """Add the option that names classes, several of them or one."""
+
+    def read(text: str) -> list[int]:
+        try:
+            return [int(part) for part in (names(text) if several else [text])]
+        except ValueError as error:
+            expected = "a class, or several with commas" if several else "a class"
+            raise UserError(f"--class-idx must be the number of {expected}, got '{text}'") from error
+
+    action = "extend" if several else "store"
+    group.add_argument("--class-idx", metavar="N", action=action, type=read, default=[], help=what)
+
+
+def add_count(group: Any, option: str, what: str, *, lowest: int = 1, default: int | None = None) -> None:
+    """Add an option that counts something."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"invalid int value: '{text}'") from None
+        if value < lowest:
+            raise UserError(f"{option} must be at least {lowest}, got {value}")
+        return value
+
+    group.add_argument(option, metavar="N", type=read, default=default, help=what)
+
+
+# The result.
+
+
+def add_json(parser: Any) -> None:
+    """Add the option that prints the result for other programs."""
+    parser.add_argument("--json", action="store_true", help="print the result as JSON, and nothing else")
+
+
+def add_picture(parser: Any, what: str) -> None:
+    """Add the options of commands that write pictures, named as ``what`` says, into a folder."""
+    parser.add_argument(
+        "--output", metavar="DIR", type=Path, default=Path(), help=f"where to write {what} (default: here)"
+    )
+    _add_overwrite_and_json(parser)
+
+
+def add_reports(parser: Any, what: str) -> None:
+    """Add the options of commands that can write their result to files; ``what`` names the formats."""
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        type=Path,
+        action="append",
+        default=[],
+        help=f"write {what} there, too; may be repeated",
+    )
+    _add_overwrite_and_json(parser)
+
+
+def _add_overwrite_and_json(parser: Any) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    add_json(parser)
+
+
+def add_colours(parser: Any) -> None:
+    """Add the options of pictures."""
+    parser.add_argument(
+        "--alpha", type=float, default=0.5, help="opacity of the image under its maps, in [0, 1) (default: %(default)s)"
+    )
+    parser.add_argument("--colormap", default="jet", help="a colormap of matplotlib (default: %(default)s)")

@@ -1,0 +1,76 @@
+"""The processes that torchrun has started, and requests to end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ._messages import UserError
+from ._models import find_device
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["processes", "wait_for_all"]
+
+
+@contextmanager
+def processes(device: str, timeout: float) -> Iterator[tuple[int, torch.device]]:
+    """Join the processes that torchrun has started, if any, and yield this one's number and device."""
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+
+    found = find_device(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
+        with _termination_as_interrupt():
+            yield (dist.get_rank() if dist.is_initialized() else 0), found
+        return
+    if found.type == "cuda" and found.index is None:
+        local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local >= count:
+            raise UserError(f"--device cuda: there are {count} GPUs for more processes than that")
+        found = torch.device("cuda", local)
+        torch.cuda.set_device(found)
+    try:
+        dist.init_process_group(
+            "nccl" if found.type == "cuda" else "gloo",
+            timeout=timedelta(minutes=timeout),
+            device_id=found if found.type == "cuda" else None,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"the other processes cannot be reached: {error}") from error
+    with _termination_as_interrupt():
+        yield dist.get_rank(), found
+    dist.destroy_process_group()  # not after an error: the others may have ended, and this process ends anyway
+
+
+@contextmanager
+def _termination_as_interrupt() -> Iterator[None]:
+    """Treat the signal to terminate, of a scheduler or torchrun, as Ctrl-C."""
+    import signal
+    import threading
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def wait_for_all() -> None:
+    """Wait until all processes are here."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
