@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import torchcam
-from torchcam.methods._findings import CODES
+from torchcam.methods._diagnose import CODES
 
 ROOT = Path(torchcam.__file__).parent.parent
 DOCS = ROOT / "docs"

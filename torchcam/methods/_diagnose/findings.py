@@ -1,4 +1,4 @@
-"""What may be found about a map, and the report that says so."""
+"""The findings about a map, and the report that lists them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-__all__ = ["CODES", "Diagnosis", "Finding", "Severity", "listed"]
+from torch import Tensor
+
+__all__ = ["CODES", "Diagnosis", "Finding", "Severity", "finding", "listed", "numbers", "of_samples"]
 
 Severity = Literal["error", "warning", "info"]
 
@@ -45,23 +47,23 @@ CODES: dict[str, Severity] = {
     "class_agnostic": "info",
     "inplace_after_layer": "info",
 }
-"""What may be found, causes before effects, and how grave it usually is: no map, a doubtful one, or good to know."""
+"""The codes of all findings, causes before effects, each with its usual severity."""
 
-_GRAVITY: dict[Severity, int] = {"error": 0, "warning": 1, "info": 2}
+_SEVERITIES: dict[Severity, int] = {"error": 0, "warning": 1, "info": 2}
 _ORDER = {code: place for place, code in enumerate(CODES)}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that explains a map, or the lack of one.
+    """A reason why a map is as it is, or why there is none.
 
     Attributes:
-        code: a name that does not change, one of ``CODES``
-        severity: ``"error"`` (there is no map to speak of), ``"warning"`` (the map is not what it seems) or ``"info"``
-        message: what was found, with the numbers
-        advice: what to do
-        layer: the target layer it is about, if one
-        samples: the samples of the batch it is about; empty if all, or none in particular
+        code: the name of the finding, one of ``CODES``; it stays the same between releases
+        severity: ``"error"`` (there is no usable map), ``"warning"`` (the map may mislead) or ``"info"``
+        message: the observation, with its numbers
+        advice: the remedy
+        layer: the target layer concerned, if any
+        samples: the samples of the batch concerned; empty for all of them
     """
 
     code: str
@@ -72,7 +74,7 @@ class Finding:
     samples: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the finding as plain values."""
+        """Return the finding as plain values."""
         return {**asdict(self), "samples": list(self.samples)}
 
     def __str__(self) -> str:
@@ -80,12 +82,12 @@ class Finding:
 
 
 class Diagnosis(Sequence[Finding]):
-    """The findings about a map, the gravest first; empty, and false, where nothing wrong was found. Prints as a report.
+    """The findings about a map, the most severe first. Empty, and false, if nothing is wrong. Prints as a report.
 
     Attributes:
-        subject: the extractor, as it prints
+        subject: the ``repr`` of the extractor
         model: the name of the model's class
-        class_idx: the explained class of each sample, where classes were explained
+        class_idx: the explained class of each sample, if classes were explained
         findings: the findings
     """
 
@@ -95,7 +97,7 @@ class Diagnosis(Sequence[Finding]):
         self.subject = subject
         self.model = model
         self.class_idx = None if class_idx is None else tuple(class_idx)
-        self.findings = tuple(sorted(findings, key=lambda f: (_GRAVITY[f.severity], _ORDER[f.code])))
+        self.findings = tuple(sorted(findings, key=lambda f: (_SEVERITIES[f.severity], _ORDER[f.code])))
 
     def __getitem__(self, index: Any) -> Any:
         return self.findings[index]
@@ -105,11 +107,11 @@ class Diagnosis(Sequence[Finding]):
 
     @property
     def codes(self) -> tuple[str, ...]:
-        """The codes of the findings, each once."""
+        """The codes of the findings, without duplicates."""
         return tuple(dict.fromkeys(finding.code for finding in self))
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the report as plain values, for JSON."""
+        """Return the report as plain values, for JSON."""
         return {
             "method": self.subject,
             "model": self.model,
@@ -145,7 +147,42 @@ class Diagnosis(Sequence[Finding]):
         return f"<p>{html.escape(self._headline())}</p>{table}"
 
 
+def finding(
+    code: str,
+    message: str,
+    advice: str,
+    *,
+    layer: str | None = None,
+    samples: Tensor | None = None,
+    severity: Severity | None = None,
+) -> Finding:
+    """Return a finding; its message names the samples concerned.
+
+    Args:
+        code: one of ``CODES``
+        message: the observation
+        advice: the remedy
+        layer: the target layer concerned
+        samples: a mask (N,) of the samples concerned; by default all
+        severity: by default the usual one of the code
+    """
+    concerned = [] if samples is None or samples.all() else samples.nonzero().flatten().tolist()
+    message = of_samples(concerned, 0 if samples is None else len(samples)) + message
+    return Finding(code, severity or CODES[code], message, advice, layer, tuple(concerned))
+
+
+def of_samples(samples: Sequence[int], count: int) -> str:
+    """Return the beginning of a message about some of the samples of a batch."""
+    return f"{len(samples)} of {count} samples ({listed(samples)}): " if samples else ""
+
+
 def listed(values: Sequence[Any], most: int = 5) -> str:
-    """Write down values, the first ones if they are many; names in quotes."""
+    """Return the first values as text, names in quotes, with the number of the others."""
     shown = ", ".join(f"'{value}'" if isinstance(value, str) else str(value) for value in values[:most])
     return shown + (f" and {len(values) - most} more" if len(values) > most else "")
+
+
+def numbers(values: Iterable[float], most: int = 4) -> str:
+    """Return the first of the different values as text."""
+    texts = list(dict.fromkeys(f"{value:.4g}" for value in values))
+    return ", ".join(texts[:most]) + (", ..." if len(texts) > most else "")

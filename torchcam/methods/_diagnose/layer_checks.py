@@ -1,0 +1,193 @@
+"""Checks of the target layers: positions, size and layout of their grids, constant activations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from torchcam._tensors import to_float
+from torchcam.layers import Candidate
+from torchcam.layout import Layout, _anisotropy, has_consistent_stride
+
+from .facts import Facts
+from .findings import Finding, finding
+
+__all__ = ["CHECKS"]
+
+
+def check_positions(facts: Facts) -> Iterator[Finding]:
+    """Check that the target layers' outputs have positions."""
+    if facts.layout_error is not None:
+        choice = facts.recorded.choice
+        yield finding(
+            "no_positions",
+            f"{facts.layout_error}.",
+            "There is nothing to draw a map on." + (f" A layer with positions is '{choice}'." if choice else ""),
+        )
+
+
+def check_grids(facts: Facts) -> Iterator[Finding]:
+    """Check that the grids of the target layers are fine enough."""
+    for name, grid in zip(facts.repeated.names, facts.grids, strict=False):
+        shape = () if grid is None else tuple(grid.shape[2:])
+        if grid is None or not facts.recorded.reads_layers or (math.prod(shape) > 1 and _is_fine(shape)):
+            continue
+        advice = "give the model a larger input, if it takes one."
+        finer = _finer_layer(facts, shape)
+        if finer is not None:
+            advice = f"Name an earlier layer: '{finer.name}' has a grid of {_by(finer.grid)}. Or {advice}"
+        one = math.prod(shape) == 1
+        effect = ": one position cannot be higher than another" if one else ", a very coarse map"
+        yield finding(
+            "one_position" if one else "coarse_grid",
+            f"the grid of '{name}' is {_by(shape)}{effect}.",
+            advice[0].upper() + advice[1:],
+            layer=name,
+        )
+
+
+def _is_fine(shape: Sequence[int]) -> bool:
+    """Check whether a grid has four positions a side on average."""
+    return bool(math.prod(shape[-2:]) >= 4 ** len(shape[-2:]))
+
+
+def _finer_layer(facts: Facts, shape: Sequence[int]) -> Candidate | None:
+    """Return the last layer with a fine grid of at least four times as many positions, a stage if there is one."""
+    usable = [c for c in facts.recorded.candidates or () if c.depends and c.fits and _is_fine(c.grid)]
+    finer = [c for c in usable if math.prod(c.grid[-2:]) >= 4 * math.prod(shape[-2:])]
+    finer = [c for c in finer if c.is_stage] or finer
+    return finer[-1] if finer else None
+
+
+def _by(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def check_layouts(facts: Facts) -> Iterator[Finding]:
+    """Check that grids are read along the right dimensions: a change of the input must change them at its place."""
+    view = facts.repeated
+    if facts.image is None or not facts.is_sound or not view.reads_layers:
+        return
+    for index, (name, activation) in enumerate(zip(view.names, view.activations, strict=True)):
+        if activation is None:
+            continue
+        grid = view.to_grid(activation, name)
+        other = _other_reading(facts, activation, name)
+        by_layout = view.reshape_transform is None
+        channels_first = by_layout and view.layout(activation, name) == _map_layouts(activation.shape)[0]
+        if math.prod(grid.shape[2:]) == 1 or (channels_first and other is None):
+            continue
+        variants = [activations[index] for activations in facts.moved_activations]
+        verdict = _is_in_place(activation, variants, partial(view.to_grid, name=name))
+        if verdict is False:
+            advice = "Pass a `reshape_transform` to (N, C, *spatial)"
+            if other is not None and _is_in_place(activation, variants, other.to_grid):
+                advice += f": `{_permutation(other)}`, for channels that come last"
+            yield finding(
+                "wrong_layout",
+                f"the output of '{name}', {tuple(activation.shape)}, is read along the wrong dimensions: "
+                f"{'the layout found is' if by_layout else '`reshape_transform` gives'} a grid of "
+                f"{_by(grid.shape[2:])}, but where one half of the input is changed, the other half of that grid, or "
+                "another side of it, changes most.",
+                f"{advice}.",
+                layer=name,
+            )
+        elif verdict is None and other is not None:
+            yield finding(
+                "layout_ambiguous",
+                f"the output of '{name}', {tuple(activation.shape)}, can be read with channels first or channels last, "
+                "and changes of the input do not tell which; it is read with channels "
+                f"{'last' if other.channels == 1 else 'first'}.",
+                f"If that is wrong, pass `reshape_transform={_permutation(other)}`.",
+                layer=name,
+            )
+
+
+def _map_layouts(shape: Sequence[int]) -> tuple[Layout, Layout]:
+    """Return the two layouts of maps: channels first, and channels last."""
+    dimensions = tuple(range(len(shape)))
+    first = Layout(tuple(shape[2:]), 0, 1, dimensions[2:])
+    return first, Layout(tuple(shape[1:-1]), 0, dimensions[-1], dimensions[1:-1])
+
+
+def _other_reading(facts: Facts, activation: Tensor, name: str) -> Layout | None:
+    """Return the other layout that fits the shape of an activation as well, if there is one."""
+    spatial = () if facts.image is None else facts.image.shape[2:]
+    if facts.repeated.reshape_transform is not None or activation.ndim != len(spatial) + 2 or len(spatial) == 1:
+        return None
+    found = facts.repeated.layout(activation, name)
+    first, last = _map_layouts(activation.shape)
+    if found not in {first, last}:
+        return None
+    other = last if found == first else first
+    fits = has_consistent_stride(other.grid, spatial)
+    return other if fits and _anisotropy(other.grid, spatial) <= _anisotropy(found.grid, spatial) else None
+
+
+def _is_in_place(base: Tensor, variants: Sequence[Tensor | None], to_grid: Callable[[Tensor], Tensor]) -> bool | None:
+    """Check whether a grid changes on the side where the input was changed.
+
+    Args:
+        base: the activation
+        variants: the activations for inputs changed in the lower and in the upper half, along each axis in turn
+        to_grid: the function to grid form
+
+    Returns:
+        None if the changes do not tell
+    """
+    grid = to_grid(base)
+    if 2 * (grid.ndim - 2) != len(variants):
+        return None
+    centres = []
+    for variant in variants:
+        if variant is None or variant.shape != base.shape:
+            return None
+        change = to_float(to_grid(variant) - grid).abs().sum((0, 1))  # (*spatial)
+        if not 0 < float(change.sum()) < math.inf:
+            return None
+        centres.append(_centre(change))
+    shifts = torch.stack(centres[1::2]) - torch.stack(centres[::2])  # (changed axis, axis of the grid)
+    own = shifts.diagonal()
+    others = (shifts - own.diag()).abs()
+    if (own < -0.1).any() or ((others > 0.1) & (others > 2 * own.abs().unsqueeze(1))).any():
+        return False
+    wide = torch.tensor([side > 1 for side in grid.shape[2:]], device=own.device)
+    return True if (own[wide] > 0.1).all() else None
+
+
+def _centre(amount: Tensor) -> Tensor:
+    """Return the centre of mass of (*spatial), between 0 and 1 along each axis."""
+    places = [torch.linspace(0.5 / side, 1 - 0.5 / side, side).to(amount) for side in amount.shape]
+    return torch.stack([(amount * place).sum() for place in torch.meshgrid(places, indexing="ij")]) / amount.sum()
+
+
+def _permutation(layout: Layout) -> str:
+    """Return the source of the function that turns a map into (N, C, *spatial)."""
+    if layout.channels == 1:
+        return "lambda t: t"
+    return f"lambda t: t.permute(0, {', '.join(map(str, (layout.channels, *layout.positions)))})"
+
+
+def check_constant_activations(facts: Facts) -> Iterator[Finding]:
+    """Check that some channel of each target layer varies over the positions."""
+    for name, grid in zip(facts.repeated.names, facts.grids, strict=False):
+        constant = facts.constant_activations.get(name)
+        if grid is None or constant is None:
+            continue
+        zero = not grid[constant].any()
+        cause = "an activation function that lets nothing through" if zero else "a pooling over all positions"
+        yield finding(
+            "activation_constant",
+            f"each of the {grid.shape[1]} channels of '{name}' is {'0' if zero else 'the same'} everywhere, so "
+            "the map is constant whatever the weights.",
+            f"Look at what comes before it: {cause}, weights that are all 0, or an input that is blank.",
+            layer=name,
+            samples=constant,
+        )
+
+
+CHECKS = (check_positions, check_grids, check_layouts, check_constant_activations)
