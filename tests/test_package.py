@@ -25,7 +25,6 @@ FLOORS = {
     "_names": 0,
     "_numbers": 0,
     "_tables": 0,
-    "_replica": 0,
     "_passes": 1,
     "_timeline": 2,
     "layout": 1,

@@ -204,6 +204,11 @@ class Recorder:
             self.remove()
             raise
 
+    @property
+    def is_attached(self) -> bool:
+        """Whether the hooks are on the model."""
+        return bool(self._leave)
+
     def _hook_layers(self) -> None:
         self.layers = [self.modules[name] for name in self.target_names]
         if self.keeps_outputs:

@@ -12,6 +12,8 @@ from torchcam._passes import model_device
 from torchcam._tensors import map_tensors
 from torchcam.targets import class_scores
 
+from ._replicas import on_replica
+
 __all__ = ["stream"]
 
 
@@ -25,8 +27,6 @@ def stream(
     """Run the model of an extractor on batches and yield the maps of each."""
     if class_idx is not None and targets is not None:
         raise ValueError("give `class_idx` or `targets`, not both")
-    from .core import on_replica  # which needs this module
-
     device = model_device(extractor.model)
     for batch in batches:
         args, options = _arguments(batch)

@@ -52,11 +52,17 @@ class _Wrapper(_CAM):
         self._runs_model = self.base_cam._runs_model
         self._explains_many = self.base_cam._explains_many
 
-    def _moved_to(self, replica: nn.Module) -> Self:
+    def moved_to(self, replica: nn.Module) -> Self:
+        """Return an extractor like this one with its hooks, if it has any, on a replica of the model."""
         moved = copy.copy(self)
-        moved.base_cam = self.base_cam._moved_to(replica)
+        moved.base_cam = self.base_cam.moved_to(replica)
         moved._recorder = moved.base_cam._recorder
         return moved
+
+    @property
+    def inner(self) -> _CAM:
+        """The extractor that looks at the layers."""
+        return self.base_cam.inner
 
     def _activations(self, request: Request) -> list[Tensor]:
         return self.base_cam._activations(request)
@@ -247,6 +253,9 @@ class FinerCAM(_Wrapper):
 
     def _raw_maps(self, request: Request, comparison_idx: Any = None, **options: Any) -> list[Tensor]:
         return super()._raw_maps(self._contrasted(request, comparison_idx), **options)
+
+    def _selector(self, request: Request) -> Selector:
+        return self._contrasted(request, None).selector(self._batch_size(request))
 
     def _contrasted(self, request: Request, comparison_idx: Any) -> Request:
         """Ask for what tells each sample's class from its references."""

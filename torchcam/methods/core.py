@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from torchcam._checks import torch_module
-from torchcam._passes import Call, model_device, untouched
-from torchcam._replica import replicated
+from torchcam._passes import Call, model_device
 from torchcam._tensors import min_max, tensors_in, to_float
 from torchcam.layers import TargetLayer, layer_names
 from torchcam.targets import ClassIndex, OutputTarget, Selector, check_one_of, class_columns
@@ -26,40 +25,11 @@ from ._diagnose import Diagnosis, diagnose
 from ._finish import all_finite, broken_samples, scale_signed, to_one_shape, weighted_sum
 from ._gradients import differentiate
 from ._recorder import Pass, Recorder
+from ._replicas import on_replica
+from ._request import Request
 from ._stream import stream
 
 __all__ = ["_CAM", "OutputTarget", "Request", "on_replica", "one_by_one", "plain_tensors"]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked of a pass.
-
-    Attributes:
-        recorded: the pass
-        class_idx: the class to explain, as it was given
-        scores: the output that was handed over, if it was
-        targets: what is explained in place of a class, as it was given
-        relu: whether the evidence for a score is kept (True), that against it (``"negative"``) or both (False); None
-            for what the method does by itself
-        create_graph: whether the maps can be differentiated
-        retain_graph: whether the graph is kept for another backward pass
-        num_classes: how many classes of each sample are explained at once
-    """
-
-    recorded: Pass
-    class_idx: Any = None
-    scores: Any = None
-    targets: Any = None
-    relu: bool | str | None = None
-    create_graph: bool = False
-    retain_graph: bool = False
-    num_classes: int = 1
-
-    def selector(self, batch_size: int) -> Selector:
-        """Return the explained score, as a function of the model's output."""
-        one = self.targets if isinstance(self.targets, Selector) else Selector(self.class_idx, self.targets, batch_size)
-        return one.negative() if self.relu == "negative" else one
 
 
 class _CAM:
@@ -177,14 +147,20 @@ class _CAM:
         self.remove_hooks()
         self._recorder.forget(every=True)
 
-    def _moved_to(self, replica: nn.Module) -> Self:
-        """Return an extractor like this one with its hooks on a replica of the model."""
+    def moved_to(self, replica: nn.Module) -> Self:
+        """Return an extractor like this one with its hooks, if it has any, on a replica of the model."""
         moved = copy.copy(self)
         here = self._recorder
         moved._recorder = self._recording(replica, here.target_names, wanted_input=here.wanted_input, enabled=True)
-        if here.choose_layers is not None:
-            moved._recorder.choose_layers = here.choose_layers
+        moved._recorder.choose_layers = here.choose_layers
+        if not here.is_attached:
+            moved.remove_hooks()
         return moved
+
+    @property
+    def inner(self) -> _CAM:
+        """The extractor that looks at the layers: this one, or, of one that asks another, that."""
+        return self
 
     # What was recorded, in grid form.
 
@@ -619,20 +595,6 @@ class _CAM:
             option: self.target_names if option == "target_layer" else getattr(self, option) for option in self._options
         }
         return f"{type(self).__name__}({', '.join(f'{option}={value}' for option, value in values.items())})"
-
-
-@contextmanager
-def on_replica(extractor: Any) -> Iterator[Any]:
-    """Return an extractor like ``extractor`` that watches a replica of its model, to run passes that change nothing.
-
-    A foreign extractor is returned itself, with its model in evaluation mode; the model is restored on exit.
-    """
-    if not isinstance(extractor, _CAM):
-        with untouched(extractor.model):
-            yield extractor
-        return
-    with replicated(extractor.model) as replica, extractor._moved_to(replica) as moved:
-        yield moved
 
 
 @contextmanager

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from torchcam._passes import find_image
 from torchcam._replica import replicated
-from torchcam._tensors import is_constant, map_tensors, to_float
+from torchcam._tensors import is_constant, is_finite, map_tensors, to_float
+from torchcam.methods._replicas import on_replica
 from torchcam.targets import Selector, class_scores, read_logits
 
 from .trace import GradientTrace, PassWatch, squashing_node
-from .view import ExtractorView, replica_of
+from .view import ExtractorView
 
 __all__ = ["Facts", "examined"]
 
@@ -98,7 +99,7 @@ class FinalMaps:
 def examined(recorded: ExtractorView, class_idx: Any, targets: Any) -> Iterator[Facts]:
     """Repeat the recorded pass on a replica of the model. The facts about it can be read inside the block."""
     with ExitStack() as stack:
-        extractor = stack.enter_context(replica_of(recorded.extractor))
+        extractor = stack.enter_context(on_replica(recorded.extractor))
         stack.enter_context(warnings.catch_warnings(action="ignore"))  # their subjects are among the findings
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(recorded.grad_enabled))
@@ -179,7 +180,7 @@ class Facts:
     @cached_property
     def broken_input(self) -> Tensor | None:
         """The samples (N,) whose input is not finite, if there are any."""
-        broken = None if self.image is None else ~_finite_samples(self.image)
+        broken = None if self.image is None else ~is_finite(self.image)
         return broken if broken is not None and broken.any() else None
 
     @cached_property
@@ -189,7 +190,7 @@ class Facts:
         view = self.repeated
         for name, *tensors in zip(view.names, view.activations, self.recorded.activations, strict=False):
             kept = [tensor for tensor in tensors if tensor is not None and len(tensor) == view.batch_size]
-            finite = torch.stack([_finite_samples(tensor) for tensor in kept]).all(0) if kept else None
+            finite = torch.stack([is_finite(tensor) for tensor in kept]).all(0) if kept else None
             if finite is not None and not finite.all():
                 found[name] = ~finite
         return found
@@ -212,7 +213,7 @@ class Facts:
         if self.select is None:
             return None
         trace = GradientTrace()
-        with torch.enable_grad(), replica_of(self.recorded.extractor) as extractor:
+        with torch.enable_grad(), on_replica(self.recorded.extractor) as extractor:
             with trace.watching(extractor.model):
                 output = self._repeat(extractor.model)
             return trace.last_broken(self.select(ExtractorView(extractor).with_graph(output)))
@@ -227,7 +228,7 @@ class Facts:
             return []
         noise = torch.randn(image.shape[1:], generator=torch.Generator().manual_seed(0)).to(image)
         noise = noise * image.float().std().clamp(min=0.1)
-        with replica_of(self.recorded.extractor) as extractor:
+        with on_replica(self.recorded.extractor) as extractor:
             for axis in range(2, image.ndim):
                 half = image.shape[axis] // 2
                 for start in (0, image.shape[axis] - half):
@@ -304,7 +305,7 @@ class Facts:
             # A detector reads a box from one level of its pyramid.
             may_vanish = len(levels) > 1 and any(g is not None and bool(g.any()) for g in levels)
             grid = view.to_grid(gradient, name)
-            broken = ~_finite_samples(gradient)
+            broken = ~is_finite(gradient)
             must_count = not may_vanish and not bool(broken.any())
             zero = ~gradient.flatten(1).any(1) & must_count
             zero_on_grid = ~grid.flatten(1).any(1) & ~zero & must_count
@@ -385,11 +386,6 @@ def _as_batch(image: Tensor | list[Tensor] | None) -> Tensor | None:
     if image is None or isinstance(image, Tensor):
         return image
     return torch.stack(list(image)) if len({item.shape for item in image}) == 1 else None
-
-
-def _finite_samples(tensor: Tensor) -> Tensor:
-    """Return a mask (N,) of the samples that hold finite values only."""
-    return tensor.isfinite().flatten(1).all(1)
 
 
 def _softmax_by_values(output: Any) -> str | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from torchcam._tensors import tensors_in, to_float
-from torchcam.layout import meant_tensors
+from torchcam.layout import primary_tensors
 
 from .findings import listed
 
@@ -114,7 +114,7 @@ class PassWatch(_Observer):
         if name in self.layers:
             self.calls[name] += 1
             self.changed.pop(name, None)
-            tensors = [tensor for tensor in meant_tensors(output).values() if not tensor.is_inference()]
+            tensors = [tensor for tensor in primary_tensors(output).values() if not tensor.is_inference()]
             self._versions[name] = [(tensor, tensor._version) for tensor in tensors]
 
     @staticmethod

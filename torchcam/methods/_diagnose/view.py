@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -12,16 +11,11 @@ from torch import Tensor, nn
 
 from torchcam._tensors import to_float
 from torchcam.layers import Candidates, candidates
+from torchcam.methods._recorder import Pass
+from torchcam.methods._request import Request
 from torchcam.targets import Selector
 
-__all__ = ["ExtractorView", "replica_of"]
-
-
-@contextmanager
-def replica_of(extractor: Any) -> Iterator[Any]:
-    """Return an extractor like ``extractor`` whose model may be run inside the block, in evaluation mode."""
-    with getattr(extractor, "base_cam", extractor)._inner_pass():
-        yield extractor
+__all__ = ["ExtractorView"]
 
 
 class ExtractorView:
@@ -51,31 +45,36 @@ class ExtractorView:
     """
 
     def __init__(self, extractor: Any) -> None:
-        cam = self._cam = getattr(extractor, "base_cam", extractor)
-        record = cam._record
+        cam = self._cam = extractor.inner
+        recorder = cam._recorder
+        try:
+            found = recorder.find()
+        except AssertionError:
+            found = None
+        self._recorded: Pass | None = found
         self.extractor = extractor
         self.model: nn.Module = cam.model
         self.method = type(cam).__name__
         self.target_names: list[str] = list(cam.target_names)
-        self.has_hooks = bool(cam.hook_handles)
-        self.is_enabled: bool = cam._hooks_enabled
-        self.has_started: bool = record.started
-        self.call: Any = record.call
-        self.grad_enabled = record.shared is not None and not record.shared.private
-        self.names: list[str] = record.names
-        self.layers: list[str] = record.layers
-        self.activations: list[Tensor | None] = record.activations
+        self.has_hooks: bool = recorder.is_attached
+        self.is_enabled: bool = recorder.enabled
+        self.has_started = found is not None
+        self.call: Any = None if found is None else found.call
+        self.uses_gradients: bool = recorder.differentiates
+        self.grad_enabled = self.uses_gradients and found is not None and not found.private
+        self.names: list[str] = self.target_names if found is None else found.names
+        self.layers: list[str] = self.target_names if found is None else found.layer_names
+        self.activations: list[Tensor | None] = [] if found is None else found.activations
         first = next((activation for activation in self.activations if activation is not None), None)
-        shape = record.input_shape
+        shape = None if found is None else found.input_shape
         self.batch_size: int = shape[0] if shape is not None else 1 if first is None else len(first)
         self.in_training = [
             name for name, module in self.model.named_modules() if module.training and _acts_in_training(module)
         ]
         self.class_agnostic: bool = cam.class_agnostic
-        self.uses_gradients: bool = cam._uses_gradients
         self.keeps_positive: bool = cam._relu
-        self.reads_attention = hasattr(cam, "prefix_tokens")
-        self.reads_layers = not self.reads_attention and all(name in cam.submodule_dict for name in cam.target_names)
+        self.reads_attention: bool = recorder.reads_attention
+        self.reads_layers: bool = recorder.keeps_outputs and not recorder.reads_attention
         self.reshape_transform: Callable[[Tensor], Tensor] | None = cam.reshape_transform
 
     @property
@@ -108,36 +107,37 @@ class ExtractorView:
 
     def to_grid(self, tensor: Tensor, name: str) -> Any:
         """Return a tensor shaped as an activation in grid form."""
-        return tensor if self.reads_attention else self._cam._to_grid(tensor, name)
+        return tensor if self.reads_attention else self._cam._to_grid(self._recorded, tensor, name)
 
     def layout(self, tensor: Tensor, name: str) -> Any:
         """Return the layout of an activation."""
-        return self._cam._layout(tensor, name)
+        return None if self._recorded is None else self._recorded.layout(tensor, name)
 
     def selector(self, classes: list[int] | None, select: Selector, output: Any) -> Selector:
-        """Return the score that the method differentiates, for a question about some classes."""
-        contrast = getattr(self.extractor, "_contrast", None)
-        if contrast is None or classes is None:
+        """Return the score that the method explains, for a question about some classes."""
+        if classes is None or self._recorded is None:
             return select
         with torch.no_grad():
-            contrasted: Selector = contrast(classes, output, None)
-        return contrasted
+            explained: Selector = self.extractor._selector(Request(self._recorded, classes, output))
+        return explained
 
     def with_graph(self, output: Any) -> Any:
         """Return an output of the recorded pass with its graph."""
-        return self._cam._attached(output)
+        return output if self._recorded is None else self._cam._attached(Request(self._recorded, scores=output))
 
     def raw_maps(self, question: dict[str, Any], select: Selector | None, output: Any) -> Any:
         """Compute the maps of all layers before ReLU, scaling and fusion."""
-        asked = {"targets": select} if hasattr(self.extractor, "_contrast") else question
+        asked = question if select is None or type(select) is Selector else {"targets": select}
         return self._cam.compute_cams(scores=output, normalized=False, relu=False, **self._keep_graph(), **asked)
 
     def gradients(self, select: Selector | None, output: Any) -> list[Tensor | None]:
         """Return the gradients of the score for the activations, as far as the method has any."""
-        cam = self._cam
-        if select is not None and self.uses_gradients and not self.reads_attention and not cam._record.gradients:
-            cam._backprop(output, None, retain_graph=True, targets=select)
-        return list(cam._record.gradients) or [None] * len(self.names)
+        recorded = self._recorded
+        if recorded is None:
+            return []
+        if select is not None and self.uses_gradients and not self.reads_attention and not recorded.gradients:
+            self._cam._gradients(Request(recorded, scores=output, targets=select, retain_graph=True))
+        return list(recorded.gradients) or [None] * len(self.names)
 
     def fused_map(self, question: dict[str, Any], output: Any) -> Tensor:
         """Compute the map of each sample as a user gets it, all layers in one."""
