@@ -19,6 +19,7 @@ FLOORS = {
     "__init__": 0,
     "_tensors": 0,
     "_files": 0,
+    "_names": 0,
     "_passes": 1,
     "_film": 2,
     "layout": 1,

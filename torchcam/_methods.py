@@ -1,57 +1,71 @@
-"""Methods as people name them, and what is said of several of them."""
+"""Methods by their names, and arguments that are given by method."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 from . import methods
+from ._names import closest, match_name
 
-__all__ = ["CALL_OPTIONS", "as_method", "by_method", "takes"]
+__all__ = ["CALL_OPTIONS", "by_method", "find_method", "method_names", "takes"]
 
 # Options of an extractor's call; all others are for its constructor.
 CALL_OPTIONS = {"comparison_idx", "eps", "relu", "target_shape"}
 
 
-def as_method(method: Any, argument: str = "method") -> type[Any]:
-    """Find a method by its class or its name, in any case; papers write Grad-CAM++, Python cannot.
+def find_method(name: type[Any] | str, argument: str = "method") -> type[Any]:
+    """Return the class of a method that is given by its class or its name.
+
+    Names are understood as papers write them and as Python does, in any case: "GradCAMpp", "Grad-CAM++", "grad_cam_pp".
+
+    Args:
+        name: the name, or the class: any whose instances are called with a class and can fuse their maps
+        argument: the argument that holds the name, for the message of an error; an option such as ``--method`` is
+            quoted as it is
 
     Raises:
-        TypeError: if it is neither a name nor a method that explains scores
-        ValueError: if there is no method of that name
+        TypeError: if ``name`` is neither a name nor the class of a method
+        ValueError: if no method has that name; the message names the closest
     """
-    if isinstance(method, str):
-        known = {name.lower(): name for name in methods.__all__ if _is_method(getattr(methods, name))}
-        wanted = _spelled(method)
-        if wanted not in known:
-            close = [known[name] for name in get_close_matches(wanted, known, n=3, cutoff=0.5)] or known.values()
-            raise ValueError(f"`{argument}` {method!r} is not a method of torchcam; closest: {', '.join(close)}")
-        method = getattr(methods, known[wanted])
-    if not _is_method(method):
-        raise TypeError(f"`{argument}` must be a CAM class such as GradCAM, or its name, got {method!r}")
-    found: type[Any] = method
-    return found
+    quoted = argument if argument.startswith("-") else f"`{argument}`"
+    found: Any = name
+    if isinstance(name, str):
+        names = method_names()
+        known = match_name(name, names)
+        if known is None:
+            raise ValueError(f"{quoted} {name!r} is not a method of torchcam; {closest(name, names)}")
+        found = getattr(methods, known)
+    if not _is_method(found):
+        raise TypeError(f"{quoted} must be a CAM class such as GradCAM, or its name, got {name!r}")
+    method: type[Any] = found
+    return method
+
+
+as_method = find_method  # the former name
+
+
+def method_names() -> list[str]:
+    """Return the names of all methods that explain a class."""
+    return [name for name in methods.__all__ if _is_method(getattr(methods, name))]
 
 
 def by_method(argument: str, given: Mapping[Any, Any], labels: Sequence[str]) -> dict[str, Any]:
-    """Sort what is given for methods, by their classes or their names, by label.
+    """Sort a mapping from methods, by their classes or their names, to one from labels.
 
     Raises:
-        TypeError: if there are to be arguments for a method, and they are no mapping
+        TypeError: if the arguments of a method are not a mapping
         ValueError: if a method is none of the labels
     """
-    spelled = {_spelled(label): label for label in reversed(labels)}
     sorted_by = {}
     for key, value in given.items():
         name = key.__name__ if isinstance(key, type) else str(key)
-        label = name if name in labels else spelled.get(_spelled(name))
+        label = match_name(name, labels)
         if label is None:
-            close = [spelled[found] for found in get_close_matches(_spelled(name), spelled, n=3, cutoff=0.5)]
+            known = ", ".join(map(repr, labels))
             raise ValueError(
-                f"`{argument}` of several methods must be a mapping from {', '.join(map(repr, labels))}, got {name!r}"
-                + (f"; closest: {', '.join(close)}" if close else "")
+                f"`{argument}` of several methods must be a mapping from {known}, got {name!r}; {closest(name, labels)}"
             )
         if argument != "target_layer" and not isinstance(value, Mapping):
             raise TypeError(f"`{argument}` of {label} must be a mapping, got {type(value).__name__}")
@@ -60,12 +74,8 @@ def by_method(argument: str, given: Mapping[Any, Any], labels: Sequence[str]) ->
 
 
 def takes(function: Callable[..., Any], argument: str) -> bool:
-    """Tell whether a function has an argument of that name."""
+    """Check whether a function has an argument of that name."""
     return argument in inspect.signature(function).parameters
-
-
-def _spelled(name: str) -> str:
-    return name.lower().replace("-", "").replace(" ", "").replace("+", "p")
 
 
 def _is_method(value: Any) -> bool:

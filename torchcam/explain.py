@@ -21,7 +21,7 @@ from torchcam._choice import Choice, as_class_names
 from torchcam._explanation import Explanations, MethodMaps, PredictionExplanation, plain
 from torchcam._files import written_whole
 from torchcam._inputs import Inputs, read_inputs
-from torchcam._methods import CALL_OPTIONS, as_method, by_method, takes
+from torchcam._methods import CALL_OPTIONS, by_method, find_method, takes
 from torchcam._passes import untouched
 from torchcam._tensors import over_channels, to_float
 from torchcam.layers import TargetLayer
@@ -263,7 +263,7 @@ class _Trial:
         settings = dict(self.settings)
         if "methods" in options:
             given = options["methods"]
-            asked = [as_method(one, "methods") for one in ([given] if isinstance(given, (str, type)) else given)]
+            asked = [find_method(one, "methods") for one in ([given] if isinstance(given, (str, type)) else given)]
             names = [one.__name__ for one in asked]
             layers = settings["target_layer"]
             first = next(iter(layers.values()))
@@ -369,7 +369,8 @@ def _as_recipes(method: Any, target_layer: Any, method_kwargs: Any, relu: Any) -
     """Check what is said of the methods, and sort it by method."""
     several = isinstance(method, (list, tuple, Mapping))
     classes = [
-        as_method(one) for one in (method.values() if isinstance(method, Mapping) else method if several else [method])
+        find_method(one)
+        for one in (method.values() if isinstance(method, Mapping) else method if several else [method])
     ]
     labels = [str(label) for label in method] if isinstance(method, Mapping) else [one.__name__ for one in classes]
     if not labels:

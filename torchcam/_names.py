@@ -1,0 +1,28 @@
+"""Names as people write them: in any case, with or without hyphens, Grad-CAM++ for GradCAMpp."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+__all__ = ["closest", "match_name"]
+
+
+def match_name(name: str, names: Iterable[str]) -> str | None:
+    """Return the one of ``names`` that ``name`` spells, or None. Only letters and digits count, in any case."""
+    known = list(names)
+    if name in known:
+        return name
+    return {_simplified(entry): entry for entry in reversed(known)}.get(_simplified(name))
+
+
+def closest(name: str, names: Iterable[str]) -> str:
+    """Return the end of an error message: the names that are most like ``name``, or else all names."""
+    known = {_simplified(entry): entry for entry in names}
+    matches = [known[match] for match in get_close_matches(_simplified(name), known, n=3, cutoff=0.5)]
+    return f"closest: {', '.join(matches)}" if matches else f"there are {', '.join(known.values())}"
+
+
+def _simplified(name: str) -> str:
+    return re.sub(r"[\W_]", "", name.lower().replace("plusplus", "pp").replace("+", "p"))
