@@ -20,6 +20,10 @@ FLOORS = {
     "_tensors": 0,
     "_files": 0,
     "_names": 0,
+    "_callable": 0,
+    "_replica": 1,
+    "_recipes": 5,
+    "_trust_request": 6,
     "_passes": 1,
     "_film": 2,
     "layout": 1,
@@ -38,10 +42,10 @@ FLOORS = {
     "evaluation": 5,
     "monitor": 5,
     "trust": 5,
-    "explain": 6,
-    "integrations": 6,
-    "cli": 7,
-    "__main__": 8,
+    "explain": 7,
+    "integrations": 7,
+    "cli": 8,
+    "__main__": 9,
 }
 # The rooms that are run, not imported.
 COMMANDS = {"cli"}

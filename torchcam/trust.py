@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from torchcam import __version__
+from torchcam._callable import make_callable
 from torchcam._figures import data_uri, fitted
 from torchcam._files import written_whole
 from torchcam._methods import CALL_OPTIONS, as_method, by_method, takes
@@ -1005,3 +1006,6 @@ def _wrapped(text: str, head: str, indent: int) -> list[str]:
 
 def _joined(words: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+
+
+make_callable(__name__)
