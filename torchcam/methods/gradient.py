@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -24,6 +25,16 @@ __all__ = [
     "SmoothGradCAMpp",
     "XGradCAM",
 ]
+
+# TorchCAM has these three in this module; here they live elsewhere, and are found by these paths as well.
+_ELSEWHERE = {"FinerCAM": "composite", "LeGrad": "attention", "RefineCAM": "composite"}
+
+
+def __getattr__(name: str) -> type[_CAM]:
+    if name not in _ELSEWHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found: type[_CAM] = getattr(import_module(f"torchcam.methods.{_ELSEWHERE[name]}"), name)
+    return found
 
 
 class _GradientCAM(_CAM):
