@@ -65,20 +65,6 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_MODULES = {
-    "demo",
-    "evaluation",
-    "explain",
-    "integrations",
-    "layers",
-    "layout",
-    "methods",
-    "metrics",
-    "monitor",
-    "targets",
-    "trust",
-    "utils",
-}
 _FUNCTIONS = {"evaluate": "evaluation", "overlay_map": "utils", "overlay_mask": "utils"}  # and their modules
 
 __all__ = [
@@ -136,10 +122,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return import_module(f"{__name__}.{name}")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name.islower() and name not in _FUNCTIONS:
+        return import_module(f"{__name__}.{name}")
     return getattr(import_module(f"{__name__}.{_FUNCTIONS.get(name, 'methods')}"), name)
 
 

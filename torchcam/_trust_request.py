@@ -27,11 +27,15 @@ class TrustRequest:
     Attributes:
         model: a reference to the model that does not keep it alive
         image: the input, (1, C, *spatial)
-        settings: the arguments of the report; those that depend on the method, by the methods' names
+        recipes: the methods of the explanation by the names of their classes, and how they were run
+        layers: the layers of each method, by the same names
+        settings: further arguments of the report
     """
 
     model: Callable[[], nn.Module | None]
     image: Tensor
+    recipes: Mapping[str, Recipe]
+    layers: Mapping[str, Any]
     settings: Mapping[str, Any]
 
     @classmethod
@@ -49,25 +53,9 @@ class TrustRequest:
         for recipe, names in zip(recipes, target_names, strict=True):
             are_layers = all(name and name in modules for name in names)
             layers.setdefault(recipe.method.__name__, list(names) if are_layers else recipe.target_layer)
-        classes: dict[str, Any] = {recipe.method.__name__: recipe.method for recipe in reversed(recipes)}
-        methods = [classes[name] for name in layers]
-        if len(methods) == 1:
-            # A default of several layers (attention, for one) is one method's own: the others choose for themselves.
-            (found,) = layers.values()
-            shared = found if recipes[0].target_layer is not None or len(found or ()) == 1 else None
-            methods += [find_method(name) for name in COMPARED if name not in layers]
-            layers = {**dict.fromkeys(COMPARED, shared), **layers}
-        return cls(
-            weakref.ref(model),
-            image.detach().clone(),  # a view would keep the batch
-            {
-                "methods": methods,
-                "target_layer": layers,
-                "method_kwargs": {recipe.method.__name__: dict(recipe.options) for recipe in reversed(recipes)},
-                "call_kwargs": {recipe.method.__name__: dict(recipe.call_options) for recipe in reversed(recipes)},
-                **settings,
-            },
-        )
+        by_name = {recipe.method.__name__: recipe for recipe in reversed(recipes)}
+        kept = image.detach().clone()  # a view would keep the batch
+        return cls(weakref.ref(model), kept, {name: by_name[name] for name in layers}, layers, settings)
 
     def __call__(self, **options: Any) -> TrustReport:
         model = self.model()
@@ -78,17 +66,26 @@ class TrustRequest:
             )
         from .trust import trust  # its metrics take long to import
 
-        settings = dict(self.settings)
-        if "methods" in options:
-            given = options["methods"]
-            several = [given] if isinstance(given, (str, type)) else given
-            names = [find_method(one, "methods").__name__ for one in several]
-            layers = settings["target_layer"]
-            first = next(iter(layers.values()))
-            settings["target_layer"] = {name: layers.get(name, first) for name in names}
-            for argument in ("method_kwargs", "call_kwargs"):
-                settings[argument] = {name: settings[argument].get(name, {}) for name in names}
-        return trust(model, self.image, **{**settings, **options})
+        asked = options.pop("methods", None)
+        if asked is None:
+            asked = [recipe.method for recipe in self.recipes.values()]
+            asked += COMPARED if len(asked) == 1 else ()
+        asked = [asked] if isinstance(asked, (str, type)) else asked
+        methods = list(dict.fromkeys(find_method(method, "methods") for method in asked))
+        names = [method.__name__ for method in methods]
+        by_method = {
+            "target_layer": {name: self.layers.get(name, self._shared_layers) for name in names},
+            "method_kwargs": {name: dict(self.recipes[name].options) for name in names if name in self.recipes},
+            "call_kwargs": {name: dict(self.recipes[name].call_options) for name in names if name in self.recipes},
+        }
+        return trust(model, self.image, **{"methods": methods, **by_method, **self.settings, **options})
+
+    @property
+    def _shared_layers(self) -> Any:
+        """The layers for methods that are not of the explanation: those of its first, or None for their defaults."""
+        name, recipe = next(iter(self.recipes.items()))
+        # A default of several layers (the attention blocks, for one) suits that method alone.
+        return self.layers[name] if recipe.target_layer is not None or len(self.layers[name] or ()) == 1 else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TrustRequest:
         return self

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torchcam import __version__
 from torchcam._callable import make_callable
 from torchcam._choice import Choice, as_class_names
-from torchcam._explanation import Explanations, MethodMaps, PredictionExplanation
+from torchcam._explanation import Explanations, PredictionExplanation
 from torchcam._files import written_whole
 from torchcam._inputs import Inputs, read_inputs
+from torchcam._method_maps import MethodMaps
 from torchcam._recipes import Recipe, as_recipes, extractors_on, named_errors
 from torchcam._replica import replicated
 from torchcam._tensors import over_channels, to_float
