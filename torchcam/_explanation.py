@@ -19,7 +19,7 @@ from . import _figures, _page
 from ._figures import Cell, Row, Sheet
 from ._files import written_whole
 from ._inputs import as_rgb, read_picture
-from ._method_maps import MethodMaps, fuse_layers
+from ._method_maps import MethodMaps, fuse_layers, save_maps
 from ._pictures import enlarged, fitted
 from .utils import overlay_map
 
@@ -412,7 +412,7 @@ class PredictionExplanation(_Pictures):
                     "target_layers": list(result.target_layers),
                     "signed": result.signed,
                     "classes": {
-                        str(key): self._class_entry(key, result.save(folder, place, key, image, alpha, colormap))
+                        str(key): self._class_entry(key, save_maps(result, key, folder, place, image, alpha, colormap))
                         for key in result.cams
                     },
                 }

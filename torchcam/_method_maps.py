@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from numpy.typing import NDArray
 
-__all__ = ["MethodMaps", "fuse_layers"]
+__all__ = ["MethodMaps", "fuse_layers", "save_maps"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,30 +63,37 @@ class MethodMaps:
             return "undefined (NaN)"
         return "blank: nothing above 0" if not bool(cam.any()) else ""
 
-    def save(
-        self, folder: Path, place: str, key: int | str, image: Image.Image, alpha: float, colormap: str | Colormap
-    ) -> list[dict[str, Any]]:
-        """Write the maps of a class to ``place`` within ``folder``, and return the names of the files."""
-        entries = []
-        subject = f"target-{list(self.cams).index(key)}" if isinstance(key, str) else f"class-{key}"
-        for number, (names, cam) in enumerate(zip(self.layer_names(key), self.cams[key], strict=True)):
-            stem = f"{place}{subject}-layer-{number}"
-            values = cam.numpy().astype(np.float32)
-            shares = (values + 1) / 2 if self.signed else values
-            grey = (255 * np.nan_to_num(shares)).round().astype(np.uint8)
-            np.save(folder / f"{stem}.npy", cam.numpy(), allow_pickle=False)
-            Image.fromarray(grey).save(folder / f"{stem}-heatmap.png")
-            drawn = overlay_map(image, values, None if self.signed else colormap, alpha, signed=self.signed)
-            drawn.save(folder / f"{stem}-overlay.png")
-            entries.append(
-                {
-                    "target_layers": names,
-                    "map": f"{stem}.npy",
-                    "heatmap": f"{stem}-heatmap.png",
-                    "overlay": f"{stem}-overlay.png",
-                }
-            )
-        return entries
+
+def save_maps(
+    result: MethodMaps,
+    key: int | str,
+    folder: Path,
+    place: str,
+    image: Image.Image,
+    alpha: float,
+    colormap: str | Colormap,
+) -> list[dict[str, Any]]:
+    """Write the maps of a class to ``place`` within ``folder``, and return the names of the files."""
+    entries = []
+    subject = f"target-{list(result.cams).index(key)}" if isinstance(key, str) else f"class-{key}"
+    for number, (names, cam) in enumerate(zip(result.layer_names(key), result.cams[key], strict=True)):
+        stem = f"{place}{subject}-layer-{number}"
+        values = cam.numpy().astype(np.float32)
+        shares = (values + 1) / 2 if result.signed else values
+        grey = (255 * np.nan_to_num(shares)).round().astype(np.uint8)
+        np.save(folder / f"{stem}.npy", cam.numpy(), allow_pickle=False)
+        Image.fromarray(grey).save(folder / f"{stem}-heatmap.png")
+        drawn = overlay_map(image, values, None if result.signed else colormap, alpha, signed=result.signed)
+        drawn.save(folder / f"{stem}-overlay.png")
+        entries.append(
+            {
+                "target_layers": names,
+                "map": f"{stem}.npy",
+                "heatmap": f"{stem}-heatmap.png",
+                "overlay": f"{stem}-overlay.png",
+            }
+        )
+    return entries
 
 
 def fuse_layers(maps: Sequence[Tensor]) -> Tensor:
