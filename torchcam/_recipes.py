@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -91,14 +92,17 @@ def extractors_on(
 ) -> Iterator[list[Any]]:
     """Return an extractor for each recipe, which watches a replica inside the block.
 
-    Modules of ``model`` among the arguments are replaced by those of the same name in ``replica``.
+    Modules of ``model`` among the arguments, and their bound methods, are replaced by those of ``replica``.
     """
     names = {module: name for name, module in model.named_modules()}
 
     def on_replica(value: Any) -> Any:
         if isinstance(value, nn.Module) and value in names:
             return replica.get_submodule(names[value])
-        return [on_replica(item) for item in value] if isinstance(value, (list, tuple)) else value
+        if isinstance(value, MethodType):
+            owner = on_replica(value.__self__)
+            return value if owner is value.__self__ else MethodType(value.__func__, owner)
+        return type(value)(map(on_replica, value)) if type(value) in {list, tuple} else value
 
     with plain_tensors(), ExitStack() as stack:
         made = []
