@@ -594,4 +594,5 @@ class TestTrustOfMethodsWithLayersOfTheirOwn:
         sizes = {"num_layers": 2, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 16, "num_classes": 4}
         vit = VisionTransformer(image_size=32, patch_size=8, **sizes).eval()
         report = explain(vit, torch.rand(1, 3, 32, 32), method=method).trust(**TestTrust.QUICK)
-        assert list(report.methods) == [method, "GradCAM", "LayerCAM", "ReciproCAM"]
+        assert report.method.startswith(method)
+        assert len(report.others) == 3
