@@ -301,9 +301,9 @@ class TestInterruptions:
     def test_ctrl_c(self, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
         arguments = ["--demo", "--limit", "12", "--batch-size", "1", "--methods", "GradCAM", "--metrics"]
         arguments += ["deletion-insertion,road", "--output", "table.json"]
-        code = (  # the second batch takes for ever, and says so
-            "import pathlib, runpy, signal, time; from torchcam.methods import GradCAM\n"
-            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job is started without it
+        code = (  # the second batch takes for ever, and says so; a background job would inherit an ignored Ctrl-C
+            "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+            "import pathlib, runpy, time; from torchcam.methods import GradCAM\n"
             "take, taken = GradCAM.compute_cams, []\n"
             "def stuck(*args, **kwargs):\n"
             "    taken.append(1)\n"
@@ -314,7 +314,7 @@ class TestInterruptions:
         command = [sys.executable, "-c", code, "evaluate", *arguments]
         process = subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         state, stuck = place / "table.json.partial" / "process-0-of-1.pt", place / "stuck"
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + 600
         while not stuck.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)

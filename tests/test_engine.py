@@ -13,11 +13,11 @@ from methods_under_test import METHODS, make_input, make_model
 from models import UNet, resnet
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchcam.methods._folding import foldable, folded
+from torchcam.methods._record import BrokenSamples, Record
 
 from torchcam import methods
 from torchcam.methods import _replay, decomposition
-from torchcam.methods._folding import foldable, folded
-from torchcam.methods._record import BrokenSamples, Record
 
 
 @pytest.fixture(autouse=True)

@@ -553,3 +553,46 @@ class TestTrust:
         kept = found._try_out.image
         assert torch.equal(kept, batch[1:2])
         assert kept.untyped_storage().nbytes() == batch[1].nbytes
+
+
+class TestReplica:
+    """An explanation runs on a copy of the modules, not on the model that other threads may be using."""
+
+    def test_the_model_is_never_switched(self, model: nn.Module, x: Tensor) -> None:
+        model.train()
+        seen: list[bool] = []
+        called: list[nn.Module] = []
+        layer = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+        layer.register_forward_hook(lambda module, _args, _output: called.append(module))
+        switch = type(model).train
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(model), "train", lambda self, mode=True: seen.append(mode) or switch(self, mode))
+            explain(model, x, method=["GradCAM", "ScoreCAM"], target_layer=layer)
+        assert called
+        assert layer not in called
+        assert seen == []
+        assert all(module.training for module in model.modules())
+
+    def test_layers_and_arguments_that_are_modules_are_those_of_the_copy(self) -> None:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+        x = torch.rand(1, 3, 8, 8)
+        found = explain(net, x, method="CAM", target_layer=[net[1]], method_kwargs={"fc_layer": net[4]}, class_idx=2)
+        expected = explain(net, x, method="CAM", target_layer="1", method_kwargs={"fc_layer": "4"}, class_idx=2)
+        assert found.target_layers == ("1",)
+        assert torch.equal(found.cams[2][0], expected.cams[2][0])
+        with pytest.raises(ValueError, match="is not a module of this Sequential"):
+            explain(net, x, target_layer=nn.ReLU())
+
+
+class TestTrustOfMethodsWithLayersOfTheirOwn:
+    @pytest.mark.parametrize("method", ["TransformerAttribution", "GuidedBackprop"])
+    def test_the_others_choose_for_themselves(self, method: str) -> None:
+        from torchvision.models import VisionTransformer
+
+        torch.manual_seed(0)
+        sizes = {"num_layers": 2, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 16, "num_classes": 4}
+        vit = VisionTransformer(image_size=32, patch_size=8, **sizes).eval()
+        report = explain(vit, torch.rand(1, 3, 32, 32), method=method).trust(**TestTrust.QUICK)
+        assert report.method.startswith(method)
+        assert len(report.others) == 3

@@ -17,8 +17,8 @@ from torchcam.layout import (
     find_layout,
     first_tensor,
     has_consistent_stride,
-    primary_tensors,
     patch_grid,
+    primary_tensors,
     replace_tensors,
 )
 

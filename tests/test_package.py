@@ -1,13 +1,20 @@
 """The package as a whole: what it imports, what it exports, and who may import whom."""
 
 import ast
+import copy
+import importlib
+import inspect
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
+from torch import nn
 
 import torchcam
 
@@ -25,6 +32,9 @@ FLOORS = {
     "_names": 0,
     "_numbers": 0,
     "_tables": 0,
+    "_callable": 0,
+    "_recipes": 5,
+    "_trust_request": 6,
     "_passes": 1,
     "_timeline": 2,
     "layout": 1,
@@ -36,17 +46,18 @@ FLOORS = {
     "_page": 3,
     "layers": 2,
     "methods": 3,
-    "_explanation": 4,
+    "_method_maps": 4,
+    "_explanation": 5,
     "_methods": 4,
     "demo": 4,
     "metrics": 4,
     "evaluation": 5,
     "monitor": 5,
     "trust": 5,
-    "explain": 6,
-    "integrations": 6,
-    "cli": 7,
-    "__main__": 8,
+    "explain": 7,
+    "integrations": 7,
+    "cli": 8,
+    "__main__": 9,
 }
 # The rooms that are run, not imported.
 COMMANDS = {"cli"}
@@ -54,7 +65,7 @@ COMMANDS = {"cli"}
 
 def run_python(code: str) -> str:
     """Run code in a fresh interpreter and return what it prints."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -135,11 +146,113 @@ class TestImport:
 
 class TestNames:
     def test_dir_lists_the_documented_names(self) -> None:
-        assert {"__version__", "explain", "methods", "metrics", "utils"} <= set(dir(torchcam))
-
-    def test_every_room_is_exported(self) -> None:
-        assert rooms() <= set(torchcam.__all__)
         assert set(torchcam.__all__) <= set(dir(torchcam))
+
+    def test_modules_methods_and_functions_are_exported_and_nothing_else(self) -> None:
+        methods = set(torchcam.methods.__all__) - {"OutputTarget"}
+        functions = {"evaluate", "overlay_map", "overlay_mask"}
+        assert len(torchcam.__all__) == len(set(torchcam.__all__))
+        assert set(torchcam.__all__) == rooms() | methods | functions | {"__version__"}
+
+    def test_each_is_the_object_of_its_module(self) -> None:
+        for name in set(torchcam.methods.__all__) - {"OutputTarget"}:
+            assert getattr(torchcam, name) is getattr(torchcam.methods, name)
+            assert pickle.loads(pickle.dumps(getattr(torchcam, name))) is getattr(torchcam, name)
+        assert torchcam.evaluate is torchcam.evaluation.evaluate
+        assert torchcam.overlay_mask is torchcam.utils.overlay_mask
+        assert torchcam.overlay_map is torchcam.utils.overlay_map
+
+    def test_all_of_them_at_once(self) -> None:
+        names: dict[str, object] = {}
+        exec("from torchcam import *", names)
+        assert set(torchcam.__all__) <= set(names)
+
+
+class TestCallableModules:
+    @pytest.mark.parametrize("name", ["explain", "trust"])
+    def test_a_module_with_the_signature_of_its_function(self, name: str) -> None:
+        module = getattr(torchcam, name)
+        function = getattr(module, name)
+        assert isinstance(module, ModuleType)
+        assert sys.modules[f"torchcam.{name}"] is module is importlib.import_module(f"torchcam.{name}")
+        assert callable(module)
+        assert inspect.isfunction(function)
+        assert inspect.signature(module) == inspect.signature(function)
+        assert pickle.loads(pickle.dumps(module)) is module
+        assert pickle.loads(pickle.dumps(function)) is function
+        assert copy.deepcopy(module) is module
+
+    def test_the_call_is_that_of_the_function(self) -> None:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+        x = torch.rand(1, 3, 8, 8)
+        found = torchcam.explain(model, x, class_idx=2, target_layer="1", method="grad-cam")
+        expected = torchcam.explain.explain(model, x, class_idx=2, target_layer="1")
+        assert torch.equal(found.cams[2][0], expected.cams[2][0])
+        with pytest.raises(TypeError, match=r"`model` must be a torch\.nn\.Module, got int"):
+            torchcam.explain(3, x)
+        with pytest.raises(TypeError, match=r"explain.*topk"):
+            torchcam.explain(model, x, topk=2)
+
+    @pytest.mark.parametrize(
+        "code",
+        [
+            "from torchcam.explain import explain; from torchcam.trust import trust; import torchcam",
+            (
+                "import torchcam; torchcam.explain; torchcam.trust; from torchcam.explain import explain; "
+                "from torchcam.trust import trust"
+            ),
+            "import torchcam.explain as e, torchcam.trust as t, torchcam; explain, trust = e.explain, t.trust",
+            "from torchcam import explain as e, trust as t; import torchcam; explain, trust = e.explain, t.trust",
+        ],
+    )
+    def test_any_order_of_imports(self, code: str) -> None:
+        check = (
+            "print(callable(torchcam.explain), torchcam.explain.explain is explain, explain.__module__, "
+            "callable(torchcam.trust), torchcam.trust.trust is trust)"
+        )
+        assert run_python(f"{code}; {check}") == "True True torchcam.explain True True"
+
+
+class TestTorchCAMNames:
+    """Every public name of TorchCAM 0.5.0, by its path."""
+
+    @pytest.mark.parametrize(
+        ("module", "names"),
+        [
+            ("torchcam", "__version__ explain methods metrics utils"),
+            ("torchcam.explain", "PredictionExplanation explain"),
+            (
+                "torchcam.methods",
+                (
+                    "CAM FinerCAM GradCAM GradCAMpp ISCAM LayerCAM LeGrad OutputTarget RefineCAM SSCAM ScoreCAM "
+                    "SmoothGradCAMpp XGradCAM activation core gradient"
+                ),
+            ),
+            ("torchcam.methods.activation", "CAM ISCAM SSCAM ScoreCAM"),
+            ("torchcam.methods.core", "OutputTarget _CAM"),
+            (
+                "torchcam.methods.gradient",
+                "FinerCAM GradCAM GradCAMpp LayerCAM LeGrad RefineCAM SmoothGradCAMpp XGradCAM",
+            ),
+            ("torchcam.metrics", "ClassificationMetric DeletionInsertionMetric"),
+            ("torchcam.utils", "overlay_mask"),
+        ],
+    )
+    def test_is_here(self, module: str, names: str) -> None:
+        for name in names.split():
+            assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
+
+    def test_those_that_are_elsewhere_are_the_same_objects(self) -> None:
+        for name in ("FinerCAM", "LeGrad", "RefineCAM"):
+            assert getattr(torchcam.methods.gradient, name) is getattr(torchcam.methods, name)
+        with pytest.raises(AttributeError, match="gradient' has no attribute 'FinestCAM'"):
+            _ = torchcam.methods.gradient.FinestCAM
+
+    @pytest.mark.parametrize("name", ["version", "locate_candidate_layer"])
+    def test_those_that_are_not_here_are_in_the_documentation(self, name: str) -> None:
+        page = ROOT.parent / "docs" / "differences.md"
+        assert f"{name}`" in page.read_text(encoding="utf-8")
 
 
 class TestHouse:

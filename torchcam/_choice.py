@@ -1,4 +1,4 @@
-"""What is explained of each input: classes by their numbers or their scores, or targets."""
+"""The classes or targets to explain of each input."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Choice", "as_class_names"]
 
 
 class Choice:
-    """What is explained of each input.
+    """The classes or targets to explain of each input.
 
     Args:
         count: the number of inputs
@@ -47,7 +47,7 @@ class Choice:
                     raise ValueError(f"give `targets` or `{name}`, not both: targets take the place of classes")
 
     def keys(self, logits: Tensor, samples: slice) -> list[list[int]]:
-        """Give the classes to explain of each input in ``samples``, by their scores (n, classes)."""
+        """Return the classes to explain of each input in ``samples``, from their scores (n, classes)."""
         num_classes = logits.shape[1]
         if self.class_names is not None and len(self.class_names) != num_classes:
             raise ValueError(

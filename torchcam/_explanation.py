@@ -1,10 +1,9 @@
-"""What an explanation is, and how it is looked at and kept."""
+"""Explanations: the prediction, its maps, and pictures, pages and files of them."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -13,15 +12,15 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
 from . import _figures, _page
 from ._figures import Cell, Row, Sheet
-from ._files import written_whole
+from ._files import atomic_write
 from ._inputs import as_rgb, read_picture
-from ._tensors import resize
+from ._method_maps import MethodMaps, fuse_layers, save_maps
+from ._pictures import enlarged, fitted
 from .utils import overlay_map
 
 if TYPE_CHECKING:
@@ -29,57 +28,111 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
-__all__ = ["Explanations", "MethodMaps", "PredictionExplanation", "plain"]
+__all__ = ["Explanations", "PredictionExplanation"]
 
 SHOWN = 8  # inputs of a batch that a notebook shows
 TINY = 112  # pictures with less on their longest side are enlarged, so that maps over them are smooth
 
 
-@dataclass(frozen=True, eq=False)
-class MethodMaps:
-    """The maps that one method made of one input.
+class _Pictures:
+    """Figures, pages and notebook output, for one explanation and for several alike."""
 
-    Attributes:
-        method: the name of the method's class
-        target_layers: the names of the target layers
-        method_kwargs: the arguments of the method, as plain values
-        cams: class index (or name of a target) to one map (*spatial) per target layer (methods that merge layers: one
-            in all)
-        fused: class index (or name of a target) to what is drawn: one map (*spatial), fused from those of all layers
-        signed: whether the maps are in [-1, 1], negative where the evidence is against, rather than in [0, 1]
-    """
+    @property
+    def _items(self) -> Sequence[PredictionExplanation]:
+        raise NotImplementedError
 
-    method: str
-    target_layers: tuple[str, ...]
-    method_kwargs: Mapping[str, Any]
-    cams: Mapping[Any, tuple[Tensor, ...]]
-    fused: Mapping[Any, Tensor]
-    signed: bool = False
+    @property
+    def title(self) -> str:
+        """The heading of figures and pages."""
+        raise NotImplementedError
 
-    def layer_names(self, key: int | str) -> list[list[str]]:
-        """Give the layers that each map of a class was made from."""
-        layers, count = list(self.target_layers), len(self.cams[key])
-        return [[name] for name in layers] if count == len(layers) else [layers] * count
+    def plot(
+        self,
+        *,
+        colormap: str | Colormap | None = None,
+        alpha: float = 0.5,
+        grey: bool = True,
+        dark: bool | None = None,
+        title: str | None = None,
+    ) -> Figure:
+        """Draw images and maps into a matplotlib figure.
 
-    def values(self, key: int | str) -> NDArray[np.float32]:
-        """Give the map of a class as it is drawn, (height, width)."""
-        cam = self.fused[key].detach().float()
-        if cam.ndim != 2:
-            shapes = sorted({tuple(one.shape) for one in self.cams[key]})
-            raise ValueError(f"only maps (height, width) can be drawn over an image, these have shapes {shapes}")
-        return np.asarray(cam.cpu().numpy(), dtype=np.float32)
+        Of one input, it has a row for each method and a column for each class; of several inputs, a row for each. The
+        figure is not one of pyplot's, so that nothing has to be closed. All maps share one scale of colours, signed
+        ones another.
 
-    def note(self, key: int | str) -> str:
-        """Say what a picture of the map would not: that it is blank, or undefined."""
-        cam = self.fused[key]
-        if not bool(cam.isfinite().all()):
-            return "undefined (NaN)"
-        return "blank: nothing above 0" if not bool(cam.any()) else ""
+        Args:
+            colormap: as for `overlay`
+            alpha: the opacity of the image, in [0, 1)
+            grey: whether the image below a map is drawn in grey
+            dark: light text on dark paper, or the other way round; None for the style that matplotlib is set to
+            title: the figure's title, by default the prediction
+
+        Raises:
+            ValueError: if the maps are not two-dimensional, ``alpha`` is out of range, or there are no explanations
+        """
+        sheets = [item._sheet(alpha, colormap, grey) for item in self._checked_items()]
+        return _figures.draw(sheets, self.title if title is None else title, colormap, dark)
+
+    def to_html(
+        self,
+        path: str | Path | None = None,
+        *,
+        colormap: str | Colormap | None = None,
+        alpha: float = 0.5,
+        title: str | None = None,
+    ) -> str:
+        """Write a page to look at the maps with: opacity, class, method, and two maps side by side.
+
+        It is one file that fetches nothing, for any browser.
+
+        Args:
+            path: the file to write, if any; an existing file is replaced
+            colormap: the colormap of all maps; by default the reader has a choice
+            alpha: the opacity of the image when the page opens, in [0, 1)
+            title: the heading, by default the prediction
+
+        Returns:
+            the page
+
+        Raises:
+            ValueError: if the maps are not two-dimensional, ``alpha`` is out of range, or there are no explanations
+        """
+        items = self._checked_items()
+        if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 <= alpha < 1:
+            raise ValueError(f"`alpha` must be a number in [0, 1), got {alpha!r}")
+        pages = [item._page_item(f"{number}: {item.title}") for number, item in enumerate(items)]
+        page = _page.render(pages, self.title if title is None else title, items[0]._origin(), colormap, alpha)
+        if path is not None:
+            with atomic_write(Path(path)) as part:
+                part.write_text(page, encoding="utf-8")
+        return page
+
+    def _checked_items(self) -> Sequence[PredictionExplanation]:
+        if not self._items:
+            raise ValueError("there is no explanation in here, so there is nothing to draw")
+        return self._items
+
+    def _repr_html_(self) -> str:
+        shown = self._items[:SHOWN]
+        if not all(item._drawable() for item in shown):
+            return "".join(
+                _figures.scores_as_html(item.title, [(item.name_of(key), item.value_of(key)) for key in item.cams])
+                for item in shown
+            )
+        more = len(self._items) - len(shown)
+        return _figures.to_html([item._sheet() for item in shown], self.title, None, more=more)
+
+    def _repr_png_(self) -> bytes | None:
+        shown = self._items[:SHOWN]
+        if not shown or not all(item._drawable() for item in shown):
+            return None
+        return _figures.png(_figures.draw([item._sheet() for item in shown], self.title, None, None))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class PredictionExplanation:
-    """What a model said of one input, and which regions made it say so. All tensors are on the CPU.
+class PredictionExplanation(_Pictures):
+    """The prediction of a model for one input, and the regions that made it. All tensors are on the CPU.
 
     A notebook shows it as a picture. `plot`, `overlay`, `save` and `to_html` make figures, images, files and a page.
 
@@ -97,7 +150,7 @@ class PredictionExplanation:
         class_names: the names of the classes, if they are known
         method_kwargs: the arguments of the first method, as plain values
         results: the maps of every method, by its name
-        image: what the model sees, RGB; None where that is no picture
+        image: the model's view of the input, RGB; None where that is no picture
         probabilities: the probabilities of the classes, (1, classes); None where there are none
         scores: the scores of the targets, by their names
     """
@@ -121,11 +174,15 @@ class PredictionExplanation:
 
     def __post_init__(self) -> None:
         if not self.results:
-            fused = {key: _fused(maps) for key, maps in self.cams.items()}
+            fused = {key: fuse_layers(maps) for key, maps in self.cams.items()}
             only = MethodMaps(self.method, self.target_layers, self.method_kwargs, self.cams, MappingProxyType(fused))
             object.__setattr__(self, "results", MappingProxyType({self.method: only}))
 
-    # What it says.
+    @property
+    def _items(self) -> Sequence[PredictionExplanation]:
+        return (self,)
+
+    # The prediction.
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -138,7 +195,7 @@ class PredictionExplanation:
         return MappingProxyType({name: result.cams for name, result in self.results.items()})
 
     def name_of(self, key: int | str) -> str:
-        """Give the name of a class (or of a target), with its index."""
+        """Return the name of a class (or of a target), with its index."""
         if isinstance(key, str):
             return key
         if self.class_names is None:
@@ -147,7 +204,7 @@ class PredictionExplanation:
         return name if name == str(key) else f"{name} ({key})"
 
     def value_of(self, key: int | str) -> str:
-        """Say how sure the model is of a class: its probability, or else its score."""
+        """Return the probability of a class as text, or else its score."""
         if isinstance(key, str):
             return f"score {self.scores[key]:.3g}" if key in self.scores else ""
         if self.probabilities is None:
@@ -171,13 +228,13 @@ class PredictionExplanation:
         return f"<{type(self).__name__}: {self.title}; maps of {len(self.cams)} by {methods or self.method}>"
 
     def trust(self, class_idx: int | None = None, **options: Any) -> Any:
-        """Try out the first method's map of a class, and say in words whether to believe it.
+        """Test the first method's map of a class, and say in words whether to believe it.
 
         The methods are those of the explanation, on the same layers; where there is one alone, two or three others are
         added to compare it with.
 
         Args:
-            class_idx: the class whose map is tried out, by default the first one explained
+            class_idx: the class whose map is tested, by default the first one explained
             options: further arguments of :func:`torchcam.trust.trust`
 
         Returns:
@@ -186,7 +243,7 @@ class PredictionExplanation:
         Raises:
             RuntimeError: if the model is not at hand: it is gone, the explanation was made by hand or comes from a
                 pickle, or it is one of a model that takes more than its input tensor
-            ValueError: if targets were explained: what is tried out is a class
+            ValueError: if targets were explained: the report is about a class
         """
         if self._try_out is None:
             raise RuntimeError(
@@ -233,70 +290,8 @@ class PredictionExplanation:
         base = as_rgb(read_picture(image)) if image is not None else self._picture(values)
         return overlay_map(base.convert("L") if grey else base, values, colormap, alpha, signed=result.signed)
 
-    def plot(
-        self,
-        *,
-        colormap: str | Colormap | None = None,
-        alpha: float = 0.5,
-        grey: bool = True,
-        dark: bool | None = None,
-        title: str | None = None,
-    ) -> Figure:
-        """Draw the image and all maps into a matplotlib figure: a row for each method, a column for each class.
-
-        The figure is none of pyplot's, so that nothing has to be closed. All maps share one scale of colours (signed
-        ones another).
-
-        Args:
-            colormap: as for `overlay`
-            alpha: the opacity of the image, in [0, 1)
-            grey: whether the image below a map is drawn in grey
-            dark: light text on dark paper, or the other way round; None for what matplotlib is set to
-            title: the figure's title, by default the prediction
-
-        Raises:
-            ValueError: if the maps are not two-dimensional, or ``alpha`` is out of range
-        """
-        return _figures.draw(
-            [self._sheet(alpha, colormap, grey)], self.title if title is None else title, colormap, dark
-        )
-
-    def to_html(
-        self,
-        path: str | Path | None = None,
-        *,
-        colormap: str | Colormap | None = None,
-        alpha: float = 0.5,
-        title: str | None = None,
-    ) -> str:
-        """Write a page to look at the maps with: opacity, class, method, and two maps side by side.
-
-        It is one file that fetches nothing, for any browser.
-
-        Args:
-            path: where to write it, if anywhere; a file that is there is replaced
-            colormap: the colormap of all maps; by default the reader has a choice
-            alpha: the opacity of the image when the page opens, in [0, 1)
-            title: the heading, by default the prediction
-
-        Returns:
-            the page
-
-        Raises:
-            ValueError: if the maps are not two-dimensional, or ``alpha`` is out of range
-        """
-        return _write_page([self], path, self.title if title is None else title, colormap, alpha)
-
-    def _repr_html_(self) -> str:
-        if not self._drawable():
-            return _figures.scores_as_html(self.title, [(self.name_of(key), self.value_of(key)) for key in self.cams])
-        return _figures.to_html([self._sheet()], self.title, None)
-
-    def _repr_png_(self) -> bytes | None:
-        return _figures.png(self.plot()) if self._drawable() else None
-
     def _drawable(self) -> bool:
-        """Tell whether the maps are pictures."""
+        """Check whether all maps have height and width."""
         try:
             return all(result.values(key).ndim == 2 for result in self.results.values() for key in result.cams)
         except ValueError:
@@ -311,24 +306,24 @@ class PredictionExplanation:
         return self.results[str(method)]
 
     def _picture(self, values: NDArray[np.float32]) -> Image.Image:
-        """Give what a map is drawn over: what the model sees, or else nothing."""
+        """Return the image below a map: the model's view, or else plain grey."""
         if self.image is None:
-            return _enlarged(Image.new("RGB", values.shape[::-1], "grey"))
-        return _enlarged(self.image)
+            return enlarged(Image.new("RGB", values.shape[::-1], "grey"), TINY)
+        return enlarged(self.image, TINY)
 
     def _sheet(self, alpha: float = 0.5, colormap: str | Colormap | None = None, grey: bool = True) -> Sheet:
-        """Draw all there is to see, no larger than a figure shows it."""
+        """Draw the image and all maps, no larger than a figure shows them."""
         rows = []
         for name, result in self.results.items():
             cells = []
             for key in result.cams:
-                base = _figures.fitted(self._picture(result.values(key)), 512)
+                base = fitted(self._picture(result.values(key)), 512)
                 base = base.convert("L") if grey else base
                 drawn = overlay_map(base, result.values(key), colormap, alpha, signed=result.signed)
                 cells.append(Cell(drawn, result.note(key)))
             rows.append(Row(name, ", ".join(result.target_layers), result.signed, cells))
         captions = [(self.name_of(key), self.value_of(key)) for key in self.cams]
-        image = None if self.image is None else _figures.fitted(_enlarged(self.image), 512)
+        image = None if self.image is None else fitted(enlarged(self.image, TINY), 512)
         return Sheet(self.title, image, captions, rows)
 
     def _page_item(self, name: str) -> _page.PageItem:
@@ -352,6 +347,14 @@ class PredictionExplanation:
             classes.append({"name": self.name_of(key), "value": self.value_of(key), "share": share, "tags": tags})
         image = self.image if self.image is not None else self._picture(methods[0].maps[0])
         return _page.PageItem(name, image, classes, methods)
+
+    def _origin(self) -> list[tuple[str, str]]:
+        """Return how the maps were made, as terms and their descriptions."""
+        lines = [("model", self.model), ("input", " × ".join(map(str, self.input_shape)))]
+        for name, result in self.results.items():
+            options = ", ".join(f"{option}={value!r}" for option, value in result.method_kwargs.items())
+            lines.append((name, f"{result.method}({options}) of {', '.join(result.target_layers) or 'the input'}"))
+        return [*lines, *self.versions.items()]
 
     # Files.
 
@@ -395,7 +398,7 @@ class PredictionExplanation:
                 f"only maps (height, width) can be drawn over an image, these have shapes {sorted(shapes)}"
             )
 
-        with written_whole(directory) as folder:
+        with atomic_write(directory) as folder:
             folder.mkdir()
             picture = "image.tiff" if image.mode == "F" else "image.png"  # PNG has no floating-point pixels
             image.save(folder / picture)
@@ -409,7 +412,7 @@ class PredictionExplanation:
                     "target_layers": list(result.target_layers),
                     "signed": result.signed,
                     "classes": {
-                        str(key): self._save_class(folder, place, result, key, image, alpha, colormap)
+                        str(key): self._class_entry(key, save_maps(result, key, folder, place, image, alpha, colormap))
                         for key in result.cams
                     },
                 }
@@ -435,36 +438,8 @@ class PredictionExplanation:
             (folder / "manifest.json").write_text(text + "\n", encoding="utf-8")
         return directory
 
-    def _save_class(
-        self,
-        folder: Path,
-        place: str,
-        result: MethodMaps,
-        key: int | str,
-        image: Image.Image,
-        alpha: float,
-        colormap: str | Colormap,
-    ) -> dict[str, Any]:
-        """Write one class's maps, and give its entry for the manifest."""
-        artifacts = []
-        what = f"target-{list(result.cams).index(key)}" if isinstance(key, str) else f"class-{key}"
-        for number, (names, cam) in enumerate(zip(result.layer_names(key), result.cams[key], strict=True)):
-            stem = f"{place}{what}-layer-{number}"
-            values = cam.numpy().astype(np.float32)
-            shares = (values + 1) / 2 if result.signed else values
-            grey = (255 * np.nan_to_num(shares)).round().astype(np.uint8)
-            np.save(folder / f"{stem}.npy", cam.numpy(), allow_pickle=False)
-            Image.fromarray(grey).save(folder / f"{stem}-heatmap.png")
-            drawn = overlay_map(image, values, None if result.signed else colormap, alpha, signed=result.signed)
-            drawn.save(folder / f"{stem}-overlay.png")
-            artifacts.append(
-                {
-                    "target_layers": names,
-                    "map": f"{stem}.npy",
-                    "heatmap": f"{stem}-heatmap.png",
-                    "overlay": f"{stem}-overlay.png",
-                }
-            )
+    def _class_entry(self, key: int | str, artifacts: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return what the manifest says of a class or a target."""
         entry = self._reference(key)
         if isinstance(key, str):
             return {**entry, "score": _json_number(self.scores.get(key, math.nan)), "artifacts": artifacts}
@@ -478,15 +453,19 @@ class PredictionExplanation:
         return {"class_idx": key, "class_name": None if self.class_names is None else self.class_names[key]}
 
 
-class Explanations(Sequence[PredictionExplanation]):
-    """What a model said of each input of a batch. A notebook shows the first of them as pictures.
+class Explanations(_Pictures, Sequence[PredictionExplanation]):
+    """The predictions for the inputs of a batch, with their maps. A notebook shows the first of them as pictures.
 
     Args:
         items: the explanations
     """
 
     def __init__(self, items: Sequence[PredictionExplanation]) -> None:
-        self._items = tuple(items)
+        self._all = tuple(items)
+
+    @property
+    def _items(self) -> Sequence[PredictionExplanation]:
+        return self._all
 
     def __len__(self) -> int:
         return len(self._items)
@@ -521,32 +500,6 @@ class Explanations(Sequence[PredictionExplanation]):
         """Draw one map over each image: see `PredictionExplanation.overlay`."""
         return [item.overlay(class_idx, method, **options) for item in self._items]
 
-    def plot(
-        self,
-        *,
-        colormap: str | Colormap | None = None,
-        alpha: float = 0.5,
-        grey: bool = True,
-        dark: bool | None = None,
-        title: str | None = None,
-    ) -> Figure:
-        """Draw all images and maps into a matplotlib figure, a row for each input: see `PredictionExplanation.plot`."""
-        self._check_any()
-        sheets = [item._sheet(alpha, colormap, grey) for item in self._items]
-        return _figures.draw(sheets, self.title if title is None else title, colormap, dark)
-
-    def to_html(
-        self,
-        path: str | Path | None = None,
-        *,
-        colormap: str | Colormap | None = None,
-        alpha: float = 0.5,
-        title: str | None = None,
-    ) -> str:
-        """Write one page to look at the maps of all inputs with: see `PredictionExplanation.to_html`."""
-        self._check_any()
-        return _write_page(self._items, path, self.title if title is None else title, colormap, alpha)
-
     def save(self, directory: str | Path, images: Sequence[Image.Image] | None = None, alpha: float = 0.5) -> Path:
         """Write each explanation into a directory `input-<number>` of its own: see `PredictionExplanation.save`.
 
@@ -563,56 +516,11 @@ class Explanations(Sequence[PredictionExplanation]):
         if len(pictures) != len(self):
             raise ValueError(f"`images` must hold one image for each of the {len(self)} inputs, got {len(pictures)}")
         digits = len(str(max(len(self) - 1, 0)))
-        with written_whole(directory) as folder:
+        with atomic_write(directory) as folder:
             folder.mkdir()
             for number, (item, picture) in enumerate(zip(self._items, pictures, strict=True)):
                 item.save(folder / f"input-{number:0{digits}}", picture, alpha)
         return directory
-
-    def _check_any(self) -> None:
-        if not self._items:
-            raise ValueError("there is no explanation in here, so there is nothing to draw")
-
-    def _repr_html_(self) -> str | None:
-        if not all(item._drawable() for item in self._items[:SHOWN]):
-            return "".join(item._repr_html_() for item in self._items[:SHOWN])
-        sheets = [item._sheet() for item in self._items[:SHOWN]]
-        return _figures.to_html(sheets, self.title, None, more=max(len(self) - SHOWN, 0))
-
-    def _repr_png_(self) -> bytes | None:
-        shown = self[:SHOWN]
-        return _figures.png(shown.plot(title=self.title)) if shown and all(i._drawable() for i in shown) else None
-
-
-def _write_page(
-    items: Sequence[PredictionExplanation],
-    path: str | Path | None,
-    title: str,
-    colormap: str | Colormap | None,
-    alpha: float,
-) -> str:
-    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 <= alpha < 1:
-        raise ValueError(f"`alpha` must be a number in [0, 1), got {alpha!r}")
-    page = _page.render(
-        [item._page_item(f"{number}: {item.title}") for number, item in enumerate(items)],
-        title,
-        _about(items[0]),
-        colormap,
-        alpha,
-    )
-    if path is not None:
-        with written_whole(Path(path)) as part:
-            part.write_text(page, encoding="utf-8")
-    return page
-
-
-def _about(item: PredictionExplanation) -> list[tuple[str, str]]:
-    """Say how maps were made."""
-    lines = [("model", item.model), ("input", " × ".join(map(str, item.input_shape)))]
-    for name, result in item.results.items():
-        options = ", ".join(f"{option}={value!r}" for option, value in result.method_kwargs.items())
-        lines.append((name, f"{result.method}({options}) of {', '.join(result.target_layers) or 'the input'}"))
-    return [*lines, *((name, version) for name, version in item.versions.items())]
 
 
 def _free(directory: str | Path) -> Path:
@@ -625,30 +533,6 @@ def _free(directory: str | Path) -> Path:
     return directory
 
 
-def _fused(maps: Sequence[Tensor]) -> Tensor:
-    """Fuse maps (*spatial) of several layers into one: the largest value at each position."""
-    shape = [max(sides) for sides in zip(*(cam.shape for cam in maps), strict=True)]
-    return torch.stack([resize(cam[None, None], shape)[0, 0] if len(maps) > 1 else cam for cam in maps]).amax(0)
-
-
-def _enlarged(image: Image.Image) -> Image.Image:
-    """Enlarge a tiny picture, pixel by pixel."""
-    times = -(-2 * TINY // max(image.size)) if max(image.size) < TINY else 1
-    return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
-
-
-def plain(value: Any) -> Any:
-    """Give a value that JSON can hold, and that holds on to nothing: for most objects what they print."""
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, float):
-        return _json_number(value)
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    # The address of an object says nothing, and changes from run to run.
-    return value.__name__ if isinstance(value, type) else re.sub(r" at 0x[0-9a-f]+", "", repr(value))
-
-
 def _json_number(number: float) -> float | None:
-    """Give a number as JSON can hold it, which knows neither NaN nor infinity."""
+    """Return a number, or None for NaN and infinity, which JSON lacks."""
     return number if math.isfinite(number) else None

@@ -1,4 +1,4 @@
-"""From whatever people have in hand (a file, an image, an array, a tensor, a batch) to what the model takes."""
+"""Inputs of a model, made from files, images, arrays, tensors or batches of them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from ._passes import find_image, model_device
+from ._pictures import from_unit_range, to_picture
 from ._tensors import map_tensors
 
 __all__ = ["Inputs", "as_rgb", "read_inputs", "read_picture"]
@@ -25,13 +26,13 @@ _CHANNELS = {1, 3, 4}
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a model is called with, and what that looks like.
+    """The arguments of a model, and pictures of them.
 
     Attributes:
         tensor: the image-like input, (N, C, *spatial)
         kwargs: the model's keyword arguments, that input among them; None if it is the only argument
         is_batch: whether a batch was given, if only of one
-        pictures: what the model sees of each sample, RGB; None where that is no picture
+        pictures: the model's view of each sample, RGB; None where that is no picture
         class_names: the names of the classes, as far as the weights or the model know them
     """
 
@@ -47,7 +48,7 @@ class Inputs:
 
 
 def read_inputs(model: nn.Module, given: Any, transform: Any = None, weights: Any = None, image: Any = None) -> Inputs:
-    """Make the model's input of what was given.
+    """Return the model's input for any kind of input that people have.
 
     Args:
         model: the model
@@ -58,8 +59,8 @@ def read_inputs(model: nn.Module, given: Any, transform: Any = None, weights: An
         image: what to show in place of the model's view: an image, or a list of one for each sample
 
     Raises:
-        TypeError: if ``given`` is nothing of that kind
-        ValueError: if it is not a batch of inputs, or an image and it is not known how to make a tensor of it
+        TypeError: if ``given`` is none of these
+        ValueError: if it is not a batch of inputs, or an image without a known transform
     """
     if isinstance(weights, str):
         from torchvision.models import get_weight
@@ -134,7 +135,7 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _transformed(transform: Any, images: list[Image.Image]) -> tuple[Mapping[str, Any] | None, Tensor]:
-    """Apply a transform to images: the model's keyword arguments, where it makes such, and the batch."""
+    """Return the batch of transformed images, after the model's keyword arguments where the transform makes them."""
     if "pixel_values" in (getattr(transform, "model_input_names", None) or ()):  # of transformers
         kwargs = transform(images=images, return_tensors="pt")
         return kwargs, _image_of(kwargs)
@@ -160,7 +161,7 @@ def _moved(model: nn.Module, kwargs: Mapping[str, Any] | None, tensor: Tensor) -
 
 
 def _own_transform(model: nn.Module) -> Any:
-    """Give the transform that a model of timm was made for."""
+    """Return the transform that a model of timm was trained with."""
     if _pretrained(model) is not None:
         from timm import data
 
@@ -178,13 +179,13 @@ def _own_transform(model: nn.Module) -> Any:
 
 
 def _pretrained(model: nn.Module) -> Any:
-    """Give timm's description of how a model was trained."""
+    """Return timm's configuration of a pretrained model."""
     config = getattr(model, "pretrained_cfg", None)
     return config if isinstance(config, Mapping) else None
 
 
 def _input_channels(model: nn.Module) -> int | None:
-    """Give the channels of the images that a model takes, by its first convolution; None without one."""
+    """Return the number of channels of a model's images, by its first convolution; None without one."""
     return next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), None)
 
 
@@ -235,7 +236,7 @@ def _from_array(array: np.ndarray[Any, Any]) -> Image.Image:
             f"an image as an array of floats must lie in [0, 1], got [{array.min():.3g}, {array.max():.3g}]: rescale "
             "it, or pass what the model takes as a tensor (1, C, H, W)"
         )
-    return Image.fromarray(np.rint(255 * array).astype(np.uint8))
+    return from_unit_range(array)
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -262,31 +263,13 @@ def _for_model(image: Image.Image, channels: int | None) -> Image.Image:
 
 def _pictures(tensor: Tensor, normalisation: Normalisation | None, image: Any) -> tuple[Image.Image | None, ...]:
     if image is None:
-        return tuple(_picture(sample, normalisation) for sample in tensor.detach())
+        if tensor.ndim != 4 or not tensor.is_floating_point():
+            return (None,) * len(tensor)
+        return tuple(to_picture(sample, normalisation) for sample in tensor)
     images = list(image) if isinstance(image, (list, tuple)) else [image]
     if len(images) != len(tensor):
         raise ValueError(f"`image` must hold a picture for each of the {len(tensor)} inputs, got {len(images)}")
     return tuple(as_rgb(read_picture(one)) for one in images)
-
-
-def _picture(sample: Tensor, normalisation: Normalisation | None) -> Image.Image | None:
-    """Show a sample (C, H, W): its normalisation undone where it is known, else stretched to the whole range."""
-    if sample.ndim != 3 or not sample.is_floating_point():
-        return None
-    pixels = torch.nan_to_num(sample.float())
-    if normalisation is not None and len(normalisation[0]) in {1, len(pixels)}:
-        mean, std = (
-            torch.as_tensor(v, dtype=torch.float32, device=pixels.device)[:, None, None] for v in normalisation
-        )
-        undone = pixels * std + mean
-        if undone.amin() > -0.02 and undone.amax() < 1.02:  # else it was normalised otherwise
-            pixels = undone
-    if len(pixels) != 3:
-        pixels = pixels.mean(0, keepdim=True).expand(3, -1, -1)
-    lowest, highest = pixels.amin(), pixels.amax()
-    if lowest < -0.02 or highest > 1.02:
-        pixels = (pixels - lowest) / (highest - lowest)
-    return Image.fromarray(pixels.clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).cpu().contiguous().numpy())
 
 
 def _normalisation(source: Any) -> Normalisation | None:

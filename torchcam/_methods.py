@@ -43,9 +43,6 @@ def find_method(name: type[Any] | str, argument: str = "method") -> type[Any]:
     return method
 
 
-as_method = find_method  # the former name
-
-
 def method_names() -> list[str]:
     """Return the names of all methods that explain a class."""
     return [name for name in methods.__all__ if _is_method(getattr(methods, name))]

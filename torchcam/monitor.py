@@ -22,16 +22,16 @@ from PIL import Image
 from torch import Tensor, nn
 
 from torchcam._checks import callable_object, one_of, positive_integer, torch_module
-from torchcam._files import written_whole
+from torchcam._files import atomic_write
 from torchcam._passes import model_device
 from torchcam._pictures import to_picture
 from torchcam._replica import replicated
-from torchcam._tensors import min_max, over_channels, resize, to_float
+from torchcam._tensors import is_finite, min_max, over_channels, resize, to_float
 from torchcam._timeline import ProbeResult, Timeline
 from torchcam.layers import TargetLayer, layer_names
 from torchcam.methods import GradCAM
 from torchcam.methods._replay import run_chunks
-from torchcam.methods.core import is_finite, plain_tensors
+from torchcam.methods.core import plain_tensors
 from torchcam.targets import ClassIndex, OutputTarget, Selector, check_one_of, class_columns, read_logits
 
 __all__ = ["CAMMonitor", "ProbeResult", "check_options"]
@@ -407,9 +407,9 @@ class CAMMonitor:
         self._closed = False
         if self.directory is not None:
             self._add_to_table(self.directory / "scalars.csv", result)
-            with written_whole(self.directory / "strip.png") as path:
+            with atomic_write(self.directory / "strip.png") as path:
                 self.strip().save(path, format="PNG", compress_level=1)  # the training waits
-            with written_whole(self.directory / "film.gif") as path:
+            with atomic_write(self.directory / "film.gif") as path:
                 self._save_gif(path)
         if self._writers:
             frame = self._frame(result)
@@ -442,7 +442,7 @@ class CAMMonitor:
             self._write_table(path, [[self.unit, "image", "label", "class", *result.values], *rows])
 
     def _write_table(self, path: Path, rows: Sequence[Sequence[Any]]) -> None:
-        with written_whole(path) as part, part.open("w", encoding="utf-8", newline="") as file:
+        with atomic_write(path) as part, part.open("w", encoding="utf-8", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows(rows)
         self._table_started = True
 

@@ -110,6 +110,11 @@ class _CAM:
         return self._recorder.modules
 
     @property
+    def differentiates(self) -> bool:
+        """Whether the method differentiates the score of the recorded pass: then a call takes ``retain_graph``."""
+        return self._differentiates
+
+    @property
     def hook_handles(self) -> list[RemovableHandle]:
         """The handles of the hooks on the model's modules."""
         return self._recorder.handles

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -25,6 +26,16 @@ __all__ = [
     "SmoothGradCAMpp",
     "XGradCAM",
 ]
+
+# TorchCAM has these three in this module; here they live elsewhere, and are found by these paths as well.
+_ELSEWHERE = {"FinerCAM": "composite", "LeGrad": "attention", "RefineCAM": "composite"}
+
+
+def __getattr__(name: str) -> type[_CAM]:
+    if name not in _ELSEWHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found: type[_CAM] = getattr(import_module(f"torchcam.methods.{_ELSEWHERE[name]}"), name)
+    return found
 
 
 class _GradientCAM(_CAM):
@@ -332,16 +343,3 @@ def _plus_plus_weights(gradient: Tensor, ratio: Tensor, activation: Tensor, eps:
 def _ratio(numerator: Tensor, denominator: Tensor, eps: float | Tensor = 0.0) -> Tensor:
     """Divide; 0 where the denominator is no larger than ``eps``. NaN stays NaN."""
     return torch.where(denominator.abs() <= eps, 0.0, numerator / denominator)
-
-
-def __getattr__(name: str) -> Any:
-    """Return the methods that TorchCAM has in this module."""
-    if name in {"FinerCAM", "RefineCAM"}:
-        from . import composite
-
-        return getattr(composite, name)
-    if name == "LeGrad":
-        from .attention import LeGrad
-
-        return LeGrad
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,9 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from torchcam import __version__
-from torchcam._figures import data_uri, fitted
-from torchcam._files import written_whole
+from torchcam._files import atomic_write
 from torchcam._numbers import finite, to_json
+from torchcam._pictures import data_uri, fitted
 from torchcam.utils import overlay_map
 
 from ._verdicts import THRESHOLDS, Check, Outcome, Verdict, combined_verdict, reasons_of, verdict_of
@@ -297,7 +297,7 @@ def _style(name: str) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    with written_whole(path) as part:
+    with atomic_write(path) as part:
         part.write_text(text, encoding="utf-8")
 
 

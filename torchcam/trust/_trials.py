@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from torchcam._checks import callable_object, positive_integer, torch_module
-from torchcam._inputs import _picture
 from torchcam._methods import CALL_OPTIONS, by_method, find_method, takes
+from torchcam._pictures import to_picture
 from torchcam._replica import replicated
 from torchcam._tensors import blurred_out, is_constant, over_channels, resize, to_float
 from torchcam.layers import TargetLayer
@@ -169,7 +169,7 @@ def trust(
                 checks=(*checks[sample], verdicts.check_agreement(*_correlations(cam, compared))),
                 remarks=tuple(_remarks(cam, mask, image[sample : sample + 1])),
                 cam=cam.cpu(),
-                picture=_picture(image[sample], None) if images is None else images[sample],
+                picture=_picture(image[sample]) if images is None else images[sample],
             )
         )
     remark = verdicts.remark_on_common_place(_shared_positions(cams))
@@ -454,3 +454,8 @@ def _shared_positions(cams: Tensor) -> float:
     top = torch.zeros_like(flat).scatter_(1, flat.topk(count, dim=1).indices, 1.0)
     shared = top @ top.T / count
     return float((shared.sum() - shared.diagonal().sum()) / (len(flat) * (len(flat) - 1)))
+
+
+def _picture(sample: Tensor) -> Image.Image | None:
+    """Return an input (C, *spatial) as a picture; None for signals and volumes."""
+    return to_picture(sample) if sample.ndim == 3 and sample.is_floating_point() else None

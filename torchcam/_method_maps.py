@@ -1,0 +1,102 @@
+"""The maps that one method made of one input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ._tensors import resize
+from .utils import overlay_map
+
+if TYPE_CHECKING:
+    from matplotlib.colors import Colormap
+    from numpy.typing import NDArray
+
+__all__ = ["MethodMaps", "fuse_layers", "save_maps"]
+
+
+@dataclass(frozen=True, eq=False)
+class MethodMaps:
+    """The maps that one method made of one input.
+
+    Attributes:
+        method: the name of the method's class
+        target_layers: the names of the target layers
+        method_kwargs: the arguments of the method, as plain values
+        cams: class index (or name of a target) to one map (*spatial) per target layer (methods that merge layers: one
+            in all)
+        fused: class index (or name of a target) to the map that is drawn (*spatial), fused from those of all layers
+        signed: whether the maps are in [-1, 1], negative where the evidence is against, rather than in [0, 1]
+    """
+
+    method: str
+    target_layers: tuple[str, ...]
+    method_kwargs: Mapping[str, Any]
+    cams: Mapping[Any, tuple[Tensor, ...]]
+    fused: Mapping[Any, Tensor]
+    signed: bool = False
+
+    def layer_names(self, key: int | str) -> list[list[str]]:
+        """Return the names of the layers that each map of a class was made from."""
+        layers, count = list(self.target_layers), len(self.cams[key])
+        return [[name] for name in layers] if count == len(layers) else [layers] * count
+
+    def values(self, key: int | str) -> NDArray[np.float32]:
+        """Return the map of a class as it is drawn, (height, width)."""
+        cam = self.fused[key].detach().float()
+        if cam.ndim != 2:
+            shapes = sorted({tuple(one.shape) for one in self.cams[key]})
+            raise ValueError(f"only maps (height, width) can be drawn over an image, these have shapes {shapes}")
+        return np.asarray(cam.cpu().numpy(), dtype=np.float32)
+
+    def note(self, key: int | str) -> str:
+        """Return a remark on a map whose picture looks empty: it is blank, or undefined."""
+        cam = self.fused[key]
+        if not bool(cam.isfinite().all()):
+            return "undefined (NaN)"
+        return "blank: nothing above 0" if not bool(cam.any()) else ""
+
+
+def save_maps(
+    result: MethodMaps,
+    key: int | str,
+    folder: Path,
+    place: str,
+    image: Image.Image,
+    alpha: float,
+    colormap: str | Colormap,
+) -> list[dict[str, Any]]:
+    """Write the maps of a class to ``place`` within ``folder``, and return the names of the files."""
+    entries = []
+    subject = f"target-{list(result.cams).index(key)}" if isinstance(key, str) else f"class-{key}"
+    for number, (names, cam) in enumerate(zip(result.layer_names(key), result.cams[key], strict=True)):
+        stem = f"{place}{subject}-layer-{number}"
+        values = cam.numpy().astype(np.float32)
+        shares = (values + 1) / 2 if result.signed else values
+        grey = (255 * np.nan_to_num(shares)).round().astype(np.uint8)
+        np.save(folder / f"{stem}.npy", cam.numpy(), allow_pickle=False)
+        Image.fromarray(grey).save(folder / f"{stem}-heatmap.png")
+        drawn = overlay_map(image, values, None if result.signed else colormap, alpha, signed=result.signed)
+        drawn.save(folder / f"{stem}-overlay.png")
+        entries.append(
+            {
+                "target_layers": names,
+                "map": f"{stem}.npy",
+                "heatmap": f"{stem}-heatmap.png",
+                "overlay": f"{stem}-overlay.png",
+            }
+        )
+    return entries
+
+
+def fuse_layers(maps: Sequence[Tensor]) -> Tensor:
+    """Fuse maps (*spatial) of several layers into one: the largest value at each position."""
+    shape = [max(sides) for sides in zip(*(cam.shape for cam in maps), strict=True)]
+    return torch.stack([resize(cam[None, None], shape)[0, 0] if len(maps) > 1 else cam for cam in maps]).amax(0)

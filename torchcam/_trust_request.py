@@ -1,0 +1,94 @@
+"""What an explanation keeps for its trust report: the input and the methods, but not the model."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from ._methods import find_method
+from ._recipes import Recipe
+
+if TYPE_CHECKING:
+    from .trust import TrustReport
+
+__all__ = ["TrustRequest"]
+
+COMPARED = ("GradCAM", "LayerCAM", "ReciproCAM")  # with a method that was alone
+
+
+@dataclass(frozen=True, eq=False)
+class TrustRequest:
+    """A callable that builds the trust report of one input, as long as the model exists. A pickle leaves it out.
+
+    Attributes:
+        model: a reference to the model that does not keep it alive
+        image: the input, (1, C, *spatial)
+        recipes: the methods of the explanation by the names of their classes, and how they were run
+        layers: the layers of each method, by the same names
+        settings: further arguments of the report
+    """
+
+    model: Callable[[], nn.Module | None]
+    image: Tensor
+    recipes: Mapping[str, Recipe]
+    layers: Mapping[str, Any]
+    settings: Mapping[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        image: Tensor,
+        recipes: Sequence[Recipe],
+        target_names: Sequence[Sequence[str]],
+        **settings: Any,
+    ) -> TrustRequest:
+        """Return the request for the methods of an explanation, on the layers whose names they gave."""
+        modules = dict(model.named_modules())
+        layers: dict[str, Any] = {}
+        for recipe, names in zip(recipes, target_names, strict=True):
+            are_layers = all(name and name in modules for name in names)
+            layers.setdefault(recipe.method.__name__, list(names) if are_layers else recipe.target_layer)
+        by_name = {recipe.method.__name__: recipe for recipe in reversed(recipes)}
+        kept = image.detach().clone()  # a view would keep the batch
+        return cls(weakref.ref(model), kept, {name: by_name[name] for name in layers}, layers, settings)
+
+    def __call__(self, **options: Any) -> TrustReport:
+        model = self.model()
+        if model is None:
+            raise RuntimeError(
+                "the model that was explained is gone, an explanation does not hold on to it: keep it in a variable, "
+                "or call `torchcam.trust.trust(model, input_tensor)`"
+            )
+        from .trust import trust  # its metrics take long to import
+
+        asked = options.pop("methods", None)
+        if asked is None:
+            asked = [recipe.method for recipe in self.recipes.values()]
+            asked += COMPARED if len(asked) == 1 else ()
+        asked = [asked] if isinstance(asked, (str, type)) else asked
+        methods = list(dict.fromkeys(find_method(method, "methods") for method in asked))
+        names = [method.__name__ for method in methods]
+        by_method = {
+            "target_layer": {name: self.layers.get(name, self._shared_layers) for name in names},
+            "method_kwargs": {name: dict(self.recipes[name].options) for name in names if name in self.recipes},
+            "call_kwargs": {name: dict(self.recipes[name].call_options) for name in names if name in self.recipes},
+        }
+        return trust(model, self.image, **{"methods": methods, **by_method, **self.settings, **options})
+
+    @property
+    def _shared_layers(self) -> Any:
+        """The layers for methods that are not of the explanation: those of its first, or None for their defaults."""
+        name, recipe = next(iter(self.recipes.items()))
+        # A default of several layers (the attention blocks, for one) suits that method alone.
+        return self.layers[name] if recipe.target_layer is not None or len(self.layers[name] or ()) == 1 else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TrustRequest:
+        return self
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return type(None), ()
