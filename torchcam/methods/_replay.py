@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -248,15 +248,15 @@ class Replay:
 
     def _scorer(self, replica: nn.Module, layer: nn.Module, batch: int) -> tuple[Tensor, Scorer]:
         """Return the scores of the unedited outputs, (N,), and a function that scores edited ones."""
-        pass_ = _RecordedOrder(self, replica, layer)
-        if pass_.layer_calls == 1 and isinstance(pass_.layer_output, Tensor) and not has_hooks(replica):
-            for known in (False, True):
-                head = _Head(
-                    self, replica, layer, pass_ if not known else _RecordedOrder(self, replica, layer, known), batch
-                )
-                if head.proves_itself():
-                    return pass_.scores, head.score
-        return pass_.scores, _WholeModel(self, replica, layer, pass_.layer_calls).score
+        recorded = _Record.of(self, replica, layer, batch, known=False)
+        if recorded.layer_calls == 1 and isinstance(recorded.layer_output, Tensor) and not has_hooks(replica):
+            head = _Head(self, replica, layer, recorded, batch)
+            if head.proves_itself():
+                return recorded.scores, head.score
+            head = _Head(self, replica, layer, _Record.of(self, replica, layer, batch, known=True), batch)
+            if head.proves_itself():
+                return recorded.scores, head.score
+        return recorded.scores, _WholeModel(self, replica, layer, recorded.layer_calls).score
 
     def _chunks(self, evaluate: Callable[[slice], Tensor], total: int) -> list[Tensor]:
         return run_chunks(evaluate, total, self.batch_size, progress=self.progress, description=self.description)
@@ -344,60 +344,106 @@ def _holds_nan(arguments: Any) -> bool:
     return any(bool(tensor.isnan().any()) for tensor in tensors_in(arguments) if tensor.is_floating_point())
 
 
-class _RecordedOrder:
-    """What one pass of a replica over the recorded input shows: what ran before a layer, and what it returned.
+@dataclass(frozen=True)
+class _Record:
+    """What passes of a replica over the recorded input show of a layer.
 
     Attributes:
         before: the outermost modules that had finished when the layer started, in order, and the outputs of each, or
-            their forms unless they are ``known``
+            their forms; empty if they differ from chunk to chunk
         layer_output: what the layer returned last
         layer_calls: how often it ran
         scores: the scores of the samples, (N,)
+        rows: how many samples the outputs before the layer are of
+        known: whether these are outputs, not forms
     """
 
-    def __init__(self, replay: Replay, replica: nn.Module, layer: nn.Module, known: bool = False) -> None:
-        self.before: list[tuple[nn.Module, Any]] = []
-        self.layer_output: Any = None
-        self.layer_calls = 0
-        self.known = known
+    before: list[tuple[nn.Module, Any]]
+    layer_output: Any
+    layer_calls: int
+    scores: Tensor
+    rows: int
+    known: bool
 
-        def note(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-            def noted(*args: Any, **kwargs: Any) -> Any:
-                count = len(self.before)
-                output = forward(*args, **kwargs)
-                if not self.layer_calls:  # in the place of the modules inside
-                    kept = map_tensors(Tensor.clone if known else _Form.of, output)
-                    self.before[count:] = [] if module is layer else [(module, kept)]
-                return output
-
-            return noted
-
-        def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-            self.layer_calls += 1
-            self.layer_output = map_tensors(Tensor.clone, output)
-
-        handle = layer.register_forward_hook(keep)  # behind the hooks of the user's, which may change the output
-        inner = [module for module in replica.modules() if module is not replica]
+    @classmethod
+    def of(cls, replay: Replay, replica: nn.Module, layer: nn.Module, batch: int, *, known: bool) -> _Record:
+        """Run a replica on the recorded input, in chunks."""
         samples = torch.arange(len(replay.call.image), device=replay.call.image.device)
-        try:
-            with forwards_replaced(dict.fromkeys(inner, note)):
-                args, kwargs = replay.call.with_image(replay.call.image, samples)
-                self.scores = replay.select(replica(*args, **kwargs), samples)
-        finally:
-            handle.remove()
-        if not self.layer_calls:
+        chunks: list[_Record] = replay._chunks(
+            lambda chunk: cls._of_rows(replay, replica, layer, samples[chunk], known), len(samples)
+        )
+        if not all(chunk.layer_calls for chunk in chunks):
             raise RuntimeError(
                 f"the target layer {type(layer).__name__} was not reached in a repeated pass, so its output cannot be "
                 "edited: the model may call it through an object that is no module"
             )
+        first = chunks[0]
+        if len(chunks) == 1:
+            return first
+        before = first.before
+        if known:
+            outputs = zip(*([output for _, output in chunk.before] for chunk in chunks), strict=True)
+            parts = [_joined(parts, [chunk.rows for chunk in chunks]) for parts in outputs]
+            before = [(module, part) for (module, _), part in zip(before, parts, strict=True)]
+        tensors = [chunk.layer_output for chunk in chunks]
+        same = all(isinstance(tensor, Tensor) for tensor in tensors)
+        return cls(
+            before,
+            torch.cat(tensors, batch) if same else None,
+            max(chunk.layer_calls for chunk in chunks),
+            torch.cat([chunk.scores for chunk in chunks]),
+            len(samples) if known else first.rows,
+            known,
+        )
+
+    @classmethod
+    def _of_rows(cls, replay: Replay, replica: nn.Module, layer: nn.Module, rows: Tensor, known: bool) -> _Record:
+        before: list[tuple[nn.Module, Any]] = []
+        outputs: list[Any] = []
+
+        def note(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+            def noted(*args: Any, **kwargs: Any) -> Any:
+                count = len(before)
+                output = forward(*args, **kwargs)
+                if not outputs:  # in the place of the modules inside
+                    kept = map_tensors(Tensor.clone if known else _Form.of, output)
+                    before[count:] = [] if module is layer else [(module, kept)]
+                return output
+
+            return noted
+
+        handle = layer.register_forward_hook(  # behind the hooks of the user's, which may change the output
+            lambda _module, _args, output: outputs.append(map_tensors(Tensor.clone, output))
+        )
+        inner = [module for module in replica.modules() if module is not replica]
+        try:
+            with forwards_replaced(dict.fromkeys(inner, note)):
+                args, kwargs = replay.call.with_image(replay.call.image[rows], rows)
+                scores = replay.select(replica(*args, **kwargs), rows)
+        finally:
+            handle.remove()
+        return cls(before, outputs[-1] if outputs else None, len(outputs), scores, len(rows), known)
+
+
+def _joined(parts: Sequence[Any], rows: Sequence[int]) -> Any:
+    """Join the outputs of a module for several chunks of samples, along the dimension of their rows."""
+    tensors = [_leaves(part) for part in parts]
+
+    def join(*pieces: Any) -> Any:
+        if not all(isinstance(piece, Tensor) for piece in pieces):
+            return pieces[0]
+        axes = range(min(2, pieces[0].ndim))
+        found = [a for a in axes if all(p.shape[a] == count for p, count in zip(pieces, rows, strict=True))]
+        return torch.cat(pieces, found[0]) if found else pieces[0]
+
+    joined = iter([join(*pieces) for pieces in zip(*tensors, strict=True)])
+    return map_tensors(lambda _: next(joined), parts[0])
 
 
 class _Head:
     """What follows a layer, run on rows of its recorded output, with what came before answered from the record."""
 
-    def __init__(
-        self, replay: Replay, replica: nn.Module, layer: nn.Module, recorded: _RecordedOrder, batch: int
-    ) -> None:
+    def __init__(self, replay: Replay, replica: nn.Module, layer: nn.Module, recorded: _Record, batch: int) -> None:
         self.replay = replay
         self.replica = replica
         self.layer = layer
@@ -417,7 +463,7 @@ class _Head:
             others = [row for row in range(count) if row != count // 2]
             return rows.index_fill_(self.batch, torch.tensor(others, device=rows.device), 0)
 
-        tensors = [tensor for _, output in self.recorded.before for tensor in _forms_in(output)]
+        tensors = [tensor for _, output in self.recorded.before for tensor in _leaves(output)]
         if not self.recorded.known and not all(tensor.dtype.is_floating_point for tensor in tensors):
             return False
         try:
@@ -440,8 +486,8 @@ class _Head:
         copies = copies if edit is None else edit(copies)
         if self.batch == 0:
             copies = in_format(copies, self._formats)
-        image, old, new = call.image, len(call.image), len(samples)
-        rows = image[samples] if self.recorded.known else _Form.of(image).unknown(old, new, self._nan)
+        image, old, new = call.image, self.recorded.rows, len(samples)
+        rows = image[samples] if self.recorded.known else _Form.of(image).unknown(len(image), new, self._nan)
         args, kwargs = call.with_image(rows, samples)
         answers: defaultdict[nn.Module, deque[Any]] = defaultdict(deque)
         for module, output in self.recorded.before:
@@ -496,7 +542,7 @@ class _WholeModel:
             handle.remove()
 
 
-def _forms_in(output: Any) -> list[Any]:
+def _leaves(output: Any) -> list[Any]:
     """List the tensors, or the forms in their place, of a structure."""
     found: list[Any] = []
 

@@ -58,7 +58,8 @@ class _PixelCAM(_CAM):
 
 def _keep_image(ended: Pass) -> None:
     if ended.call.found is not None:
-        image = ended.call.image
+        found = ended.call.found
+        image = found if isinstance(found, Tensor) else torch.stack(found)
         ended.keep(0, {"": (image, image)})
 
 
