@@ -42,12 +42,14 @@ def modes() -> list[TorchFunctionMode]:
 
 
 class Counter(TorchFunctionMode):
-    """Counts the calls of fused attention that reach torch."""
+    """Counts the calls of fused attention, and of its explicit computation, that reach torch."""
 
     fused = 0
+    explicit = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.fused += func is F.scaled_dot_product_attention
+        self.explicit += func is Tensor.softmax
         return func(*args, **(kwargs or {}))
 
 
@@ -323,7 +325,7 @@ def test_outputs_are_those_without_an_extractor(kind: str, method: type, mode: A
             found = model(x)
         after = model(x)
     expected, found, after = (getattr(output, "logits", output) for output in (expected, found, after))
-    close(found, expected, 1e-5)
+    assert torch.equal(found, expected)
     assert torch.equal(after, expected)
     assert found.requires_grad == (mode is torch.enable_grad)
 
@@ -331,19 +333,22 @@ def test_outputs_are_those_without_an_extractor(kind: str, method: type, mode: A
 @pytest.mark.parametrize("kind", ["torchvision", "timm fused", "transformers sdpa"])
 @every_method
 @pytest.mark.parametrize("frozen", [False, True])
-def test_other_blocks_stay_fused(kind: str, method: type, frozen: bool, device: torch.device) -> None:
+def test_attention_is_computed_explicitly_in_target_blocks_only(
+    kind: str, method: type, frozen: bool, device: torch.device
+) -> None:
     model, x = case(kind, device, torch.float32)
     model.requires_grad_(not frozen)
-    multi_head = kind == "torchvision"  # under a mode, its attention is one call as a whole
     counts = []
     for layers in ([], blocks_of(model)[1:2], blocks_of(model)):
         extractor = method(model, layers) if layers else None
         with Counter() as counter:
             model(x)
-        counts.append(counter.fused)
+        counts.append(counter.explicit)
         if extractor is not None:
             extractor.remove_hooks()
-    assert counts == ([0, 0, 0] if multi_head else [3, 2, 0])
+    assert counts == [0, 1, 3]
+    if kind != "torchvision":  # under a mode, its attention is one call as a whole
+        assert counter.fused == 3, "what fused attention returns is handed on in all blocks"
 
 
 @pytest.mark.parametrize("kind", ["timm", "transformers"])
@@ -430,7 +435,7 @@ def test_torch_encoder_layers(device: torch.device) -> None:
         expected = AttentionRollout(model, list(model[0].layers), grid_shape=(2, 2))
         model(x)
         close(extractor()[0], expected()[0], 1e-6)
-        assert len(extractor._activations()) == 2
+        assert len(extractor.hook_a) == 2
 
 
 # Many classes, graphs, company ----------------------------------------------------------------------------------------
@@ -542,22 +547,17 @@ def test_no_mode_is_left_after_an_error(method: type, mode: Any, before: bool, p
 
 
 @every_method
-def test_an_interrupt_is_cleaned_up_after(method: type, device: torch.device) -> None:
-    """No hook hears of a KeyboardInterrupt: what is left has no effect, and is gone with the next pass or the hooks."""
+def test_an_interrupt_leaves_no_mode(method: type, device: torch.device) -> None:
     model, x = case("timm fused", device, torch.float32)
     extractor = method(model, blocks_of(model))
-    for cleaned in (lambda: model(x), extractor.remove_hooks):
-        interrupted = raising(model.blocks[1].attn.proj, KeyboardInterrupt, True)
-        with torch.no_grad(), interrupted, pytest.raises(KeyboardInterrupt):
-            model(x)
-        assert len(modes()) == 1
-        q = torch.randn(1, 2, 3, 4)
-        with Counter() as counter:
-            assert not F.scaled_dot_product_attention(q, q, q).requires_grad
-            assert not F.softmax(q @ q.mT, -1).requires_grad
-        assert counter.fused == 1
-        cleaned()
-        assert modes() == []
+    interrupted = raising(model.blocks[1].attn.proj, KeyboardInterrupt, True)
+    with torch.no_grad(), interrupted, pytest.raises(KeyboardInterrupt):
+        model(x)
+    assert modes() == []
+    q = torch.randn(1, 2, 3, 4)
+    with torch.no_grad():
+        assert not F.scaled_dot_product_attention(q, q, q).requires_grad
+    extractor.remove_hooks()
 
 
 @every_method
@@ -652,7 +652,7 @@ def test_a_read_out_that_is_not_known_is_asked_for(spoil: str, device: torch.dev
     with pytest.raises(ValueError, match=r"VisionTransformer is not read out as .* pass `score_projection`"):
         LeGrad(model, "blocks.0")
     assert repr(LeGrad(model, "blocks.0", score_projection=lambda t: t[:, 0])) == "LeGrad(target_layer=['blocks.0'])"
-    assert repr(AttentionRollout(model)) == "AttentionRollout(target_layer=['attention'], head_fusion=mean)"
+    assert repr(AttentionRollout(model)) == "AttentionRollout(target_layer=[''], head_fusion=mean)"
 
 
 def test_a_map_of_legrad_can_be_part_of_a_loss(device: torch.device) -> None:

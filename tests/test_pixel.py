@@ -17,6 +17,7 @@ from test_promises import SITUATIONS, Snapshot
 from torch import Tensor, nn
 
 from torchcam.methods import FullGrad, GradCAM, GuidedBackprop, GuidedGradCAM
+from torchcam.methods._request import Request
 from torchcam.methods.pixel import _clipped_at
 from torchcam.targets import Selector
 
@@ -173,7 +174,7 @@ def shares(model: nn.Module, x: Tensor, select: Selector) -> tuple[list[Tensor],
     with FullGrad(model) as extractor, torch.no_grad():
         score = select(model(x))
         terms: list[Tensor] = []
-        extractor._each_term(select, terms.append)
+        extractor._each_term(Request(extractor._recorder.find(), targets=select), terms.append)
         return [terms[-1], *terms[-2::-1]], score  # the input's first, then in the order of the layers
 
 
@@ -333,7 +334,7 @@ def test_the_input_and_its_gradient_can_be_read(method: Any) -> None:
         extractor(0)
         assert torch.equal(extractor.hook_a[0], x)
         assert extractor.hook_g[0].shape == x.shape
-        assert extractor.target_names == ["input"]
+        assert extractor.target_names == [""]  # the model itself: its input
     assert repr(extractor) == f"{method.__name__}()"
     with pytest.raises(ValueError, match="looks at the input, not at a `target_layer`: got '0'"):
         method(chain, "0")

@@ -52,7 +52,9 @@ class Snapshot:
         }
         self.buffers = {name: sorted(module._buffers) for name, module in model.named_modules()}
         self.training = {name: module.training for name, module in model.named_modules()}
-        self.attributes = {name: sorted(vars(module)) for name, module in model.named_modules()}
+        self.attributes = {  # but for the wrapper of an extractor, which `count_hooks` counts
+            name: sorted(vars(module).keys() - {"_compiled_call_impl"}) for name, module in model.named_modules()
+        }
         self.rng = torch.get_rng_state()
         self.cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         self.modes = _modes()
@@ -87,7 +89,8 @@ def _modes() -> tuple[bool, bool, bool, bool]:
 def count_hooks(model: nn.Module) -> int:
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     extra = ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called")
-    return sum(len(getattr(module, kind)) for module in model.modules() for kind in (*kinds, *extra))
+    wrappers = sum("_compiled_call_impl" in vars(module) for module in model.modules())
+    return wrappers + sum(len(getattr(module, kind)) for module in model.modules() for kind in (*kinds, *extra))
 
 
 @contextmanager

@@ -73,7 +73,7 @@ class FusedCall(SharedWrapper):
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the module."""
-        explicit = bool(thread.private and torch.is_grad_enabled()) or thread.watches > 0
+        explicit = bool(thread.private and torch.is_grad_enabled()) or bool(thread.watches)
         hooked = any(module._forward_hooks or module._forward_pre_hooks for module in module.modules())
         can_be_fused = not module.training and (thread.private or not torch.is_grad_enabled())
         if not can_be_fused or not (explicit or hooked) or has_hooks(module):

@@ -62,14 +62,18 @@ def run_chunks(
             # Outside the `except` block: there, the exception would keep the chunk's tensors alive.
             batch_size = size // 2
             if not warned:
-                warnings.warn(
-                    f"out of memory on a chunk of {size}: going on with smaller ones; a smaller `batch_size` avoids it",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
+                _warn_of_memory(size)
             warned = True
             torch.cuda.empty_cache()
     return results
+
+
+def _warn_of_memory(size: int) -> None:
+    warnings.warn(
+        f"out of memory on a chunk of {size}: going on with smaller ones; a smaller `batch_size` avoids it",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 @contextmanager
@@ -455,29 +459,38 @@ class _Head:
 
     def proves_itself(self) -> bool:
         """Check whether the scores of the outputs as they are are those of the pass, and one row's among others."""
-        size, expected = self.replay.batch_size, self.recorded.scores
-        samples = torch.arange(len(expected), device=self.recorded.layer_output.device)
-        count = min(3, size)
+        tensors = [tensor for _, output in self.recorded.before for tensor in _leaves(output)]
+        if not self.recorded.known and not all(tensor.dtype.is_floating_point for tensor in tensors):
+            return False
+        samples = torch.arange(len(self.recorded.scores), device=self.recorded.layer_output.device)
+        while True:
+            count = min(3, self.replay.batch_size)
+            try:
+                if not self._scores_alike(samples[:1], count):
+                    return False
+                found = torch.cat(
+                    run_chunks(lambda chunk: self.score(samples[chunk]), len(samples), self.replay.batch_size)
+                )
+                return is_close(found, self.recorded.scores)
+            except torch.OutOfMemoryError:
+                if count == 1:
+                    raise
+            except Exception:  # noqa: BLE001 - whatever a model raises at what is not like its input
+                return False
+            _warn_of_memory(count)
+            self.replay.batch_size = count // 2
+
+    def _scores_alike(self, sample: Tensor, count: int) -> bool:
+        """Check whether a row gets the same score alone and among blank ones, and whether a NaN decides anything."""
 
         def blank_others(rows: Tensor) -> Tensor:
             others = [row for row in range(count) if row != count // 2]
             return rows.index_fill_(self.batch, torch.tensor(others, device=rows.device), 0)
 
-        tensors = [tensor for _, output in self.recorded.before for tensor in _leaves(output)]
-        if not self.recorded.known and not all(tensor.dtype.is_floating_point for tensor in tensors):
-            return False
-        try:
-            with nullcontext() if self.recorded.known else _UnknownWatched():  # type: ignore[no-untyped-call]
-                first = self.score(samples[:1])
-                among = self.score(samples[:1].expand(count), blank_others) if count > 1 else first
-            if not is_close(among[count // 2 : count // 2 + 1], first):
-                return False
-            found = torch.cat(run_chunks(lambda chunk: self.score(samples[chunk]), len(samples), size))
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:  # noqa: BLE001 - whatever a model raises at what is not like its input
-            return False
-        return is_close(found, expected)
+        with nullcontext() if self.recorded.known else _UnknownWatched():  # type: ignore[no-untyped-call]
+            first = self.score(sample)
+            among = self.score(sample.expand(count), blank_others) if count > 1 else first
+        return is_close(among[count // 2 : count // 2 + 1], first)
 
     def score(self, samples: Tensor, edit: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Score the outputs of samples, (B,), as they are or edited."""

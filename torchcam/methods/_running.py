@@ -14,13 +14,13 @@ class _ThreadState(threading.local):
     Attributes:
         passes: the passes that run, by the identity of their recorders
         private: whether gradients are turned on for the passes alone, and not by the caller
-        watches: how many watches over attention are on
+        watches: who notes the attention that is computed
     """
 
     def __init__(self) -> None:
         self.passes: dict[int, Any] = {}
         self.private = False
-        self.watches = 0
+        self.watches: list[Any] = []
 
 
 thread = _ThreadState()

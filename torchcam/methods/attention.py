@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import FunctionType
 from typing import Any, Literal
@@ -36,12 +36,8 @@ _multi_head_attention = FunctionType(
 )
 
 
-class _Watch(TorchFunctionMode):
-    """Computes attention explicitly, and notes its probabilities, while a target layer runs in a pass.
-
-    What is noted, (N, heads, tokens, tokens): results of a softmax over the last of two equal dimensions, whether the
-    model computes it or fused attention does so by itself. What fused attention returns stays as it is; where gradients
-    are asked for, it gets the graph of the explicit computation.
+class _Watch:
+    """Notes attention probabilities, (N, heads, tokens, tokens), while a target layer runs in a pass.
 
     Args:
         recorded: the pass
@@ -50,7 +46,6 @@ class _Watch(TorchFunctionMode):
     """
 
     def __init__(self, recorded: Pass, differentiates: bool, everywhere: bool) -> None:
-        super().__init__()
         self.recorded = recorded
         self.differentiates = differentiates
         self.blocks = [0] if everywhere else []  # the target layers that run, from the outermost to the innermost
@@ -58,10 +53,19 @@ class _Watch(TorchFunctionMode):
         if everywhere:
             recorded.attentions[0] = []
 
+
+class _AttentionWatched(TorchFunctionMode):
+    """Shows the watches on this thread the attention that is computed, while one of their target layers runs.
+
+    That is results of a softmax over the last of two equal dimensions, whether the model computes it or fused attention
+    does so by itself. What fused attention returns stays as it is; where gradients are asked for, it gets the graph of
+    the explicit computation.
+    """
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call a function of torch."""
         kwargs = kwargs or {}
-        if not self.blocks:
+        if not any(watch.blocks for watch in thread.watches):
             return func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             return self._attend(*args, **kwargs)
@@ -70,26 +74,8 @@ class _Watch(TorchFunctionMode):
                 return _multi_head_attention(*args, **kwargs)
         result = func(*args, **kwargs)
         if func in _SOFTMAX and kwargs.get("dim", args[1] if len(args) > 1 else None) in {-1, result.ndim - 1}:
-            return self._note(result).clone()  # an operation in place must not change what is noted
+            return _note(result).clone()  # an operation in place must not change what is noted
         return result
-
-    def _note(self, probabilities: Tensor) -> Tensor:
-        shape = probabilities.shape
-        noted = self.recorded.attentions[self.blocks[-1]]
-        if noted is None or len(shape) not in {3, 4} or shape[-1] != shape[-2]:
-            return probabilities
-        if len(shape) == 3:
-            batch_size = self.batch_size if len(probabilities) % self.batch_size == 0 else len(probabilities)
-            probabilities = probabilities.reshape(batch_size, -1, *shape[1:])
-        if not self.differentiates:
-            noted.append(probabilities.detach())
-            return probabilities.reshape(shape)
-        if not probabilities.requires_grad:
-            if self.recorded.private:
-                torch.set_grad_enabled(True)
-            probabilities = probabilities.detach().requires_grad_()
-        noted.append(probabilities)
-        return probabilities.reshape(shape)
 
     def _attend(
         self,
@@ -124,11 +110,32 @@ class _Watch(TorchFunctionMode):
             logits = logits.masked_fill(~attn_mask, -torch.inf) if masked else logits + attn_mask
             nowhere = logits.isneginf().all(-1, keepdim=True)  # such a query attends to nothing, and gets zeros
             probabilities = logits.masked_fill(nowhere, 0).softmax(-1).masked_fill(nowhere, 0)
-        probabilities = self._note(probabilities)
-        if not self.differentiates or (dropout_p and torch.is_grad_enabled()):
+        probabilities = _note(probabilities)
+        if not probabilities.requires_grad or dropout_p:
             return fused
         explicit = probabilities @ value
         return fused.detach() + (explicit - explicit.detach())
+
+
+def _note(probabilities: Tensor) -> Tensor:
+    """Show probabilities to the watches on this thread; return them, with a graph where one is asked for."""
+    shape = probabilities.shape
+    watches = [watch for watch in thread.watches if watch.blocks]
+    if len(shape) not in {3, 4} or shape[-1] != shape[-2]:
+        return probabilities
+    if len(shape) == 3:
+        batch_size = watches[0].batch_size
+        batch_size = batch_size if len(probabilities) % batch_size == 0 else len(probabilities)
+        probabilities = probabilities.reshape(batch_size, -1, *shape[1:])
+    if any(watch.differentiates for watch in watches) and not probabilities.requires_grad:
+        if thread.private:
+            torch.set_grad_enabled(True)
+        probabilities = probabilities.detach().requires_grad_()
+    for watch in watches:
+        noted = watch.recorded.attentions[watch.blocks[-1]]
+        if noted is not None:
+            noted.append(probabilities if watch.differentiates else probabilities.detach())
+    return probabilities.reshape(shape)
 
 
 class _BlockStarts(ExtractorHook):
@@ -203,12 +210,12 @@ class _AttentionCAM(_CAM):
         @contextmanager
         def watching(started: Pass) -> Iterator[None]:
             started.watch = _Watch(started, differentiates, everywhere)
-            thread.watches += 1
+            thread.watches.append(started.watch)
             try:
-                with started.watch:
+                with _AttentionWatched() if len(thread.watches) == 1 else nullcontext():
                     yield
             finally:
-                thread.watches -= 1
+                thread.watches.remove(started.watch)
                 started.watch = None
 
         recorder.around = watching
