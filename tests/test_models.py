@@ -57,7 +57,7 @@ def test_faster_rcnn(layer: str, batch_size: int) -> None:
         assert fused.shape == (batch_size, 2, 3)
         assert torch.equal(extractor.fuse_cams([maps[0]]), maps[0])
         names = [f"{layer}['0']", f"{layer}['1']", f"{layer}['pool']"]
-        assert extractor._record.names == names
+        assert extractor._recorder.find().names == names
         by_box = [
             [BoxScores(found["labels"][i : i + 1], found["boxes"][i : i + 1]) for i in (0, 3)] for found in output
         ]

@@ -90,6 +90,7 @@ class Call:
         wanted: the name or position of the image-like argument, where it is not to be found by its looks
 
     Attributes:
+        versions: every tensor among the arguments with its version at the time of the call
         found: the image-like argument as it was given; None if there is none
         autocast: the type of device, whether autocast was on for it, and its type
     """
@@ -103,14 +104,14 @@ class Call:
         self.kwargs = dict(kwargs)
         self.wanted = wanted
         self.found = find_image(args, kwargs, wanted)
-        self._versions = [(tensor, None if tensor.is_inference() else tensor._version) for tensor in tensors]
+        self.versions = [(tensor, None if tensor.is_inference() else tensor._version) for tensor in tensors]
         device_type = tensors[0].device.type if tensors else "cpu"
         enabled = torch.is_autocast_enabled(device_type)
         self.autocast = device_type, enabled, torch.get_autocast_dtype(device_type) if enabled else None
 
     def check_unchanged(self) -> None:
         """Raise a ``RuntimeError`` if an argument was modified in place since the call."""
-        for tensor, version in self._versions:
+        for tensor, version in self.versions:
             if version is not None and tensor._version != version:
                 raise RuntimeError(
                     f"an input of shape {tuple(tensor.shape)} was modified in place between the forward pass and the "
@@ -121,7 +122,7 @@ class Call:
     def _image(self) -> Tensor | list[Tensor]:
         self.check_unchanged()
         if self.found is None:
-            shapes = [tuple(tensor.shape) for tensor, _ in self._versions]
+            shapes = [tuple(tensor.shape) for tensor, _ in self.versions]
             raise ValueError(f"no input of the model looks like an image (N, C, *spatial); it was called with {shapes}")
         return self.found
 

@@ -125,8 +125,8 @@ def blurred_out(image: Tensor) -> Tensor:
 
 def is_constant(lowest: Tensor, highest: Tensor) -> Tensor:
     """Tell where the range from ``lowest`` to ``highest`` is no wider than float rounding makes it."""
-    scale = torch.maximum(lowest.abs(), highest.abs())
-    return highest - lowest <= 4 * torch.finfo(lowest.dtype).eps * scale
+    scale = torch.maximum(highest, -lowest)  # the larger of their sizes
+    return highest - lowest <= scale * (4 * torch.finfo(lowest.dtype).eps)
 
 
 def is_finite(tensor: Tensor) -> Tensor:
@@ -141,10 +141,10 @@ def min_max(maps: Tensor, start_dim: int = 1) -> Tensor:
     rounding becomes zero. NaN stays NaN.
     """
     flat = maps.flatten(start_dim)
-    lowest, highest = flat.amin(-1, keepdim=True), flat.amax(-1, keepdim=True)
+    lowest, highest = torch.aminmax(flat, dim=-1, keepdim=True)
     constant = is_constant(lowest, highest)
-    scaled = (flat - lowest) / torch.where(constant, 1.0, highest - lowest)
-    return torch.where(constant, 0.0, scaled).reshape(maps.shape)
+    scaled = (flat - lowest) / (highest - lowest).masked_fill(constant, 1.0)
+    return scaled.masked_fill(constant, 0.0).reshape(maps.shape)
 
 
 def over_channels(maps: Tensor) -> Tensor:

@@ -72,7 +72,8 @@ class Layout:
 
     def to_grid(self, tensor: Tensor) -> Tensor:
         """Lay out a tensor as ``(N, C, *grid)``; tokens before the positions are left out."""
-        ordered = tensor.permute(self.batch, self.channels, *self.positions)
+        order = (self.batch, self.channels, *self.positions)
+        ordered = tensor if order == tuple(range(len(order))) else tensor.permute(order)
         if len(self.positions) == 1 and (self.prefix or len(self.grid) > 1):
             ordered = ordered[..., self.prefix :].reshape(*ordered.shape[:2], *self.grid)
         return ordered

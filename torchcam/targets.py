@@ -198,6 +198,10 @@ class Selector:
     def by_class(self, logits: Tensor, samples: Tensor | None) -> Tensor:
         """Pick each row's class score from logits ``(B, K)``; ``(B, K, *S)`` is summed over positions."""
         logits = logits.reshape(-1, 1) if logits.ndim < 2 else logits
+        class_idx = self.class_idx
+        if type(class_idx) is int and 0 <= class_idx < logits.shape[1] and (samples is not None or self._fits(logits)):
+            scores = logits.select(1, class_idx)  # for all rows at once
+            return scores.flatten(1).sum(-1) if scores.ndim > 1 else scores
         indices = self.indices(logits)
         indices = indices if samples is None else indices[samples]
         if len(indices) != len(logits):
@@ -205,6 +209,9 @@ class Selector:
         rows = torch.arange(len(logits), device=logits.device).reshape(-1, *[1] * (indices.ndim - 1))
         scores = logits[rows, indices]
         return scores.flatten(indices.ndim).sum(-1) if scores.ndim > indices.ndim else scores
+
+    def _fits(self, logits: Tensor) -> bool:
+        return len(logits) == self.batch_size
 
     def indices(self, logits: Tensor) -> Tensor:
         """Give the classes as a ``(N,)`` long tensor, checked against logits ``(B, K, ...)`` or ``(B,)``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable
 
@@ -31,8 +32,8 @@ def all_finite(tensors: Iterable[Tensor | None]) -> bool:
     total: Tensor | float = 0.0
     for tensor in tensors:
         if tensor is not None:
-            total = tensor.detach().sum() + total
-    return not isinstance(total, Tensor) or bool(total.isfinite())
+            total = total + tensor.detach().sum()
+    return math.isfinite(float(total))
 
 
 def broken_samples(cam: Tensor, activation: Tensor | None, gradient: Tensor | None, layer: str) -> Tensor:

@@ -32,13 +32,14 @@ def differentiate(
     gradients: tuple[Tensor | None, ...] = (None,) * len(wanted)
     many = score.ndim > 1
     if score.requires_grad:
-        with torch.inference_mode(False), torch.enable_grad():
-            total = score.sum(0)  # the samples do not depend on each other
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else torch.enable_grad():
+            one = torch.ones_like(score) if not many else None  # the samples do not depend on each other
+            total = score.sum(0) if many else score
             try:
                 gradients = torch.autograd.grad(
                     total,
                     [edge for *_, edge in wanted],
-                    torch.eye(len(total), dtype=total.dtype, device=total.device) if many else None,
+                    torch.eye(len(total), dtype=total.dtype, device=total.device) if many else one,
                     retain_graph=retain_graph or create_graph,
                     create_graph=create_graph,
                     allow_unused=True,

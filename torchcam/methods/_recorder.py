@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from contextvars import ContextVar
 from functools import partial
@@ -62,6 +62,7 @@ class Pass:
         private: whether gradients were turned on for this pass alone
         training: whether a part of the model was in training mode
         explained: whether maps were computed from it
+        is_partial: whether some use of a layer's output may lie outside of the graph: that output is the caller's input
         gradients: those of the score that was explained last, as the layers returned their outputs
         num_scores: how many scores of each sample were explained last; None for one without a dimension of its own
         attentions: attention probabilities by target layer, for methods that read them
@@ -81,6 +82,7 @@ class Pass:
         self.training = False
         self.explained = False
         self.superseded = False
+        self.is_partial = False
         self.gradients: list[Tensor | None] = []
         self.num_scores: int | None = None
         self.target_names = recorder.target_names
@@ -88,12 +90,13 @@ class Pass:
         self.watch: Any = None
         self.layouts: dict[str, Layout] = {}
         self._layers: dict[int, dict[str, tuple[Tensor, Tensor | GradientEdge]]] = {}
+        self._collected: list[list[Any]] | None = None
         self.grids: list[Tensor | None] | None = None
 
     def keep(self, index: int, tensors: dict[str, tuple[Tensor, Tensor | GradientEdge]]) -> None:
         """Keep what a target layer returned: one tensor, or several by what tells them apart, and their edges."""
         self._layers[index] = tensors
-        self.grids = None
+        self._collected = self.grids = None
 
     def may_be_followed_by(self, other: Pass) -> bool:
         """Check whether a later pass may be meant in the context of this one: it was run for it, say, in a thread.
@@ -112,34 +115,41 @@ class Pass:
     def fail(self) -> None:
         """Forget what the pass has recorded: it was cut short."""
         self._layers.clear()
+        self._collected = self.grids = None
         self.attentions = [None] * len(self.target_names)
         self.output, self.returned = None, []
 
-    def _each(self) -> Iterator[tuple[str, str, Tensor | None, Tensor | GradientEdge | None]]:
-        """Yield layer, name, tensor and edge of each recorded tensor."""
-        for index, layer in enumerate(self.target_names):
-            for level, (tensor, edge) in self._layers.get(index, {"": (None, None)}).items():
-                yield layer, f"{layer}{level}", tensor, edge
-
-    @property
-    def activations(self) -> list[Tensor | None]:
-        """What the target layers returned, in their order; None for one that was not reached."""
-        return [tensor for _, _, tensor, _ in self._each()]
-
-    @property
-    def edges(self) -> list[Tensor | GradientEdge | None]:
-        """What to differentiate for, for each activation."""
-        return [edge for *_, edge in self._each()]
+    def _collect(self, part: int) -> list[Any]:
+        """Return the layers, names, tensors or edges of what was recorded."""
+        if self._collected is None:
+            missing = {"": (None, None)}
+            rows = [
+                (layer, f"{layer}{level}", *pair)
+                for index, layer in enumerate(self.target_names)
+                for level, pair in self._layers.get(index, missing).items()
+            ]
+            self._collected = [list(column) for column in zip(*rows, strict=True)]
+        return self._collected[part]
 
     @property
     def layer_names(self) -> list[str]:
         """The layer that each activation is from."""
-        return [layer for layer, *_ in self._each()]
+        return self._collect(0)
 
     @property
     def names(self) -> list[str]:
         """The name of each activation: its layer's, with the level where the layer returned several."""
-        return [name for _, name, *_ in self._each()]
+        return self._collect(1)
+
+    @property
+    def activations(self) -> list[Tensor | None]:
+        """What the target layers returned, in their order; None for one that was not reached."""
+        return self._collect(2)
+
+    @property
+    def edges(self) -> list[Tensor | GradientEdge | None]:
+        """What to differentiate for, for each activation."""
+        return self._collect(3)
 
     def layout(self, tensor: Tensor, name: str) -> Layout:
         """Return the layout of a layer's output, found for the first tensor that is asked about."""
@@ -324,7 +334,7 @@ class Recorder:
             if not ended.private:
                 ended.output = None  # who asks for its maps hands it over, with its graph
             if all(reference() is None for reference in ended.returned):
-                del self._passes[number]
+                self._passes.pop(number, None)  # the line above may have brought it here before
                 if self._last_ended is None or self._last_ended.number < number:
                     self._last_ended = ended
 
@@ -454,7 +464,7 @@ class _LayerHook(ExtractorHook):
             if tensor.requires_grad and torch.is_grad_enabled():
                 kept[level] = tensor.clone(), get_gradient_edge(tensor)
                 continue
-            leaf, handed = _with_graph(tensor, list(tensors_in(args)), running.call)
+            leaf, handed, running.is_partial = _with_graph(tensor, list(tensors_in(args)), running.call)
             kept[level] = leaf, leaf
             if handed is not tensor:
                 replaced.append((tensor, handed))
@@ -462,20 +472,23 @@ class _LayerHook(ExtractorHook):
         return replace_tensors(output, replaced) if replaced else None
 
 
-def _with_graph(tensor: Tensor, given: list[Tensor], call: Call) -> tuple[Tensor, Tensor]:
-    """Return a leaf with the values of a layer's output, and what is handed on: a function of the leaf."""
+def _with_graph(tensor: Tensor, given: list[Tensor], call: Call) -> tuple[Tensor, Tensor, bool]:
+    """Return a leaf with the values of a layer's output, and what is handed on: a function of the leaf.
+
+    The third value says whether other parts of the model may use the values without the graph.
+    """
     storage = _storage(tensor)
     if all(_storage(one) != storage for one in given):
         leaf = tensor.detach().requires_grad_()
-        return leaf, leaf.clone()
+        return leaf, leaf.clone(), False
     # The layer returned what it was given. Whoever uses that, too, gets the graph only if the tensor itself has it.
     leaf = tensor.detach().clone().requires_grad_()
     if all(_storage(one) != storage for one in tensors_in((call.args, call.kwargs))):
         try:
-            return leaf, tensor.copy_(leaf)
+            return leaf, tensor.copy_(leaf), False
         except RuntimeError:  # views made without gradients and parameters cannot be written to
             pass
-    return leaf, leaf.clone()
+    return leaf, leaf.clone(), True
 
 
 def _storage(tensor: Tensor) -> int:

@@ -12,7 +12,7 @@ from ._recorder import Pass
 __all__ = ["Request"]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Request:
     """What is asked of a pass.
 

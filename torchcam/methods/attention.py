@@ -266,9 +266,9 @@ class LeGrad(_AttentionCAM):
         M = \frac{1}{L} \sum_l \operatorname{mean}_{h,q} \mathrm{ReLU}\Big(\frac{\partial s_l}{\partial B_l}\Big)
 
     over the keys that are patches. Blocks are those of ``torchvision``, ``timm``, ``transformers`` and whatever else
-    returns tokens (N, tokens, channels) and computes one attention among them. The probabilities are computed
-    explicitly while the extractor watches, and the output agrees with the fused form to float rounding. Works with
-    gradients on, under ``no_grad`` and under ``inference_mode``.
+    returns tokens (N, tokens, channels) and computes one attention among them. The probabilities are computed beside
+    fused attention, whose output stays as it is. Works with gradients on, under ``no_grad`` and under
+    ``inference_mode``.
 
     Cost: the user's forward pass and, per block, a read-out and a backward pass through that block.
 
@@ -466,7 +466,7 @@ class AttentionRollout(_RolledOut):
     patches. One map in all, the same for every class: one that is given is ignored. Rows of a block's matrix are scaled
     to a sum of one, which changes nothing where heads are averaged.
 
-    Cost: the user's forward pass, with the attention of the target layers not fused.
+    Cost: the user's forward pass, with the attention of the target layers computed a second time.
 
     Args:
         model: the vision transformer
@@ -534,7 +534,7 @@ class TransformerAttribution(_RolledOut):
     keys); the map is the class token's row of :math:`R` over the keys that are patches. One map in all. Works with
     gradients on, under ``no_grad`` and under ``inference_mode``.
 
-    Cost: the user's forward pass, with the attention of the target layers not fused, and a backward pass to the first
+    Cost: the user's forward pass, with the attention of the target layers computed a second time, and a backward pass to the first
     target layer.
 
     Args:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from torchcam._checks import torch_module
-from torchcam._passes import Call, model_device
-from torchcam._tensors import min_max, tensors_in, to_float
+from torchcam._passes import Call
+from torchcam._tensors import map_tensors, min_max, tensors_in, to_float
 from torchcam.layers import TargetLayer, layer_names
 from torchcam.targets import ClassIndex, OutputTarget, Selector, check_one_of, class_columns
 
@@ -241,7 +241,10 @@ class _CAM:
 
     # What a method defines: pure functions of a layer's activation (N, C, *spatial) and of what else it looks at.
 
-    weights: Callable[..., Tensor]
+    def _no_weights(self, *_evidence: Any, **_options: Any) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} does not define its weights")
+
+    weights: Callable[..., Tensor] = _no_weights
     """Return the weights of a layer's channels, (N, C), or (N, C, *spatial) for element-wise methods."""
 
     def map(self, *evidence: Any, **options: Any) -> Tensor:
@@ -324,8 +327,7 @@ class _CAM:
     ) -> None:
         if not self.class_agnostic:
             check_one_of(class_idx, targets)
-        recorded = self._recorder.find(scores)
-        batch_size = len(self._activations(Request(recorded))[0])
+        batch_size = len(self._activations(Request(self._recorder.find(scores)))[0])
         if scores is not None and isinstance(scores, Tensor) and scores.ndim and len(scores) != batch_size:
             raise ValueError(
                 f"`scores` has shape {tuple(scores.shape)}, but the recorded pass had a batch of {batch_size}"
@@ -350,7 +352,8 @@ class _CAM:
         if targets is not None:
             kwargs["targets"] = targets
         request, options = self._request(recorded, class_idx, scores, num_classes=count, **kwargs)
-        with self._computing(request.create_graph):
+        self._check_scores(request)
+        with self._computing(request):
             maps = self._finished(self._raw_maps(request, **options), request, normalized)
         recorded.explained = True
         return maps if columns is None else [cam.reshape(-1, count, *cam.shape[1:]) for cam in maps]
@@ -383,12 +386,13 @@ class _CAM:
             options,
         )
 
-    def _computing(self, create_graph: bool = False) -> AbstractContextManager[Any]:
+    @staticmethod
+    def _computing(request: Request) -> AbstractContextManager[Any]:
         """Return the context that maps are computed in: without a graph, in full precision."""
-        device_type = model_device(self.model).type
-        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-            return _full_precision(device_type, create_graph)
-        return torch.enable_grad() if create_graph else plain_tensors()
+        device_type = request.recorded.call.autocast[0]
+        if torch.is_autocast_enabled(device_type):
+            return _full_precision(device_type, request.create_graph)
+        return torch.enable_grad() if request.create_graph else plain_tensors()
 
     def _finished(self, raw: list[Tensor], request: Request, normalized: bool) -> list[Tensor]:
         """Turn raw maps into those to return: broken samples marked, layers pooled, ReLU, scaled."""
@@ -444,12 +448,25 @@ class _CAM:
     def _gradients(self, request: Request) -> list[Tensor]:
         """Differentiate the explained score for every target layer's output, shaped as the activations."""
         recorded = request.recorded
-        with torch.inference_mode(False), torch.enable_grad():
+        if recorded.is_partial:
+            return self._gradients_of_copies(request)
+        with _with_graph():
             score = self._selector(request)(self._attached(request))
         gradients = self._differentiate(score, recorded, recorded.edges, request)
         recorded.gradients, recorded.num_scores = gradients, None if score.ndim == 1 else score.shape[1]
         grids = self._gradient_grids(recorded, gradients, recorded.num_scores, request.create_graph)
         return [grid for grid in grids if grid is not None]
+
+    def _gradients_of_copies(self, request: Request) -> list[Tensor]:
+        """Repeat the recorded pass on copies of its inputs, and differentiate that."""
+        call, recorded = self._recorded_call(request), request.recorded
+        with on_replica(self) as repeated, call.as_recorded():
+            args, kwargs = map_tensors(Tensor.clone, (call.args, call.kwargs))
+            repeated.model(*args, **kwargs)
+            again = replace(request, recorded=repeated._recorder.find(), scores=None)
+            grids = repeated._gradients(again)
+        recorded.gradients, recorded.num_scores = again.recorded.gradients, again.recorded.num_scores
+        return grids
 
     def _differentiate(self, score: Tensor, recorded: Pass, edges: Sequence[Any], request: Request) -> list[Tensor]:
         return differentiate(
@@ -463,7 +480,7 @@ class _CAM:
         return request.selector(self._batch_size(request))
 
     def _batch_size(self, request: Request) -> int:
-        return len(self._activations(replace(request, num_classes=1))[0])
+        return len(self._activations(request)[0]) // request.num_classes
 
     def _attached(self, request: Request) -> Any:
         """Return the output with its graph: the one handed over, or else the one of the recorded pass."""
@@ -493,9 +510,11 @@ class _CAM:
                     "pass: pass that output as it came, leave `scores` out, or compute them with gradients on"
                 )
 
-    def _check_output(self, request: Request) -> None:
-        """Check that scores that were handed over are the recorded output: a repeated pass explains no other."""
-        if request.scores is not None and request.recorded.output is not None:
+    def _check_scores(self, request: Request) -> None:
+        """Check that scores that were handed over are the recorded output, or carry a graph that is differentiated."""
+        given = list(tensors_in(request.scores))
+        has_graph = any(tensor.requires_grad for tensor in given)
+        if given and not (has_graph and self._differentiates and not self._runs_model):
             self._check_recorded(request)
 
     def _recorded_call(self, request: Request) -> Call:
@@ -602,10 +621,19 @@ class _CAM:
         return f"{type(self).__name__}({', '.join(f'{option}={value}' for option, value in values.items())})"
 
 
+def plain_tensors() -> AbstractContextManager[Any]:
+    """Return a context without a graph, and without the restrictions that tensors made in inference mode keep."""
+    return _left_inference_mode(False) if torch.is_inference_mode_enabled() else torch.no_grad()
+
+
+def _with_graph() -> AbstractContextManager[Any]:
+    """Return a context in which graphs are recorded."""
+    return _left_inference_mode(True) if torch.is_inference_mode_enabled() else torch.enable_grad()
+
+
 @contextmanager
-def plain_tensors() -> Iterator[None]:
-    """Compute without a graph, and without the restrictions that tensors made in inference mode carry for good."""
-    with torch.inference_mode(False), torch.no_grad():
+def _left_inference_mode(grad_enabled: bool) -> Iterator[None]:
+    with torch.inference_mode(False), torch.set_grad_enabled(grad_enabled):
         yield
 
 

@@ -43,7 +43,7 @@ class _PixelCAM(_CAM):
         input_shape: tuple[int, ...] = (3, 224, 224),
         **kwargs: Any,
     ) -> None:
-        if target_layer not in (None, ""):
+        if target_layer not in (None, "", [""]):
             raise ValueError(f"{type(self).__name__} looks at the input, not at a `target_layer`: got {target_layer!r}")
         super().__init__(model, model, input_shape, **kwargs)
 
@@ -96,7 +96,6 @@ class GuidedBackprop(_PixelCAM):
         return gradient
 
     def _evidence(self, request: Request) -> list[tuple[Any, ...]]:
-        self._check_output(request)
         (image,) = self._activations(request)
         gradient = _guided_gradient(self.model, self._recorded_call(request), self._selector(request))
         request.recorded.gradients = [gradient]
@@ -157,7 +156,6 @@ class FullGrad(_PixelCAM):
     """
 
     def _raw_maps(self, request: Request, **options: Any) -> list[Tensor]:
-        self._check_output(request)
         image = to_float(self._recorded_call(request).image)
         total = torch.zeros_like(image[:, :1])
 
