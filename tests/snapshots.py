@@ -59,7 +59,11 @@ def attributes(model: nn.Module, *, identity: bool) -> dict[str, Any]:
     return {
         name: {
             "type": type(module).__name__,
-            **{key: _value(value, identity) for key, value in vars(module).items() if key not in {*HOOKS, "_compiled_call_impl"}},
+            **{
+                key: _value(value, identity)
+                for key, value in vars(module).items()
+                if key not in {*HOOKS, "_compiled_call_impl"}
+            },
         }
         for name, module in model.named_modules()
     }

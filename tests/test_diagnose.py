@@ -459,7 +459,7 @@ class TestRecording:
             extractor.disable_hooks()
             (finding,) = extractor.diagnose()
             assert (finding.code, finding.severity) == ("hooks_disabled", "warning")
-            assert not extractor._hooks_enabled
+            assert not extractor.hooks_enabled
 
     def test_a_part_of_the_model(self) -> None:
         with GradCAM(model := Plain(), "stage2") as extractor:

@@ -224,7 +224,7 @@ def run(name: str, model: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
 @cache
 def clean_maps(name: str, mode: str, x: Tensor) -> list[Tensor]:
     """Return the maps of a model that nothing has ever happened to."""
-    with torch.inference_mode(False), MODES[mode]():
+    with torch.inference_mode(False), MODES[mode](), torch.random.fork_rng(devices=[]):  # the model draws numbers
         _, maps = run(name, make_model(name), x)
     return maps
 

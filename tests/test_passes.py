@@ -70,7 +70,8 @@ def plain_model(name: str) -> nn.Module:
 @cache
 def plain_maps(name: str, mode: str, x: Tensor) -> list[Tensor]:
     """Return the maps of a pass that nothing came between."""
-    model = plain_model(name)
+    with torch.inference_mode(False):
+        model = plain_model(name)
     with METHODS[name](model) as extractor, MODES[mode]():
         model(x)
         return extractor(CLASSES)
@@ -276,7 +277,8 @@ NESTED: dict[str, Callable[[nn.Module, str], Any]] = {
 @cache
 def nested_maps(name: str, mode: str, layer: str, which: str, x: Tensor) -> list[Tensor]:
     """Return the maps of an extractor that is alone; ``which`` says of the inner or the outer model."""
-    outer = Outer()
+    with torch.inference_mode(False):
+        outer = Outer()
     model = outer.inner if which == "inner" else outer
     keep = {"retain_graph": True} if name == "GradCAM" else {}
     with NESTED[name](model, layer) as extractor, MODES[mode]():

@@ -42,7 +42,7 @@ class CallWrapper:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = weakref.ref(module)
-        self._inner: Callable[..., Any] | None = vars(module).get("_compiled_call_impl")
+        self.inner: Callable[..., Any] | None = vars(module).get("_compiled_call_impl")
         vars(module)["_compiled_call_impl"] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -59,15 +59,15 @@ class CallWrapper:
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the module as if there was no wrapper."""
-        return (module._call_impl if self._inner is None else self._inner)(*args, **kwargs)
+        return (module._call_impl if self.inner is None else self.inner)(*args, **kwargs)
 
     def detach(self) -> None:
         """Let the module's calls run as they did before."""
         module = self._module()
         if module is not None and vars(module).get("_compiled_call_impl") is self:
             del vars(module)["_compiled_call_impl"]
-            if self._inner is not None:
-                vars(module)["_compiled_call_impl"] = self._inner
+            if self.inner is not None:
+                vars(module)["_compiled_call_impl"] = self.inner
 
     def __reduce__(self) -> tuple[Any, ...]:
         return NoneType, ()

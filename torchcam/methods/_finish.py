@@ -36,7 +36,9 @@ def all_finite(tensors: Iterable[Tensor | None]) -> bool:
     return math.isfinite(float(total))
 
 
-def broken_samples(cam: Tensor, activation: Tensor | None, gradient: Tensor | None, layer: str) -> Tensor:
+def broken_samples(
+    cam: Tensor, activation: Tensor | None, gradient: Tensor | None, layer: str, *, quiet: bool = False
+) -> Tensor:
     """Set the maps (N, *spatial) of samples to NaN whose map, activation or gradient is not finite, and warn."""
     finite = is_finite(cam)
     if activation is not None:
@@ -45,12 +47,13 @@ def broken_samples(cam: Tensor, activation: Tensor | None, gradient: Tensor | No
         finite &= is_finite(gradient)
     if bool(finite.all()):
         return cam
-    warnings.warn(
-        f"the activation or gradient of layer '{layer}' holds NaN or infinite values: the maps of "
-        f"{int((~finite).sum())} of {len(finite)} samples are NaN",
-        RuntimeWarning,
-        stacklevel=7,
-    )
+    if not quiet:
+        warnings.warn(
+            f"the activation or gradient of layer '{layer}' holds NaN or infinite values: the maps of "
+            f"{int((~finite).sum())} of {len(finite)} samples are NaN",
+            RuntimeWarning,
+            stacklevel=7,
+        )
     return cam.masked_fill(~finite.reshape(-1, *[1] * (cam.ndim - 1)), torch.nan)
 
 

@@ -39,7 +39,7 @@ def attached(kind: type[SharedWrapper], module: nn.Module, member: Any) -> Calla
     with _lock:
         found = vars(module).get("_compiled_call_impl")
         while isinstance(found, CallWrapper) and type(found) is not kind:
-            found = found._inner
+            found = found.inner
         wrapper = found if isinstance(found, kind) else kind(module)
         wrapper.members = (*wrapper.members, member)
     return lambda: wrapper.leave(member)

@@ -56,6 +56,7 @@ def differentiate(
         raise RuntimeError(
             "the explained score is not connected to every target layer: it does not depend on the output of "
             + ", ".join(f"'{name}'" for name in missing)
+            + ". `scores` of another pass, a cut such as `.detach()` and activation checkpointing hide a dependence"
         )
     return [
         tensor.new_zeros((*score.shape[1:], *tensor.shape)) if gradient is None else gradient  # type: ignore[union-attr]

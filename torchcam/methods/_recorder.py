@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from torchcam._passes import Call, image_shape
-from torchcam._replica import ExtractorHook
+from torchcam._replica import CallWrapper, ExtractorHook
 from torchcam._tensors import map_tensors, tensors_in
 from torchcam.layout import Layout, find_layout, primary_tensors, replace_tensors
 
@@ -63,6 +63,7 @@ class Pass:
         training: whether a part of the model was in training mode
         explained: whether maps were computed from it
         is_partial: whether some use of a layer's output may lie outside of the graph: that output is the caller's input
+        callers_input: the tensors among the arguments that the caller may use
         gradients: those of the score that was explained last, as the layers returned their outputs
         num_scores: how many scores of each sample were explained last; None for one without a dimension of its own
         attentions: attention probabilities by target layer, for methods that read them
@@ -83,6 +84,7 @@ class Pass:
         self.explained = False
         self.superseded = False
         self.is_partial = False
+        self.callers_input = [] if recorder.owns_input else list(tensors_in((args, kwargs)))
         self.gradients: list[Tensor | None] = []
         self.num_scores: int | None = None
         self.target_names = recorder.target_names
@@ -175,6 +177,7 @@ class Recorder:
 
     Attributes:
         choose_layers: called with the arguments of a pass before it starts; returns target layers, None for no change
+        owns_input: whether the model is called with copies, which nobody else uses
         around: called with a pass when it starts; returns a context that the model runs in
         ended: called with a pass when the model has returned
     """
@@ -198,6 +201,7 @@ class Recorder:
         self.keeps_outputs = keeps_outputs
         self.wanted_input = wanted_input
         self.enabled = enabled
+        self.owns_input = False
         self.handles: list[RemovableHandle] = []
         self.choose_layers: Callable[[tuple[Any, ...], dict[str, Any]], list[str] | None] | None = None
         self.around: Callable[[Pass], AbstractContextManager[Any]] | None = None
@@ -218,6 +222,14 @@ class Recorder:
     def is_attached(self) -> bool:
         """Whether the hooks are on the model."""
         return bool(self._leave)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the model was compiled in place."""
+        found = vars(unwrapped(self.model)).get("_compiled_call_impl")
+        while isinstance(found, CallWrapper):
+            found = found.inner
+        return found is not None
 
     def _hook_layers(self) -> None:
         self.layers = [self.modules[name] for name in self.target_names]
@@ -389,7 +401,7 @@ class _ModelCall(SharedWrapper):
         torch.set_grad_enabled(False)
         thread.private = True
         try:
-            return self._recorded(module, recorders, args, kwargs)
+            return self._recorded(module, recorders, args, kwargs, detached=True)
         finally:
             started = torch.is_grad_enabled()
             thread.private = False
@@ -397,7 +409,9 @@ class _ModelCall(SharedWrapper):
             if started:
                 _drop_graphs(module)
 
-    def _recorded(self, module: nn.Module, recorders: list[Recorder], args: Any, kwargs: Any) -> Any:
+    def _recorded(
+        self, module: nn.Module, recorders: list[Recorder], args: Any, kwargs: Any, *, detached: bool = False
+    ) -> Any:
         passes = [(recorder, recorder.begin(args, kwargs, thread.private)) for recorder in recorders]
         try:
             with ExitStack() if any(one.around is not None for one in recorders) else nullcontext() as stack:
@@ -410,7 +424,7 @@ class _ModelCall(SharedWrapper):
                 started.fail()
             raise
         else:
-            returned = map_tensors(Tensor.detach, output) if thread.private else output
+            returned = map_tensors(Tensor.detach, output) if detached else output
             for recorder, started in passes:
                 gone = partial(_no_longer_held, weakref.ref(recorder), started.number)
                 started.finish(
@@ -464,7 +478,7 @@ class _LayerHook(ExtractorHook):
             if tensor.requires_grad and torch.is_grad_enabled():
                 kept[level] = tensor.clone(), get_gradient_edge(tensor)
                 continue
-            leaf, handed, running.is_partial = _with_graph(tensor, list(tensors_in(args)), running.call)
+            leaf, handed, running.is_partial = _with_graph(tensor, list(tensors_in(args)), running.callers_input)
             kept[level] = leaf, leaf
             if handed is not tensor:
                 replaced.append((tensor, handed))
@@ -472,7 +486,7 @@ class _LayerHook(ExtractorHook):
         return replace_tensors(output, replaced) if replaced else None
 
 
-def _with_graph(tensor: Tensor, given: list[Tensor], call: Call) -> tuple[Tensor, Tensor, bool]:
+def _with_graph(tensor: Tensor, given: list[Tensor], callers: list[Tensor]) -> tuple[Tensor, Tensor, bool]:
     """Return a leaf with the values of a layer's output, and what is handed on: a function of the leaf.
 
     The third value says whether other parts of the model may use the values without the graph.
@@ -483,12 +497,12 @@ def _with_graph(tensor: Tensor, given: list[Tensor], call: Call) -> tuple[Tensor
         return leaf, leaf.clone(), False
     # The layer returned what it was given. Whoever uses that, too, gets the graph only if the tensor itself has it.
     leaf = tensor.detach().clone().requires_grad_()
-    if all(_storage(one) != storage for one in tensors_in((call.args, call.kwargs))):
-        try:
-            return leaf, tensor.copy_(leaf), False
-        except RuntimeError:  # views made without gradients and parameters cannot be written to
-            pass
-    return leaf, leaf.clone(), True
+    if any(_storage(one) == storage for one in callers):
+        return leaf, tensor, True
+    try:
+        return leaf, tensor.copy_(leaf), False
+    except RuntimeError:  # views made without gradients and parameters cannot be written to
+        return leaf, leaf.clone(), False
 
 
 def _storage(tensor: Tensor) -> int:

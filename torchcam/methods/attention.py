@@ -352,6 +352,10 @@ class LeGrad(_AttentionCAM):
             evidence.append((grid, to_float(gradient), partial(self._on_grid, recorded)))
         return evidence
 
+    def _check_scores(self, request: Request) -> None:
+        if request.scores is not None:  # each block has a score of its own
+            self._check_recorded(request)
+
     def _scores_of(self, tokens: Tensor) -> Tensor:
         if self.score_projection is not None:
             return self.score_projection(tokens)
@@ -419,7 +423,8 @@ class _RolledOut(_AttentionCAM):
     def _keep_attentions(ended: Pass) -> None:
         for index, noted in enumerate(ended.attentions):
             if noted is not None:
-                ended.keep(index, {f"[{number}]": (one, one) for number, one in enumerate(noted)})
+                what = "" if ended.target_names[index] else "attention"
+                ended.keep(index, {f"{what}[{number}]": (one, one) for number, one in enumerate(noted)})
 
     def _to_grid(self, recorded: Pass, tensor: Tensor, name: str) -> Tensor:
         return to_float(self._on_grid(recorded, tensor[..., 0, :] if self.prefix_tokens else tensor.mean(-2)))
@@ -534,8 +539,8 @@ class TransformerAttribution(_RolledOut):
     keys); the map is the class token's row of :math:`R` over the keys that are patches. One map in all. Works with
     gradients on, under ``no_grad`` and under ``inference_mode``.
 
-    Cost: the user's forward pass, with the attention of the target layers computed a second time, and a backward pass to the first
-    target layer.
+    Cost: the user's forward pass, with the attention of the target layers computed a second time, and a backward pass
+    to the first target layer.
 
     Args:
         model: the vision transformer

@@ -117,7 +117,9 @@ class _Wrapper(_CAM):
                 with call.as_recorded():
                     output = run(variants(chunk), rows)
                 asked = {} if select is None else select.arguments(output, rows)
-                of_rows = Request(base._recorder.find(), relu=request.relu, num_classes=request.num_classes, **asked)
+                of_rows = Request(
+                    base._recorder.find(), relu=request.relu, num_classes=request.num_classes, quiet=True, **asked
+                )
                 return base._finished(base._raw_maps(of_rows, **options), of_rows, normalized=True)
 
             chunks = run_chunks(explain, len(samples), batch_size)

@@ -416,7 +416,7 @@ class _CAM:
         if len(maps) != len(names):  # of all layers together
             activations, gradients, names = [None] * len(maps), [None] * len(maps), [", ".join(names)] * len(maps)
         found = zip(maps, activations, gradients, names, strict=True)
-        return [broken_samples(*of_layer) for of_layer in found]
+        return [broken_samples(*of_layer, quiet=request.quiet) for of_layer in found]
 
     # Gradients.
 
@@ -461,6 +461,7 @@ class _CAM:
         """Repeat the recorded pass on copies of its inputs, and differentiate that."""
         call, recorded = self._recorded_call(request), request.recorded
         with on_replica(self) as repeated, call.as_recorded():
+            repeated._recorder.owns_input = True
             args, kwargs = map_tensors(Tensor.clone, (call.args, call.kwargs))
             repeated.model(*args, **kwargs)
             again = replace(request, recorded=repeated._recorder.find(), scores=None)

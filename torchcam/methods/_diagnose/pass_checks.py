@@ -41,19 +41,19 @@ def check_reached(recorded: ExtractorView) -> Iterator[Finding]:
     if recorded.reached or not recorded.has_hooks or not recorded.is_enabled:
         return
     model = recorded.model
-    if recorded.has_started:
-        hint = f", such as '{recorded.choice}'" if recorded.choice else ""
-        yield finding(
-            "layer_not_reached",
-            f"the forward pass did not run {_target_layers(recorded)}, or was cut short by an exception.",
-            f"Name a layer that runs for this input{hint}. If an exception cut the pass short, call the model again.",
-        )
-    elif getattr(model, "_compiled_call_impl", None) is not None:
+    if recorded.is_compiled:
         yield finding(
             "compiled",
             f"this {type(model).__name__} was compiled in place by `model.compile()`, and compiled code runs no hooks.",
             'Call it under `torch.compiler.set_stance("force_eager")` (torch 2.6 or newer), or explain a model '
             "with the same weights that was not compiled.",
+        )
+    elif recorded.has_started:
+        hint = f", such as '{recorded.choice}'" if recorded.choice else ""
+        yield finding(
+            "layer_not_reached",
+            f"the forward pass did not run {_target_layers(recorded)}, or was cut short by an exception.",
+            f"Name a layer that runs for this input{hint}. If an exception cut the pass short, call the model again.",
         )
     else:
         wrapped = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)

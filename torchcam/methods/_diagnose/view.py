@@ -28,6 +28,7 @@ class ExtractorView:
         target_names: the names of the target layers
         has_hooks: whether the extractor's hooks are on the model
         is_enabled: whether they record
+        is_compiled: whether the model was compiled in place
         has_started: whether a pass has begun
         call: the arguments of the pass; None if a part of the model was called
         grad_enabled: whether the pass ran with gradients on
@@ -58,6 +59,7 @@ class ExtractorView:
         self.target_names: list[str] = list(cam.target_names)
         self.has_hooks: bool = recorder.is_attached
         self.is_enabled: bool = recorder.enabled
+        self.is_compiled: bool = recorder.is_compiled
         self.has_started = found is not None
         self.call: Any = None if found is None else found.call
         self.uses_gradients: bool = recorder.differentiates
@@ -116,6 +118,10 @@ class ExtractorView:
     def selector(self, classes: list[int] | None, select: Selector, output: Any) -> Selector:
         """Return the score that the method explains, for a question about some classes."""
         if classes is None or self._recorded is None:
+            return select
+        try:
+            self.grids()
+        except ValueError:  # a finding of its own
             return select
         with torch.no_grad():
             explained: Selector = self.extractor._selector(Request(self._recorded, classes, output))
