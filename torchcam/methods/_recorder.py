@@ -277,6 +277,7 @@ class Recorder:
                     self._passes[before.number][1].superseded = True
             reference = weakref.ref(own, partial(_no_longer_held, weakref.ref(self), ended.number))
             self._passes[ended.number] = reference, ended
+            self._last_ended = None  # there is a later one
         alive = {identity: key for identity, key in keys.items() if key.recorder() is not None}
         _own_keys.set({**alive, id(self): own})
 
