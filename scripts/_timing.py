@@ -33,19 +33,24 @@ class WallClock:
 
     Args:
         read: tells the seconds since some moment; ``time.process_time`` leaves out those that other processes got
+        calls: how many calls in a row a measurement is the median of
     """
 
-    def __init__(self, read: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, read: Callable[[], float] = time.perf_counter, calls: int = 1) -> None:
         self._read = read
+        self._calls = calls
 
     def measure(self, call: Callable[[], Any]) -> tuple[float, Any]:
         """Give the seconds that a call takes, and what it returns."""
         gc.collect(0)  # whatever a call leaves behind is young, as nothing was collected during it
         gc.disable()
         try:
-            start = self._read()
-            result = call()
-            return self._read() - start, result
+            seconds = []
+            for _ in range(self._calls):
+                start = self._read()
+                result = call()
+                seconds.append(self._read() - start)
+            return statistics.median(seconds), result
         finally:
             gc.enable()
 
@@ -121,6 +126,11 @@ class Timing:
     def ratios(self) -> list[float]:
         """Each call's time in forwards."""
         return [seconds / forward for seconds, forward in zip(self.seconds, self.forwards, strict=True)]
+
+    @property
+    def beside(self) -> list[float]:
+        """The seconds of each call beside its forward pass."""
+        return [seconds - forward for seconds, forward in zip(self.seconds, self.forwards, strict=True)]
 
 
 @dataclass

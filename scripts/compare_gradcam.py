@@ -162,12 +162,12 @@ def unsigned_kpca_cam(setting: Setting, layer: str, classes: list[int]) -> Tenso
 def channel_scaled_full_grad(setting: Setting, _layer: str, classes: list[int]) -> Tensor:
     """FullGrad with every channel scaled by itself."""
     from torchcam.methods import FullGrad
-    from torchcam.targets import Selector
+    from torchcam.methods.core import Request
 
     with FullGrad(setting.model) as extractor:
         setting.model(setting.x)
         terms: list[Tensor] = []
-        extractor._each_term(Selector(classes, None, len(classes)), terms.append)
+        extractor._each_term(Request(extractor._recorder.find(), classes), terms.append)
     terms = [term.abs() for term in terms if term.ndim == 4]
     shifted = [term - term.amin((2, 3), keepdim=True) for term in terms]
     channels = [term / (1e-7 + term.amax((2, 3), keepdim=True)) for term in shifted]
