@@ -53,13 +53,13 @@ class Peers:
         install(GRADCAM, self.folder / "gradcam")
 
     def torchcam(self) -> ModuleType:
-        """Give TorchCAM's methods. Its import name is ours as well, so that it goes by another one here."""
+        """Return TorchCAM's methods. Its import name is ours as well, so that it goes by another one here."""
         name = "torchcam_peer"
         load(TORCHCAM, self.folder / "torchcam", name)
         return importlib.import_module(f"{name}.methods")
 
     def gradcam(self) -> ModuleType:
-        """Give pytorch-grad-cam, without its progress bars and with as many threads as PyTorch has."""
+        """Return pytorch-grad-cam, without its progress bars and with as many threads as PyTorch has."""
         package = load(GRADCAM, self.folder / "gradcam", GRADCAM.module)
         for name in ("ablation_cam", "score_cam"):
             vars(importlib.import_module(f"{GRADCAM.module}.{name}"))["tqdm"] = SimpleNamespace(tqdm=iter)
@@ -242,7 +242,7 @@ PERCENTILES = (20, 40, 60, 80)
 
 
 def map_to_score(setting: Setting) -> Tensor:
-    """Give the maps, of the input's size, whose faithfulness is measured."""
+    """Return the maps, of the input's size, whose faithfulness is measured."""
     with methods.GradCAM(setting.model, setting.layers) as extractor, torch.inference_mode():
         scores = setting.model(setting.x)
         (cams,) = extractor(list(setting.classes), scores)
@@ -291,7 +291,7 @@ def keep_results(owner: Any, name: str, keep: Callable[[Any], Any]) -> None:
 
 
 def tokens_to_grid(tokens: Tensor) -> Tensor:
-    """Give the tokens of a square of patches, (N, 1 + S, C), as a grid (N, C, H, W)."""
+    """Return the tokens of a square of patches, (N, 1 + S, C), as a grid (N, C, H, W)."""
     side = round((tokens.shape[1] - 1) ** 0.5)
     return tokens[:, 1:].mT.reshape(len(tokens), -1, side, side)
 
@@ -427,7 +427,7 @@ CHANNELS = "scales every channel by itself"
 
 
 def cases(peers: Peers, *, every: bool) -> list[Case]:
-    """Give all cases; with ``every``, those that take minutes as well."""
+    """Return all cases; with ``every``, those that take minutes as well."""
     resnets = ("resnet18", "resnet50")
 
     def mine(method: str, **options: Any) -> Contender:
@@ -593,7 +593,7 @@ def first_class(setting: Setting, **options: Any) -> Iterator[Trial]:
 
 
 def memory_cases(peers: Peers, *, every: bool) -> list[Case]:
-    """Give the cases whose peak memory is measured; with ``every``, those that take minutes as well."""
+    """Return the cases whose peak memory is measured; with ``every``, those that take minutes as well."""
 
     def mine(method: str, **options: Any) -> Contender:
         return partial(ours, method=method, **options)
@@ -684,7 +684,7 @@ class Growth:
 
 
 def widened(trunk: nn.Module, channels: int) -> nn.Module:
-    """Give a model that has so many channels before the pooling: a convolution on top of resnet18's."""
+    """Return a model that has so many channels before the pooling: a convolution on top of resnet18's."""
     torch.manual_seed(0)
     device = next(trunk.parameters()).device
     stem = [module for name, module in trunk.named_children() if name not in {"avgpool", "fc"}]
@@ -693,7 +693,7 @@ def widened(trunk: nn.Module, channels: int) -> nn.Module:
 
 
 def growths(peers: Peers, device: str) -> list[Growth]:
-    """Give what grows."""
+    """Return what grows."""
     model = make_model("resnet18", device)
     name = "resnet18"
     blocks = [f"layer{stage}.{block}" for stage in (4, 3, 2, 1) for block in (1, 0)]

@@ -33,7 +33,7 @@ class Results:
                 yield row
 
     def forwards(self, row: Row, contender: str) -> Quartiles:
-        """Give a contender's time in forwards."""
+        """Return a contender's time in forwards."""
         return quartiles(Timing(**row["times"][contender]).ratios)
 
     def beside(self, row: Row, contender: str) -> Quartiles:
@@ -41,16 +41,16 @@ class Results:
         return quartiles(Timing(**row["times"][contender]).beside)
 
     def seconds(self, row: Row, contender: str) -> float:
-        """Give a contender's median time in seconds."""
+        """Return a contender's median time in seconds."""
         return float(median(row["times"][contender]["seconds"]))
 
     def time(self, contender: str = OURS, **values: Any) -> float | None:
-        """Give the largest median time in forwards of the cases that have these values; None without a measurement."""
+        """Return the largest median time in forwards of the cases with these values; None without a measurement."""
         found = [self.forwards(r, contender).median for r in self.rows("times", **values) if contender in r["times"]]
         return max(found, default=None)
 
     def faster(self, other: str, contender: str = OURS, **values: Any) -> float | None:
-        """Give how many times a contender is faster than another, the smallest of the cases that have these values."""
+        """Return how many times a contender is faster than another, the smallest of the cases with these values."""
         found = [
             self.forwards(row, other).median / self.forwards(row, contender).median
             for row in self.rows("times", **values)
@@ -68,7 +68,7 @@ class Results:
         return max(found, default=None)
 
     def memory(self, one: str, other: str, **values: Any) -> tuple[float, float] | None:
-        """Give how many times as much memory a contender needs as another, the least and the most of these cases."""
+        """Return how many times as much memory a contender needs as another, the least and the most of these cases."""
         found = [
             row["bytes"][one] / max(row["bytes"][other], 1)
             for row in self.rows("memory", **values)
@@ -261,7 +261,7 @@ def panels(results: Results) -> dict[tuple[str, str], list[Row]]:
 
 
 def curve(rows: Sequence[Row], contender: str) -> list[tuple[int, Quartiles]]:
-    """Give a contender's times in forwards along an axis."""
+    """Return a contender's times in forwards along an axis."""
     return [
         (row["value"], quartiles(Timing(**row["times"][contender]).ratios)) for row in rows if contender in row["times"]
     ]
@@ -275,7 +275,7 @@ LABELS = {OURS: "this package", TC: "TorchCAM 0.5.0", GC: "pytorch-grad-cam 1.5.
 
 
 def draw(results: Results, folder: Path) -> dict[str, Path]:
-    """Draw what there is; give the pictures by the section that they belong to."""
+    """Draw what there is; return the pictures by the section that they belong to."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {}
     if results.data.get("growth"):
@@ -400,7 +400,7 @@ class Target:
 
 
 def targets(results: Results) -> list[Target]:
-    """Give all targets with what was measured."""
+    """Return all targets with what was measured."""
     found = []
     for model, limit in (("resnet18", 1.05), ("resnet50", 1.05), ("vit_b_16", 1.10)):
         found += [
@@ -466,7 +466,7 @@ def targets(results: Results) -> list[Target]:
 
 
 def describe(results: Results) -> str:
-    """Say what was measured on."""
+    """Describe the machine of the measurements."""
     machine = results.data.get("machine", {})
     parts = [f"{key} {value}" for key, value in machine.items()]
     if results.data.get("clock") == "cpu":

@@ -20,11 +20,11 @@ class Clock(Protocol):
     """What measures a call."""
 
     def measure(self, call: Callable[[], Any]) -> tuple[float, Any]:
-        """Give the seconds that a call takes, and what it returns."""
+        """Return the seconds that a call takes, and what it returns."""
         ...
 
     def now(self) -> float:
-        """Give the seconds since some moment."""
+        """Return the seconds since some moment."""
         ...
 
 
@@ -41,7 +41,7 @@ class WallClock:
         self._calls = calls
 
     def measure(self, call: Callable[[], Any]) -> tuple[float, Any]:
-        """Give the seconds that a call takes, and what it returns."""
+        """Return the seconds that a call takes, and what it returns."""
         gc.collect(0)  # whatever a call leaves behind is young, as nothing was collected during it
         gc.disable()
         try:
@@ -55,7 +55,7 @@ class WallClock:
             gc.enable()
 
     def now(self) -> float:
-        """Give the seconds since some moment."""
+        """Return the seconds since some moment."""
         return time.perf_counter()
 
 
@@ -63,7 +63,7 @@ class CudaClock(WallClock):
     """The time between two events on the current CUDA stream, work of the CPU in between included."""
 
     def measure(self, call: Callable[[], Any]) -> tuple[float, Any]:
-        """Give the seconds that a call takes, and what it returns."""
+        """Return the seconds that a call takes, and what it returns."""
         import torch
 
         event: Any = torch.cuda.Event
@@ -92,7 +92,7 @@ class Quartiles:
 
 
 def quartiles(values: Sequence[float]) -> Quartiles:
-    """Give the quartiles, interpolated between the numbers.
+    """Return the quartiles, interpolated between the numbers.
 
     Raises:
         ValueError: if there are no numbers
@@ -151,7 +151,7 @@ class Budget:
         self._start = self.clock.now()
 
     def share(self) -> float | None:
-        """Give the seconds for the next task, None for as many as it wants; not positive where none are left."""
+        """Return the seconds for the next task, None for as many as it wants; not positive where none are left."""
         tasks = max(self.tasks, 1)
         self.tasks -= 1
         return None if self.seconds is None else (self.seconds - (self.clock.now() - self._start)) / tasks

@@ -58,7 +58,7 @@ QUICK = {"models": ["resnet18"], "batch_sizes": [1], "repeats": 2}
 
 
 def make_clock(options: argparse.Namespace, calls: int = 1) -> Clock:
-    """Give the clock that calls are measured with, so many in a row."""
+    """Return the clock that calls are measured with, so many in a row."""
     if options.device == "cuda":
         return CudaClock()
     return WallClock(time.process_time if options.cpu_time else time.perf_counter, calls)
@@ -186,7 +186,7 @@ def measure_overhead(found: Sequence[Case], options: argparse.Namespace, budget:
 
 
 def one_line(row: dict[str, Any]) -> str:
-    """Say in short what a case came to: its time in forwards, and the time beside its forward."""
+    """Summarise the results of a case: its time in forwards, and the time beside its forward."""
     results = Results({"times": [row]})
     parts = [
         f"{name} {results.forwards(row, name).median:.2f} F ({1e3 * results.beside(row, name).median:+.3f} ms)"
@@ -242,7 +242,7 @@ def measure_growth(found: Sequence[Growth], options: argparse.Namespace, budget:
 
 
 def environment_for(options: argparse.Namespace) -> dict[str, str]:
-    """Give the environment that memory is measured in."""
+    """Return the environment that memory is measured in."""
     exact = ALLOCATOR if options.allocator == "exact" else {}
     return {**os.environ, "OMP_NUM_THREADS": str(options.threads), **exact}
 
@@ -279,7 +279,7 @@ def measure_memory(options: argparse.Namespace, budget: Budget) -> list[dict[str
 def memory_of(
     number: int, contender: str, model: str, batch: int, options: argparse.Namespace, environment: dict[str, str]
 ) -> int:
-    """Give the peak memory of one contender above what the process held before."""
+    """Return the peak memory of one contender above what the process held before."""
     what = ["--case", str(number), "--contender", contender, *(["--every"] if options.slow else [])]
     found = in_fresh_process([*what, "--model", model, "--batch", str(batch)], options, environment)
     return found["peak"] - found["before"]
@@ -311,7 +311,7 @@ def in_fresh_process(what: Sequence[str], options: argparse.Namespace, environme
 
 
 def measure_imports(repeats: int) -> dict[str, list[float]]:
-    """Give the seconds of imports in fresh processes, in turn; the first round is not counted."""
+    """Return the seconds of imports in fresh processes, in turn; the first round is not counted."""
     code = "import time; start = time.perf_counter(); import {}; print(time.perf_counter() - start)"
     names = ["torch", "torchcam.methods"]
     seconds: dict[str, list[float]] = {name: [] for name in names}
