@@ -29,7 +29,7 @@ _STATUS = Path("/proc/self/status")
 
 
 def _field(name: str) -> int:
-    """Give a number of kilobytes in the process's status, in bytes."""
+    """Return a number of kilobytes in the process's status, in bytes."""
     for line in _STATUS.read_text(encoding="ascii").splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
@@ -37,7 +37,7 @@ def _field(name: str) -> int:
 
 
 def resident() -> int:
-    """Give the resident memory in bytes, after what is free was returned to the system."""
+    """Return the resident memory in bytes, after what is free was returned to the system."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -46,12 +46,12 @@ def resident() -> int:
 
 
 def reset_high_water() -> None:
-    """Let the high-water mark start from the resident memory of now."""
+    """Set the high-water mark back to the resident memory of now."""
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def high_water() -> int:
-    """Give the largest resident memory since the mark was set back, in bytes."""
+    """Return the largest resident memory since the mark was set back, in bytes."""
     return _field("VmHWM")
 
 
@@ -72,7 +72,7 @@ class Images:
 
 
 def follow_stream(model: nn.Module, layer: str, images: Images, early: int) -> dict[str, int]:
-    """Explain a stream of images; give the memory after so many of them, and at the end."""
+    """Explain a stream of images; return the memory after so many of them, and at the end."""
     from torchcam.methods import GradCAM
 
     held: dict[str, int] = {}
@@ -87,7 +87,7 @@ def follow_stream(model: nn.Module, layer: str, images: Images, early: int) -> d
 
 
 def in_use(device: str) -> int:
-    """Give the memory that is in use: of the process, or on CUDA of the tensors."""
+    """Return the memory that is in use: of the process, or on CUDA of the tensors."""
     if device != "cuda":
         return _field("VmRSS")
     import torch

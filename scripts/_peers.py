@@ -45,13 +45,13 @@ def run(
     tolerance: float,
     arguments: Sequence[str] | None = None,
 ) -> int:
-    """Run a comparison; give the exit code.
+    """Run a comparison; return the exit code.
 
     Args:
         peer: the package to compare with
         title: what the script does
         answer: computes the maps of the peer, in a process where it can be imported
-        compare: prints the comparison, given the maps of the peer and the tolerance; tells whether all is well
+        compare: prints the comparison, given the maps of the peer and the tolerance; returns whether all is well
         tolerance: the largest difference, unless an argument says otherwise
         arguments: those of the command line by default
     """
@@ -112,7 +112,7 @@ def load(peer: Peer, folder: Path, name: str) -> ModuleType:
 
 
 def maps_of(peer: Peer, folder: Path) -> Maps:
-    """Let the peer compute its maps, in a process of its own."""
+    """Compute the maps of a peer, in a process of its own."""
     install(peer, folder)
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / "maps.npz"

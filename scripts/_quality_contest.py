@@ -142,7 +142,7 @@ class Witness:
 
     @staticmethod
     def fuse_cams(maps: list[Tensor]) -> Tensor:
-        """Give the only map."""
+        """Return the only map."""
         return maps[0]
 
     def __call__(self, class_idx: Sequence[int], _scores: Any) -> list[Tensor]:
@@ -237,7 +237,7 @@ def _short(layer: str) -> str:
 
 @torch.no_grad()
 def _explain(extractor: Any, images: Tensor, classes: Tensor, _truth: Tensor) -> Tensor:
-    """Let an extractor explain the logits of a batch."""
+    """Explain the logits of a batch."""
     extractor.enable_hooks()
     try:
         scores = extractor.model(images)

@@ -34,7 +34,7 @@ def bootstrap_means(values: Values, num_resamples: int, seed: int) -> Values:
 
 
 def interval(values: Values, num_resamples: int, seed: int) -> tuple[float, float, float]:
-    """Give the mean and the ends of its 95 % percentile bootstrap interval."""
+    """Return the mean and the ends of its 95 % percentile bootstrap interval."""
     if np.isnan(values).all():
         return np.nan, np.nan, np.nan
     low, high = np.percentile(bootstrap_means(values, num_resamples, seed), [2.5, 97.5])
@@ -42,7 +42,7 @@ def interval(values: Values, num_resamples: int, seed: int) -> tuple[float, floa
 
 
 def spearman(a: Values, b: Values) -> Values:
-    """Give the rank correlation of the last axes of two arrays; equals share a rank. NaN where one does not vary."""
+    """Return the rank correlation of the last axes of two arrays; equals share a rank. NaN where one does not vary."""
     x, y = (rankdata(part, axis=-1) for part in (a, b))
     x, y = (part - part.mean(-1, keepdims=True) for part in (x, y))
     scale = np.sqrt((x**2).sum(-1) * (y**2).sum(-1))
@@ -52,7 +52,7 @@ def spearman(a: Values, b: Values) -> Values:
 
 
 def rank_agreement(a: list[Values], b: list[Values], num_resamples: int, seed: int) -> tuple[float, float, float]:
-    """Give the rank correlation of two scores over methods, and its 95 % bootstrap interval.
+    """Return the rank correlation of two scores over methods, and its 95 % bootstrap interval.
 
     What is drawn with replacement are the pictures behind each method's means, and then the methods.
 

@@ -20,11 +20,11 @@ class Clock(Protocol):
     """What measures a call."""
 
     def measure(self, call: Callable[[], Any]) -> tuple[float, Any]:
-        """Give the seconds that a call takes, and what it returns."""
+        """Return the seconds that a call takes, and what it returns."""
         ...
 
     def now(self) -> float:
-        """Give the seconds since some moment."""
+        """Return the seconds since some moment."""
         ...
 
 
@@ -33,24 +33,29 @@ class WallClock:
 
     Args:
         read: tells the seconds since some moment; ``time.process_time`` leaves out those that other processes got
+        calls: how many calls in a row a measurement is the median of
     """
 
-    def __init__(self, read: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, read: Callable[[], float] = time.perf_counter, calls: int = 1) -> None:
         self._read = read
+        self._calls = calls
 
     def measure(self, call: Callable[[], Any]) -> tuple[float, Any]:
-        """Give the seconds that a call takes, and what it returns."""
+        """Return the seconds that a call takes, and what it returns."""
         gc.collect(0)  # whatever a call leaves behind is young, as nothing was collected during it
         gc.disable()
         try:
-            start = self._read()
-            result = call()
-            return self._read() - start, result
+            seconds = []
+            for _ in range(self._calls):
+                start = self._read()
+                result = call()
+                seconds.append(self._read() - start)
+            return statistics.median(seconds), result
         finally:
             gc.enable()
 
     def now(self) -> float:
-        """Give the seconds since some moment."""
+        """Return the seconds since some moment."""
         return time.perf_counter()
 
 
@@ -58,7 +63,7 @@ class CudaClock(WallClock):
     """The time between two events on the current CUDA stream, work of the CPU in between included."""
 
     def measure(self, call: Callable[[], Any]) -> tuple[float, Any]:
-        """Give the seconds that a call takes, and what it returns."""
+        """Return the seconds that a call takes, and what it returns."""
         import torch
 
         event: Any = torch.cuda.Event
@@ -87,7 +92,7 @@ class Quartiles:
 
 
 def quartiles(values: Sequence[float]) -> Quartiles:
-    """Give the quartiles, interpolated between the numbers.
+    """Return the quartiles, interpolated between the numbers.
 
     Raises:
         ValueError: if there are no numbers
@@ -122,6 +127,11 @@ class Timing:
         """Each call's time in forwards."""
         return [seconds / forward for seconds, forward in zip(self.seconds, self.forwards, strict=True)]
 
+    @property
+    def beside(self) -> list[float]:
+        """The seconds of each call beside its forward pass."""
+        return [seconds - forward for seconds, forward in zip(self.seconds, self.forwards, strict=True)]
+
 
 @dataclass
 class Budget:
@@ -141,7 +151,7 @@ class Budget:
         self._start = self.clock.now()
 
     def share(self) -> float | None:
-        """Give the seconds for the next task, None for as many as it wants; not positive where none are left."""
+        """Return the seconds for the next task, None for as many as it wants; not positive where none are left."""
         tasks = max(self.tasks, 1)
         self.tasks -= 1
         return None if self.seconds is None else (self.seconds - (self.clock.now() - self._start)) / tasks

@@ -305,12 +305,12 @@ def read(path: Path) -> Board:
 
 
 def mean(entry: Entry, key: str) -> float:
-    """Give the mean of a score over the pictures."""
+    """Return the mean of a score over the pictures."""
     return float(np.nanmean(entry.values[key]))
 
 
 def ranking(boards: Mapping[str, Board]) -> dict[str, float]:
-    """Give each contestant's mean rank over the main scores of all models that it applies to, as a share of them."""
+    """Return each contestant's mean rank over the main scores of all models that it applies to, as a share of them."""
     ranks: dict[str, list[float]] = {}
     for name, board in boards.items():
         for key in MAIN.get(name, MAIN_OF_OTHERS):
@@ -349,7 +349,7 @@ def check(boards: Mapping[str, Board]) -> list[Check]:
 
 
 def agreements(boards: Mapping[str, Board]) -> dict[str, dict[str, tuple[float, float, float]]]:
-    """Give the rank correlation of each faithfulness metric with the truth, over the methods, for each model."""
+    """Return the rank correlation of each faithfulness metric with the truth, over the methods, for each model."""
     found: dict[str, dict[str, tuple[float, float, float]]] = {}
     for name, board in boards.items():
         entries = [entry for entry in board.values() if entry.kind != "baseline"]
@@ -534,7 +534,7 @@ def draw(models: Mapping[str, nn.Module], path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse the arguments, score everyone, write; give the exit code."""
+    """Parse the arguments, score everyone, write; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few pictures and methods; nothing is written")
     parser.add_argument("--pictures", type=int, help="pictures of each task (default: 80; 12 if quick)")

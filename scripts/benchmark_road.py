@@ -36,7 +36,7 @@ PERCENTILES = (20, 40, 60, 80)
 def contenders(
     folder: Path, model: nn.Module, x: Tensor, maps: Tensor, class_idx: int
 ) -> Mapping[str, Callable[[], float]]:
-    """Give the calls to compare: each gives the mean of ROAD over the samples.
+    """Return the calls to compare: each gives the mean of ROAD over the samples.
 
     Args:
         folder: where pytorch-grad-cam is, or gets installed
@@ -63,7 +63,7 @@ class CpuClock(WallClock):
     """The time that this process has been computing, in all its threads: on a busy machine, the fairer one."""
 
     def measure(self, call: Callable[[], Any]) -> tuple[float, Any]:
-        """Give the seconds that a call takes, and what it returns."""
+        """Return the seconds that a call takes, and what it returns."""
         taken = 0.0
 
         def timed() -> Any:
@@ -80,7 +80,7 @@ class CpuClock(WallClock):
 def compare(
     calls: Mapping[str, Callable[[], float]], forward: Callable[[], Any], repeats: int, clock: WallClock
 ) -> tuple[dict[str, Timing], dict[str, float]]:
-    """Let the calls take turns; give their timings, and what each gave at first."""
+    """Measure the calls in turn; return their timings, and what each gave at first."""
     values: dict[str, float] = {}
 
     def entrant(call: Callable[[], float]) -> Callable[[], Any]:
@@ -96,7 +96,7 @@ def compare(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the benchmark; give the exit code."""
+    """Run the benchmark; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = Path(tempfile.gettempdir()) / "torchcam-peers" / "gradcam"
     parser.add_argument("--peer-dir", type=Path, default=default, help=f"folder for the peer (default: {default})")

@@ -5,6 +5,9 @@ in which their maps are compared. Every call stands between two forwards of the 
 and is counted in F, the mean of the two; tables show medians with quartiles. Ours explain in inference mode; the peers
 run as their documentation has it. Extractors are made beforehand, unmeasured.
 
+Overhead is the host time beside the forward pass: what a forward with its call takes, less the mean of the forwards
+around it, on the CPU with one thread. On a model of three layers each of these times is the median of calls in a row.
+
 Peak memory is measured in fresh processes, one for each case and package (see scripts/_memory_case.py).
 
 The exit code is 1 if the maps of a peer differ from ours for no known reason. A target that is missed does not change
@@ -41,6 +44,7 @@ from _contenders import (
     growths,
     make_model,
     memory_cases,
+    overhead_cases,
 )
 from _memory_case import ALLOCATOR
 from _report import Results, draw, replace_block, summary_table, write_report
@@ -49,15 +53,15 @@ from _timing import Budget, Clock, CudaClock, WallClock, interleave, quartiles
 import torchcam
 
 ROOT = Path(__file__).resolve().parent.parent
-SECTIONS = ("times", "memory", "imports", "growth")
+SECTIONS = ("times", "overhead", "memory", "imports", "growth")
 QUICK = {"models": ["resnet18"], "batch_sizes": [1], "repeats": 2}
 
 
-def make_clock(options: argparse.Namespace) -> Clock:
-    """Give the clock that calls are measured with."""
+def make_clock(options: argparse.Namespace, calls: int = 1) -> Clock:
+    """Return the clock that calls are measured with, so many in a row."""
     if options.device == "cuda":
         return CudaClock()
-    return WallClock(time.process_time) if options.cpu_time else WallClock()
+    return WallClock(time.process_time if options.cpu_time else time.perf_counter, calls)
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -148,7 +152,6 @@ def measure_case(
 
 def measure_times(found: Sequence[Case], options: argparse.Namespace, budget: Budget) -> list[dict[str, Any]]:
     """Measure all cases, model after model."""
-    clock = make_clock(options)
     rows = []
     for name in options.models:
         model = None
@@ -165,16 +168,30 @@ def measure_times(found: Sequence[Case], options: argparse.Namespace, budget: Bu
                     continue
                 model = make_model(name, options.device) if model is None else model
                 setting = case.setting(name, model, batch)
+                clock = make_clock(options, case.calls)
                 row = measure_case(case, setting, clock, repeats=options.repeats, seconds=share, every=options.slow)
                 rows.append(row)
                 print(f"{label}: {one_line(row)}", flush=True)
     return rows
 
 
+def measure_overhead(found: Sequence[Case], options: argparse.Namespace, budget: Budget) -> list[dict[str, Any]]:
+    """Measure the host time beside the forward pass: on the CPU, with one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return measure_times(found, argparse.Namespace(**{**vars(options), "device": "cpu"}), budget)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def one_line(row: dict[str, Any]) -> str:
-    """Say in short what a case came to."""
+    """Summarise the results of a case: its time in forwards, and the time beside its forward."""
     results = Results({"times": [row]})
-    parts = [f"{name} {results.forwards(row, name).median:.2f} F" for name in row["times"]]
+    parts = [
+        f"{name} {results.forwards(row, name).median:.2f} F ({1e3 * results.beside(row, name).median:+.3f} ms)"
+        for name in row["times"]
+    ]
     for agreement in row["agreements"]:
         verdict = agreement["reason"] or ("as ours" if agreement["good"] else "DISAGREES")
         parts.append(f"{agreement['contender']} {verdict} ({agreement['difference']:.1e})")
@@ -225,7 +242,7 @@ def measure_growth(found: Sequence[Growth], options: argparse.Namespace, budget:
 
 
 def environment_for(options: argparse.Namespace) -> dict[str, str]:
-    """Give the environment that memory is measured in."""
+    """Return the environment that memory is measured in."""
     exact = ALLOCATOR if options.allocator == "exact" else {}
     return {**os.environ, "OMP_NUM_THREADS": str(options.threads), **exact}
 
@@ -262,7 +279,7 @@ def measure_memory(options: argparse.Namespace, budget: Budget) -> list[dict[str
 def memory_of(
     number: int, contender: str, model: str, batch: int, options: argparse.Namespace, environment: dict[str, str]
 ) -> int:
-    """Give the peak memory of one contender above what the process held before."""
+    """Return the peak memory of one contender above what the process held before."""
     what = ["--case", str(number), "--contender", contender, *(["--every"] if options.slow else [])]
     found = in_fresh_process([*what, "--model", model, "--batch", str(batch)], options, environment)
     return found["peak"] - found["before"]
@@ -294,7 +311,7 @@ def in_fresh_process(what: Sequence[str], options: argparse.Namespace, environme
 
 
 def measure_imports(repeats: int) -> dict[str, list[float]]:
-    """Give the seconds of imports in fresh processes, in turn; the first round is not counted."""
+    """Return the seconds of imports in fresh processes, in turn; the first round is not counted."""
     code = "import time; start = time.perf_counter(); import {}; print(time.perf_counter() - start)"
     names = ["torch", "torchcam.methods"]
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -359,16 +376,21 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
     peers = Peers(options.peers)
     peers.install()
-    found = [case for case in cases(peers, every=options.slow) if not options.cases or case.name in options.cases]
-    tasks = count_tasks(found, options) if "times" in options.sections else 0
-    memory_tasks = 0
-    if "memory" in options.sections:
-        for case in memory_cases(peers, every=options.slow):
-            if not options.cases or case.name in options.cases:
-                memory_tasks += count_tasks([case], options) * len(case.contenders)
+    listed = {
+        "times": cases(peers, every=options.slow),
+        "overhead": overhead_cases(peers),
+        "memory": memory_cases(peers, every=options.slow),
+    }
+    found = {
+        section: [case for case in listed[section] if not options.cases or case.name in options.cases]
+        for section in options.sections
+        if section in listed
+    }
+    tasks = sum(count_tasks(found.get(section, ()), options) for section in ("times", "overhead"))
+    tasks += sum(count_tasks([case], options) * len(case.contenders) for case in found.get("memory", ()))
     growing = growths(peers, options.device) if "growth" in options.sections and not options.cases else []
-    growth_tasks = sum(len(growth.values) for growth in growing)
-    budget = Budget(options.budget_seconds, tasks + memory_tasks + growth_tasks, WallClock())
+    tasks += sum(len(growth.values) for growth in growing)
+    budget = Budget(options.budget_seconds, tasks, WallClock())
     results: dict[str, Any] = {"machine": machine(options.device), "device": options.device, "slow": options.slow}
     results["allocator"], results["clock"] = options.allocator, "cpu" if options.cpu_time else "wall"
     if "memory" in options.sections:
@@ -376,7 +398,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         if not options.cases:
             results["stream"] = measure_stream(options, environment_for(options))
     if "times" in options.sections:
-        results["times"] = measure_times(found, options, budget)
+        results["times"] = measure_times(found["times"], options, budget)
+    if "overhead" in options.sections:
+        results["overhead"] = measure_overhead(found["overhead"], options, budget)
     if growing:
         results["growth"] = measure_growth(growing, options, budget)
     if "imports" in options.sections and not options.cases:

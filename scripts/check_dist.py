@@ -42,7 +42,7 @@ def files_of_package() -> set[str]:
 
 
 def wheel_faults(names: Iterable[str], version: str, expected: set[str]) -> list[str]:
-    """Say what is wrong with the names of the files in a wheel."""
+    """Describe what is wrong with the names of the files in a wheel."""
     found = set(names)
     about = {name for name in found if name.startswith(f"torchcam-{version}.dist-info/")}
     faults = _faults("the wheel", found - about, expected)
@@ -52,7 +52,7 @@ def wheel_faults(names: Iterable[str], version: str, expected: set[str]) -> list
 
 
 def sdist_faults(names: Iterable[str], version: str, expected: set[str]) -> list[str]:
-    """Say what is wrong with the names of the files in an sdist."""
+    """Describe what is wrong with the names of the files in an sdist."""
     prefix = f"torchcam-{version}/"
     outside = [name for name in names if not name.startswith(prefix)]
     found = {name.removeprefix(prefix) for name in names} - set(outside)

@@ -48,7 +48,7 @@ class Setting:
     x: Tensor
 
     def classes(self) -> list[int]:
-        """Give each sample's class of the highest logit."""
+        """Return each sample's class of the highest logit."""
         with torch.no_grad():
             logits: Tensor = self.model(self.x)
         chosen: list[int] = logits.argmax(1).tolist()
@@ -84,7 +84,7 @@ class Case:
 
 
 def _hooked(setting: Setting, layer: str, classes: list[int]) -> tuple[Tensor, Tensor]:
-    """Give a layer's activation, and the gradient of the classes' scores."""
+    """Return a layer's activation, and the gradient of the classes' scores."""
     activations: list[Tensor] = []
     handle = setting.model.get_submodule(layer).register_forward_hook(lambda _m, _a, output: activations.append(output))
     scores = setting.model(setting.x)
@@ -162,12 +162,12 @@ def unsigned_kpca_cam(setting: Setting, layer: str, classes: list[int]) -> Tenso
 def channel_scaled_full_grad(setting: Setting, _layer: str, classes: list[int]) -> Tensor:
     """FullGrad with every channel scaled by itself."""
     from torchcam.methods import FullGrad
-    from torchcam.targets import Selector
+    from torchcam.methods.core import Request
 
     with FullGrad(setting.model) as extractor:
         setting.model(setting.x)
         terms: list[Tensor] = []
-        extractor._each_term(Selector(classes, None, len(classes)), terms.append)
+        extractor._each_term(Request(extractor._recorder.find(), classes), terms.append)
     terms = [term.abs() for term in terms if term.ndim == 4]
     shifted = [term - term.amin((2, 3), keepdim=True) for term in terms]
     channels = [term / (1e-7 + term.amax((2, 3), keepdim=True)) for term in shifted]
@@ -175,7 +175,7 @@ def channel_scaled_full_grad(setting: Setting, _layer: str, classes: list[int]) 
 
 
 def augmented_by_peer(setting: Setting, layer: str, targets: list[Any]) -> Any:
-    """Let the peer augment Grad-CAM."""
+    """Compute an augmented Grad-CAM with the peer."""
     from pytorch_grad_cam import GradCAM
 
     with GradCAM(setting.model, [setting.model.get_submodule(layer)]) as extractor:
@@ -183,7 +183,7 @@ def augmented_by_peer(setting: Setting, layer: str, targets: list[Any]) -> Any:
 
 
 def full_grad_by_peer(setting: Setting, _layer: str, targets: list[Any]) -> Any:
-    """Let the peer compute FullGrad."""
+    """Compute FullGrad with the peer."""
     from pytorch_grad_cam import FullGrad
 
     with FullGrad(setting.model, []) as extractor:
@@ -191,7 +191,7 @@ def full_grad_by_peer(setting: Setting, _layer: str, targets: list[Any]) -> Any:
 
 
 def guided_by_peer(setting: Setting, _layer: str, _targets: list[Any]) -> Any:
-    """Let the peer do guided backpropagation, on one image after the other."""
+    """Compute guided backpropagation with the peer, on one image after the other."""
     from pytorch_grad_cam import GuidedBackpropReLUModel
 
     guided = GuidedBackpropReLUModel(copy.deepcopy(setting.model), "cpu")  # it leaves other ReLUs behind
@@ -246,7 +246,7 @@ def make_settings() -> dict[str, Setting]:
 
 
 def maps_of_peer() -> Maps:
-    """Let the peer compute all maps, by case, setting and layer."""
+    """Compute all maps with the peer, by case, setting and layer."""
     import pytorch_grad_cam
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
@@ -280,7 +280,7 @@ def scaled(cam: Tensor, setting: Setting) -> Tensor:
 
 
 def compare(peer: Maps, tolerance: float) -> bool:
-    """Print the table; tell whether all differences are as they should be."""
+    """Print the table; return whether all differences are as they should be."""
     import torchcam.methods as methods
 
     print(f"{PEER.requirements[0]} and this package: cosine of the maps of a sample, the smallest of the batch of 2")

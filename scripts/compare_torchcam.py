@@ -81,7 +81,7 @@ def outputs_of(model: nn.Module, layers: Sequence[str]) -> Iterator[list[Tensor]
 
 
 def differentiate(setting: Setting, layers: Sequence[str], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Give the layers' activations, and the gradients of the classes' scores."""
+    """Return the layers' activations, and the gradients of the classes' scores."""
     with outputs_of(setting.model, layers) as activations:
         scores = setting.model(x)
     gradients = torch.autograd.grad(scores[range(len(x)), CLASSES].sum(), activations)
@@ -198,7 +198,7 @@ def make_settings() -> dict[str, Setting]:
 
 
 def maps_of_package(settings: Mapping[str, Setting]) -> Maps:
-    """Let the `torchcam` that is imported in this process compute all maps, by case, layer and normalisation."""
+    """Compute all maps with the `torchcam` that is imported in this process, by case, layer and normalisation."""
     import torchcam.methods as methods
 
     maps = {}
@@ -224,13 +224,13 @@ def scaled_with_eps(maps: Tensor) -> Tensor:
 
 
 def difference(one: np.ndarray[Any, Any] | Tensor, other: np.ndarray[Any, Any]) -> float:
-    """Give the largest absolute difference, NaN if the shapes differ."""
+    """Return the largest absolute difference, NaN if the shapes differ."""
     array = np.asarray(one)
     return float(np.abs(array - other).max()) if array.shape == other.shape else float("nan")
 
 
 def compare(peer: Maps, tolerance: float) -> bool:
-    """Print the table; tell whether all differences are as they should be."""
+    """Print the table; return whether all differences are as they should be."""
     settings = make_settings()
     ours = maps_of_package(settings)
     package = PEER.requirements[0]

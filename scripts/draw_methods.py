@@ -29,7 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = {"SESS": {"window_size": 48, "scales": 4}, 
 
 
 def maps_of(name: str, model: Any, batch: Tensor, classes: tuple[int, ...]) -> tuple[str, list[Tensor]]:
-    """Give the layers a method looked at, and its map of each class at the size of the picture."""
+    """Return the layers a method looked at, and its map of each class at the size of the picture."""
     method: Callable[..., Any] = getattr(methods, name)
     layer = None if name in WITHOUT_LAYER else LAYERS.get(name, "layer4")
     options = OPTIONS.get(name, {}) | ({"fc_layer": "fc"} if name == "CAM" else {})

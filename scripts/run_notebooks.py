@@ -29,7 +29,7 @@ ADDRESS = re.compile(r" at 0x[0-9a-f]{6,}")
 
 
 def execute(path: Path, timeout: int) -> tuple[Any, float]:
-    """Execute a notebook in a fresh kernel and an empty folder; give it with its outputs, and the seconds it took."""
+    """Execute a notebook in a fresh kernel and an empty folder; return it with its outputs, and the seconds it took."""
     notebook = nbformat.read(path, as_version=4)
     notebook.metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
     with tempfile.TemporaryDirectory() as folder:

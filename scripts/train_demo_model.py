@@ -112,7 +112,7 @@ def evaluate(model: DemoNet, num_scenes: int, seed: int) -> dict[str, float]:
 
 
 def write_samples(model: DemoNet, folder: Path) -> Iterable[str]:
-    """Write the sample pictures, their masks and `samples.json`; say what the model makes of each."""
+    """Write the sample pictures, their masks and `samples.json`; describe what the model makes of each."""
     folder.mkdir(parents=True, exist_ok=True)
     entries = []
     for name, num_digits, seed in SAMPLES:

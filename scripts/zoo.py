@@ -231,7 +231,7 @@ def settle(model: nn.Module, x: Tensor) -> None:
 
 
 def maps_of(model: nn.Module, x: Tensor) -> tuple[str, tuple[int, ...]]:
-    """Explain a prediction with both methods; give the layer and the shape of the maps.
+    """Explain a prediction with both methods; return the layer and the shape of the maps.
 
     Raises:
         ValueError: if a map is not finite, is constant or has another aspect ratio than the input
@@ -253,13 +253,13 @@ def maps_of(model: nn.Module, x: Tensor) -> tuple[str, tuple[int, ...]]:
 
 
 def extractor_layer(extractor: Any) -> str:
-    """Give the name of an extractor's only target layer."""
+    """Return the name of an extractor's only target layer."""
     (name,) = extractor.target_names
     return str(name)
 
 
 def placed(model: nn.Module, layer: str, x: Tensor) -> bool:
-    """Tell whether a patch of the input that changes is where the layer's grid changes most, for two patches."""
+    """Check whether a patch of the input that changes is where the layer's grid changes most, for two patches."""
     outputs: list[Tensor] = []
     generator = torch.Generator().manual_seed(0)
 
@@ -342,7 +342,7 @@ def where_placed(model: nn.Module, layer: str, x: Tensor) -> str:
 
 
 def wide(model: nn.Module, side: int) -> str:
-    """Explain an image that is half as wide again; give the grid, or that the model takes no such image."""
+    """Explain an image that is half as wide again; return the grid, or that the model takes no such image."""
     x = image(side, side + (side // 2 + 31) // 32 * 32)
     try:
         with torch.inference_mode():
@@ -375,7 +375,7 @@ def table(results: list[tuple[Entry, Outcome]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the sweep; give 1 if a model failed."""
+    """Run the sweep; return 1 if a model failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sources = {"torchvision": torchvision_models, "timm": timm_models, "transformers": transformers_models}
     parser.add_argument("--library", choices=sources, action="append", help="only this library (repeatable)")

@@ -18,7 +18,7 @@ import _timing
 import benchmark_speed
 import pytest
 import torch
-from _contenders import GC, OURS, PLAIN, TC, Case, Check, Peers, Setting, Trial
+from _contenders import GC, OURS, OVERHEAD, PLAIN, SMALL, TC, Case, Check, Peers, Setting, Trial
 from torch import nn
 
 from torchcam.methods import GradCAM
@@ -100,6 +100,7 @@ class TestInterleave:
         timings = _timing.interleave(stage.call("F", forwards), entrants, stage.clock, repeats=1)
         assert timings["A"].forwards == [2.0]
         assert timings["A"].ratios == [2.0]
+        assert timings["A"].beside == [2.0]
 
     def test_a_long_call_is_measured_once(self) -> None:
         stage = Stage()
@@ -162,6 +163,11 @@ class TestClocks:
     def test_wall_clock_reads_before_and_after(self) -> None:
         readings = iter([5.0, 7.5])
         assert _timing.WallClock(lambda: next(readings)).measure(lambda: "done") == (2.5, "done")
+
+    def test_median_of_calls_in_a_row(self) -> None:
+        readings = iter([0.0, 7.0, 10.0, 11.0, 20.0, 22.0])  # calls of 7, 1 and 2 seconds
+        results = iter("abc")
+        assert _timing.WallClock(lambda: next(readings), calls=3).measure(lambda: next(results)) == (2.0, "c")
 
     def test_garbage_is_collected_outside_only(self) -> None:
         import gc
@@ -416,18 +422,48 @@ class TestCases:
 
     @pytest.mark.parametrize(("enabled", "records"), [(True, True), (False, False)])
     def test_hooks_enabled_or_not(self, setting: Setting, enabled: bool, records: bool) -> None:
-        recorded = []
+        made: list[GradCAM] = []
 
-        class Spy(GradCAM):
-            def _record_layer(self, index: int, _args: Any, output: Any) -> Any:
-                recorded.append(index)
-                return super()._record_layer(index, _args, output)
+        class Kept(GradCAM):
+            def __init__(self, *args: Any, **kwargs: Any) -> None:
+                super().__init__(*args, **kwargs)
+                made.append(self)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(_contenders.methods, "GradCAM", Spy)
+            patch.setattr(_contenders.methods, "GradCAM", Kept)
             with _contenders.watched(setting, enabled=enabled) as trial:
                 trial.run()
-        assert bool(recorded) is records
+                (extractor,) = made
+                (activation,) = extractor.hook_a
+        assert (activation is not None) is records
+
+    def test_overhead_of_a_small_model(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """All methods, with ours in the place of the peers, on one thread and back."""
+        monkeypatch.setattr(_contenders, "theirs", lambda setting, **_: _contenders.ours(setting))
+        monkeypatch.setattr(_contenders, "grad_cams", lambda setting, **_: _contenders.ours(setting))
+        found = _contenders.overhead_cases(Peers(Path("nowhere")))
+        options = benchmark_speed.parse(
+            ["--models", SMALL, "--repeats", "2", "--device", "cuda"]
+        )  # it is measured on the CPU
+        number = torch.get_num_threads()
+        threads = []
+
+        def measure(*args: Any, **kwargs: Any) -> dict[str, Any]:
+            threads.append(torch.get_num_threads())
+            return measure_case(*args, **kwargs)
+
+        measure_case = benchmark_speed.measure_case
+        monkeypatch.setattr(benchmark_speed, "measure_case", measure)
+        rows = benchmark_speed.measure_overhead(found, options, _timing.Budget(None, 4, FakeClock()))
+        assert [row["case"] for row in rows] == list(OVERHEAD)
+        assert threads == [1] * 4
+        assert torch.get_num_threads() == number
+        for row in rows:
+            assert (row["model"], row["layer"], row["batch"]) == (SMALL, "2", 1)
+            assert {name: len(timing["seconds"]) for name, timing in row["times"].items()} == {OURS: 2, TC: 2, GC: 2}
+            assert [agreement["contender"] for agreement in row["agreements"]] == [TC, GC]
+        assert not _report.Results({"overhead": rows[:1]}).disagreements()  # Grad-CAM is what stands in for all
+        assert _report.overhead_table(_report.Results({"overhead": rows})).count(f"| {SMALL} | 2 |") == 4
 
     def test_slow_ones_are_left_out(self, setting: Setting) -> None:
         def explode(_: Setting) -> AbstractContextManager[Trial]:
@@ -445,9 +481,12 @@ class TestCases:
         with torch.device("meta"):
             models = {
                 name: dict(torchvision.models.get_model(name, weights=None).named_modules())
-                for name in _contenders.LAYERS
+                for name in _contenders.PUBLISHED
             }
-        for case in [*_contenders.cases(peers, every=True), *_contenders.memory_cases(peers, every=True)]:
+        models[SMALL] = dict(_contenders.make_model(SMALL, "cpu").named_modules())
+        assert set(models) == set(_contenders.LAYERS)
+        found = [*_contenders.cases(peers, every=True), *_contenders.memory_cases(peers, every=True)]
+        for case in [*found, *_contenders.overhead_cases(peers)]:
             assert set(case.checks) <= set(case.contenders)
             assert set(case.slow) <= set(case.contenders)
             for name in case.models:
@@ -513,9 +552,18 @@ class TestReport:
         assert "| AblationCAM, all channels | resnet18 | layer4 | 1 | 2.00 (once) | – | not run | – | – |" in text
 
     def test_other_contenders_have_a_table_of_their_own(self) -> None:
-        found = times(ours=[1.0], **{f"{OURS}, folded": [0.8]})
+        found = times(ours=[1.0], **{f"{OURS}, 8 at a time": [0.8]})
         text = _report.times_table(_report.Results({"times": [a_row("ScoreCAM", found)]}))
-        assert "| ScoreCAM: folded | resnet18 | layer4 | 1 | 1.60 (once) |" in text
+        assert "| ScoreCAM: 8 at a time | resnet18 | layer4 | 1 | 1.60 (once) |" in text
+
+    def test_overhead_side_by_side(self) -> None:
+        found = times(ours=[0.5003, 0.5005], tc=[0.5002], gc=[0.502])  # 300 and 500, 200 and 2000 µs beside a forward
+        results = _report.Results({"overhead": [a_row("LayerCAM", found, model=SMALL, layer="2")]})
+        text = _report.overhead_table(results)
+        assert "| LayerCAM | small | 2 | 500,000 | 400 (350–450) | 200 (once) | 2,000 (once) | 2.00 | 0.20 |" in text
+        assert f"### Host time beside the forward pass\n\n{text}" in _report.write_report(results)
+        assert results.overhead(TC) == pytest.approx(2.0)
+        assert results.overhead(TC, case="GradCAM") is None
 
     def test_memory_side_by_side(self) -> None:
         text = _report.memory_table(_report.Results(DATA))
@@ -537,7 +585,7 @@ class TestReport:
     def test_targets_of_a_complete_measurement(self) -> None:
         """Every target finds its number, so that none can stay unmeasured by a slip of the pen."""
         peers = Peers(Path("nowhere"))
-        data: dict[str, Any] = {"times": [], "memory": []}
+        data: dict[str, Any] = {"times": [], "overhead": [], "memory": []}
         for case in _contenders.cases(peers, every=True):
             for model in case.models:
                 for batch in case.batches:
@@ -545,6 +593,9 @@ class TestReport:
                     row = a_row(case.name, times(**{name: [1.0] for name in case.contenders}), model=model, layer=layer)
                     agreements = [{"contender": GC, "difference": 0.0, "tolerance": 1.0, "reason": "", "good": True}]
                     data["times"].append({**row, "batch": batch, "agreements": agreements})
+        for case in _contenders.overhead_cases(peers):
+            found = times(**{name: [0.75] for name in case.contenders})
+            data["overhead"] += [a_row(case.name, found, model=model) for model in case.models]
         for case in _contenders.memory_cases(peers, every=True):
             for model in case.models:
                 for batch in case.batches:
@@ -558,6 +609,7 @@ class TestReport:
         assert values["`import torchcam.methods` / `import torch`"] == pytest.approx(1.05)
         assert values["2,000 images through a stream: memory at the end / after 100"] == pytest.approx(1.01)
         assert values["100 classes of one image at layer3 / 100 single calls"] == pytest.approx(0.01)
+        assert values["ScoreCAM: host time beside the forward of a small model / TorchCAM's"] == pytest.approx(1.0)
 
     @pytest.mark.parametrize(
         ("target", "verdict", "cells"),
@@ -627,6 +679,11 @@ class TestJoining:
             ("ROAD", "resnet18"),
             ("AblationCAM", "resnet18"),
         ]
+
+    def test_overhead_is_joined_as_well(self) -> None:
+        row = a_row("GradCAM", times(ours=[1.0]), model=SMALL)
+        joined = _report.Results({"overhead": [a_row("LayerCAM", {})]}).joined({"overhead": [row]})
+        assert [found["case"] for found in joined["overhead"]] == ["GradCAM", "LayerCAM"]
 
     def test_another_batch_is_another_row(self) -> None:
         joined = _report.Results({"times": [a_row("A", times(ours=[2.0]), batch=8)]}).joined(
