@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import NoneType
 from typing import Any
 
 import torch
@@ -32,11 +33,13 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     """Yield the tensors of a structure of tuples, lists, mappings and dataclasses, in their order."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
     elif isinstance(value, (tuple, list)):
         for item in value:
+            yield from (item,) if isinstance(item, Tensor) else tensors_in(item)
+    elif isinstance(value, (str, int, float, NoneType)):
+        return
+    elif isinstance(value, Mapping):
+        for item in value.values():
             yield from tensors_in(item)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         for field in dataclasses.fields(value):

@@ -63,7 +63,7 @@ class Pass:
         training: whether a part of the model was in training mode
         explained: whether maps were computed from it
         is_partial: whether some use of a layer's output may lie outside of the graph: that output is the caller's input
-        callers_input: the tensors among the arguments that the caller may use
+        owns_input: whether the arguments are copies, which the caller does not use
         gradients: those of the score that was explained last, as the layers returned their outputs
         num_scores: how many scores of each sample were explained last; None for one without a dimension of its own
         attentions: attention probabilities by target layer, for methods that read them
@@ -84,7 +84,7 @@ class Pass:
         self.explained = False
         self.superseded = False
         self.is_partial = False
-        self.callers_input = [] if recorder.owns_input else list(tensors_in((args, kwargs)))
+        self.owns_input = recorder.owns_input
         self.gradients: list[Tensor | None] = []
         self.num_scores: int | None = None
         self.target_names = recorder.target_names
@@ -440,15 +440,22 @@ class _ModelCall(SharedWrapper):
                 recorder.end(started)
 
 
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
 def _drop_graphs(model: nn.Module) -> None:
     """Let nothing that modules keep in buffers and attributes have a graph: the caller has turned gradients off."""
     for module in model.modules():
-        for attributes in (module._buffers, vars(module)):
-            for name, value in attributes.items():
-                if isinstance(value, (Tensor, list, tuple, dict)) and any(
-                    t.grad_fn is not None for t in tensors_in(value)
-                ):
-                    attributes[name] = map_tensors(lambda t: t if t.grad_fn is None else t.detach(), value)
+        buffers = module._buffers
+        for name, buffer in buffers.items():
+            if buffer is not None and buffer.grad_fn is not None:
+                buffers[name] = buffer.detach()
+        attributes = vars(module)
+        for name, value in attributes.items():
+            if name in _OF_EVERY_MODULE or not isinstance(value, (Tensor, list, tuple, dict)):
+                continue
+            if any(tensor.grad_fn is not None for tensor in tensors_in(value)):
+                attributes[name] = map_tensors(lambda t: t if t.grad_fn is None else t.detach(), value)
 
 
 class _LayerHook(ExtractorHook):
@@ -479,7 +486,7 @@ class _LayerHook(ExtractorHook):
             if tensor.requires_grad and torch.is_grad_enabled():
                 kept[level] = tensor.clone(), get_gradient_edge(tensor)
                 continue
-            leaf, handed, running.is_partial = _with_graph(tensor, list(tensors_in(args)), running.callers_input)
+            leaf, handed, running.is_partial = _with_graph(tensor, list(tensors_in(args)), running)
             kept[level] = leaf, leaf
             if handed is not tensor:
                 replaced.append((tensor, handed))
@@ -487,7 +494,7 @@ class _LayerHook(ExtractorHook):
         return replace_tensors(output, replaced) if replaced else None
 
 
-def _with_graph(tensor: Tensor, given: list[Tensor], callers: list[Tensor]) -> tuple[Tensor, Tensor, bool]:
+def _with_graph(tensor: Tensor, given: list[Tensor], running: Pass) -> tuple[Tensor, Tensor, bool]:
     """Return a leaf with the values of a layer's output, and what is handed on: a function of the leaf.
 
     The third value says whether other parts of the model may use the values without the graph.
@@ -498,7 +505,7 @@ def _with_graph(tensor: Tensor, given: list[Tensor], callers: list[Tensor]) -> t
         return leaf, leaf.clone(), False
     # The layer returned what it was given. Whoever uses that, too, gets the graph only if the tensor itself has it.
     leaf = tensor.detach().clone().requires_grad_()
-    if any(_storage(one) == storage for one in callers):
+    if not running.owns_input and any(_storage(one) == storage for one, _ in running.call.versions):
         return leaf, tensor, True
     try:
         return leaf, tensor.copy_(leaf), False
