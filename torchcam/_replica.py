@@ -48,7 +48,7 @@ class CallWrapper:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module."""
         frame = sys._getframe(1)  # which of the replicas of `nn.DataParallel`, that take attributes along, is called
-        called = frame.f_locals["self"] if frame.f_code is _WRAPPED_CALL else self._module()
+        called: Any = frame.f_locals["self"] if frame.f_code is _WRAPPED_CALL else self._module()
         if called is not self._module() or torch.compiler.is_compiling():
             return called._call_impl(*args, **kwargs)
         return self.call(called, args, kwargs)
@@ -57,7 +57,7 @@ class CallWrapper:
         """Call the module with what the wrapper adds."""
         raise NotImplementedError
 
-    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the module as if there was no wrapper."""
         return (module._call_impl if self.inner is None else self.inner)(*args, **kwargs)
 
@@ -158,7 +158,8 @@ class _Copier:
 
     def _module(self, module: nn.Module) -> nn.Module:
         if isinstance(module, torch.jit.ScriptModule):
-            return self._keep(module, module.copy().eval() if module.training else module)
+            script: nn.Module = self._keep(module, module.copy().eval() if module.training else module)
+            return script
         if isinstance(module, _WRAPPERS):
             return self._handing_on(module, "module")
         if "_orig_mod" in module._modules:  # what `torch.compile` returned
@@ -179,7 +180,9 @@ class _Copier:
     def _handing_on(self, module: nn.Module, child: str) -> nn.Module:
         replica = self._keep(module, _HandingOn(child))
         replica.add_module(child, self(module._modules[child]))
-        return replica.eval()
+        replica.training = False
+        handing_on: nn.Module = replica
+        return handing_on
 
 
 class _HandingOn(nn.Module):
@@ -209,18 +212,19 @@ class _LastCall(CallWrapper):
         module = self._module()
         if module is None or self._arguments is None:
             return False
-        with _DrawsWatched() as watch, torch.no_grad():
+        watch = _DrawsWatched()  # type: ignore[no-untyped-call]  # torch's
+        with watch, torch.no_grad():
             try:
                 self.run(module, *self._arguments)
             except Exception:  # noqa: BLE001 - whatever a call raises that has raised before
                 return True
-        return watch.seen
+        return bool(watch.seen)
 
 
 class _DrawsWatched(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
     """Notes whether an operation draws from a generator."""
 
-    seen = False
+    seen: bool = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation."""

@@ -63,7 +63,7 @@ class Classifier:
         from torchcam._inputs import read_inputs
 
         inputs = read_inputs(self.model, list(images), self.preprocess)
-        return replace(inputs, class_names=self.categories or inputs.class_names)
+        return replace(inputs, class_names=tuple(self.categories) if self.categories else inputs.class_names)
 
     def label(self, index: int) -> str:
         """Return a class's name and number."""

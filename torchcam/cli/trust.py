@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
             classes if len(classes) > 1 else next(iter(classes), None),
             methods=methods,
             target_layer=target,
-            images=inputs.pictures,
+            images=[picture for picture in inputs.pictures if picture is not None] or None,
             class_names=inputs.class_names,
             batch_size=arguments.chunk_size,
         )

@@ -58,7 +58,7 @@ def fused_modules(model: nn.Module, target_names: Iterable[str], every: bool) ->
     """
     blocks = {name: m for name, m in model.named_modules() if isinstance(m, nn.TransformerEncoderLayer)}
     inside = {block for block in blocks for name in target_names if f"{name}.".startswith(f"{block}.")}
-    found = [module for name, module in blocks.items() if every or name in inside]
+    found: list[nn.Module] = [module for name, module in blocks.items() if every or name in inside]
     if every:
         found += [
             module

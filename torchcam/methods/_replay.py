@@ -373,8 +373,8 @@ class _Record:
     def of(cls, replay: Replay, replica: nn.Module, layer: nn.Module, batch: int, *, known: bool) -> _Record:
         """Run a replica on the recorded input, in chunks."""
         samples = torch.arange(len(replay.call.image), device=replay.call.image.device)
-        chunks: list[_Record] = replay._chunks(
-            lambda chunk: cls._of_rows(replay, replica, layer, samples[chunk], known), len(samples)
+        chunks: list[_Record] = run_chunks(
+            lambda chunk: cls._of_rows(replay, replica, layer, samples[chunk], known), len(samples), replay.batch_size
         )
         if not all(chunk.layer_calls for chunk in chunks):
             raise RuntimeError(

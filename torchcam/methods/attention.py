@@ -519,7 +519,8 @@ class AttentionRollout(_RolledOut):
     def step(self, attention: Tensor) -> Tensor:
         """Return how information flows through a block with this attention, (N, tokens, tokens)."""
         fuse: Any = {"mean": torch.mean, "max": torch.amax, "min": torch.amin}[self.head_fusion]
-        step = (fuse(attention, 1) + torch.eye(attention.shape[-1]).to(attention)) / 2
+        fused: Tensor = fuse(attention, 1)
+        step = (fused + torch.eye(attention.shape[-1]).to(attention)) / 2
         return step / step.sum(-1, keepdim=True)
 
     def _raw_maps(self, request: Request, **options: Any) -> list[Tensor]:

@@ -120,7 +120,8 @@ class _Wrapper(_CAM):
                 of_rows = Request(
                     base._recorder.find(), relu=request.relu, num_classes=request.num_classes, quiet=True, **asked
                 )
-                return base._finished(base._raw_maps(of_rows, **options), of_rows, normalized=True)
+                maps: list[Tensor] = base._finished(base._raw_maps(of_rows, **options), of_rows, normalized=True)
+                return maps
 
             chunks = run_chunks(explain, len(samples), batch_size)
         return [torch.cat(maps) for maps in zip(*chunks, strict=True)]
@@ -344,7 +345,7 @@ class RefineCAM(_Wrapper):
         super().__init__(base_method, model, target_layer, input_shape=input_shape, **base_kwargs)
         self._explains_many = False
 
-    def __call__(  # type: ignore[override]  # TorchCAM's order of arguments
+    def __call__(
         self,
         class_idx: ClassIndex | None = None,
         scores: Any = None,
@@ -375,7 +376,7 @@ class RefineCAM(_Wrapper):
         """
         return super().__call__(class_idx, scores, normalized, targets=targets, target_shape=target_shape, **kwargs)
 
-    def compute_cams(  # type: ignore[override]  # TorchCAM's order of arguments
+    def compute_cams(
         self,
         class_idx: ClassIndex | None = None,
         scores: Any = None,

@@ -85,7 +85,8 @@ class _CAM:
         self.reshape_transform = reshape_transform
         wanted = input_name if input_index is None else input_index
         default = DefaultLayer(model, input_shape, wanted) if target_layer is None else None
-        names = layer_names(model, target_layer) if default is None else default.names
+        names = [] if target_layer is None else layer_names(model, target_layer)
+        names = names if default is None else default.names
         self._recorder = self._recording(model, names, wanted_input=wanted, enabled=enable_hooks)
         if default is not None:
             self._recorder.choose_layers = default.confirm
@@ -409,7 +410,7 @@ class _CAM:
         if all_finite([*maps, *recorded.activations, *recorded.gradients]):
             return maps
         activations = self._grids(recorded, recorded.activations)
-        gradients = [None] * len(activations)
+        gradients: list[Tensor | None] = [None] * len(activations)
         if len(recorded.gradients) == len(activations):
             gradients = self._gradient_grids(recorded, recorded.gradients, recorded.num_scores)
         names = recorded.names
@@ -453,7 +454,7 @@ class _CAM:
         with _with_graph():
             score = self._selector(request)(self._attached(request))
         gradients = self._differentiate(score, recorded, recorded.edges, request)
-        recorded.gradients, recorded.num_scores = gradients, None if score.ndim == 1 else score.shape[1]
+        recorded.gradients, recorded.num_scores = list(gradients), None if score.ndim == 1 else score.shape[1]
         grids = self._gradient_grids(recorded, gradients, recorded.num_scores, request.create_graph)
         return [grid for grid in grids if grid is not None]
 
@@ -465,7 +466,7 @@ class _CAM:
             args, kwargs = map_tensors(Tensor.clone, (call.args, call.kwargs))
             repeated.model(*args, **kwargs)
             again = replace(request, recorded=repeated._recorder.find(), scores=None)
-            grids = repeated._gradients(again)
+            grids: list[Tensor] = repeated._gradients(again)
         recorded.gradients, recorded.num_scores = again.recorded.gradients, again.recorded.num_scores
         return grids
 

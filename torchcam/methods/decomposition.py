@@ -15,6 +15,7 @@ from torchcam.layers import TargetLayer
 
 from ._finish import broken_samples
 from ._replay import gaussian_noise
+from ._request import Request
 from .core import plain_tensors
 from .gradient import _GradientCAM
 from .summary import MeanActivation, _ClassAgnosticCAM
@@ -235,7 +236,7 @@ class DeepFeatureFactorization:
         """
         self.extractor._precheck(None)
         with plain_tensors():
-            (activation,) = self.extractor.hook_a
+            (activation,) = self.extractor._activations(Request(self.extractor._recorder.find()))
             finite = is_finite(activation).reshape(-1, *[1] * (activation.ndim - 1))
             matrix = torch.where(finite, activation, 0.0).transpose(0, 1).flatten(1)  # (C, N * positions)
             shift = matrix.amin(1, keepdim=True).clamp(max=0)
