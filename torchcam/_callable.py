@@ -32,5 +32,5 @@ class CallableModule(ModuleType):
 
 
 def make_callable(name: str) -> None:
-    """Let the module of that name be called; to be called from the module itself, with ``__name__``."""
+    """Make the module of that name callable; to be called from the module itself, with ``__name__``."""
     sys.modules[name].__class__ = CallableModule

@@ -61,7 +61,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
 def forwards_replaced(
     wrappers: dict[nn.Module, Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]]],
 ) -> Iterator[None]:
-    """Put a wrapper in the place of each module's ``forward`` inside the block."""
+    """Replace each module's ``forward`` with a wrapper inside the block."""
     own = {module: vars(module).get("forward") for module in wrappers}
     try:
         for module, wrap in wrappers.items():
@@ -76,7 +76,7 @@ def forwards_replaced(
 
 
 def model_device(model: nn.Module) -> torch.device:
-    """Give the device of the first parameter or buffer of ``model``, the CPU where it has none."""
+    """Return the device of the first parameter or buffer of ``model``, the CPU where it has none."""
     tensor = next(chain(model.parameters(), model.buffers()), None)
     return torch.device("cpu") if tensor is None else tensor.device
 
@@ -214,7 +214,7 @@ def _is_single_image(value: Any) -> bool:
 
 
 def image_shape(image: Tensor | Sequence[Tensor] | None) -> tuple[int, ...] | None:
-    """Give the shape (N, C, *spatial) of an image-like input; of a list of images, the one that holds them all."""
+    """Return the shape (N, C, *spatial) of an image-like input; of a list of images, the one that holds them all."""
     if image is None or isinstance(image, Tensor):
         return None if image is None else tuple(image.shape)
     return len(image), *(max(sides) for sides in zip(*(item.shape for item in image), strict=True))

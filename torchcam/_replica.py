@@ -62,7 +62,7 @@ class CallWrapper:
         return (module._call_impl if self.inner is None else self.inner)(*args, **kwargs)
 
     def detach(self) -> None:
-        """Let the module's calls run as they did before."""
+        """Remove the wrapper from the module's calls."""
         module = self._module()
         if module is not None and vars(module).get("_compiled_call_impl") is self:
             del vars(module)["_compiled_call_impl"]

@@ -1,4 +1,4 @@
-"""Tensors and structures of tensors: what every room above needs and none owns."""
+"""Tensors and structures of tensors: what all modules use."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def blurred_out(image: Tensor) -> Tensor:
 
 
 def is_constant(lowest: Tensor, highest: Tensor) -> Tensor:
-    """Tell where the range from ``lowest`` to ``highest`` is no wider than float rounding makes it."""
+    """Check where the range from ``lowest`` to ``highest`` is no wider than float rounding makes it."""
     scale = torch.maximum(highest, -lowest)  # the larger of their sizes
     return highest - lowest <= scale * (4 * torch.finfo(lowest.dtype).eps)
 

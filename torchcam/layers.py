@@ -39,7 +39,7 @@ def layer_names(model: nn.Module, target_layer: TargetLayer | Sequence[TargetLay
 
 
 def layer_name(model: nn.Module, layer: Any, argument: str = "target_layer") -> str:
-    """Give the name of one module of ``model``, itself named or handed over.
+    """Return the name of one module of ``model``, itself named or handed over.
 
     Raises:
         TypeError: if ``layer`` is neither a module nor a string
@@ -224,7 +224,7 @@ def _call_probed(replica: nn.Module, inputs: Any, kwargs: Any) -> Any:
 
 
 def _fill_zeros(replica: nn.Module, generator: torch.Generator) -> None:
-    """Let a replica have random numbers for parameters that are all zero, and no gradients for any."""
+    """Replace parameters of a replica that are all zero with random numbers, and turn off gradients for all."""
     for module in replica.modules():
         if isinstance(module, torch.jit.ScriptModule):
             continue
@@ -253,7 +253,7 @@ def _influences(result: Any, tensors: list[Tensor], generator: torch.Generator) 
 
 
 def _dense_scores(result: Any) -> Tensor | None:
-    """Give the class scores of a model that has some for every position, as in segmentation."""
+    """Return the class scores of a model that has some for every position, as in segmentation."""
     try:
         scores = read_logits(result)
     except TypeError:
@@ -262,7 +262,7 @@ def _dense_scores(result: Any) -> Tensor | None:
 
 
 def _share(layout: Layout, gradient: Tensor | None) -> float:
-    """Give the share of a grid's positions with a gradient, 0 unless half of the channels have one somewhere."""
+    """Return the share of a grid's positions with a gradient, 0 unless half of the channels have one somewhere."""
     if gradient is None:
         return 0.0
     moved = layout.to_grid(gradient) != 0

@@ -29,12 +29,12 @@ _USUAL_PREFIX_TOKENS = 5  # a class token and four registers
 
 
 def first_tensor(output: Any) -> Tensor | None:
-    """Give the tensor that is meant by a layer's output: itself, or the first one in a structure."""
+    """Return the tensor that is meant by a layer's output: itself, or the first one in a structure."""
     return next(tensors_in(output), None)
 
 
 def primary_tensors(output: Any) -> dict[str, Tensor]:
-    """Give the primary tensors of a layer's output, by what tells them apart.
+    """Return the primary tensors of a layer's output, by what tells them apart.
 
     That is one, without a name: the output itself, or the first tensor in a structure. Of a plain dictionary of maps
     of several sizes, as a feature pyramid returns, all are meant.
@@ -119,7 +119,7 @@ def find_layout(shape: Sequence[int], input_shape: Sequence[int] | None, layer: 
 
 @lru_cache(maxsize=1024)
 def _reading(shape: tuple[int, ...], input_shape: tuple[int, ...]) -> Layout | None:
-    """Give the reading of a shape that fits the input best, None if none does."""
+    """Return the reading of a shape that fits the input best, None if none does."""
     batch_size, spatial = input_shape[0], input_shape[2:]
     if len(shape) == len(input_shape) and shape[0] == batch_size:
         return _map_reading(shape, spatial)
@@ -142,12 +142,12 @@ def _map_reading(shape: tuple[int, ...], spatial: tuple[int, ...]) -> Layout:
 
 
 def _fit(grid: tuple[int, ...], spatial: tuple[int, ...]) -> tuple[bool, bool]:
-    """Tell whether a grid divides an input into squares, give or take a position, and whether nothing is left over."""
+    """Check whether a grid divides an input into squares, give or take a position, and whether nothing is left over."""
     return has_consistent_stride(grid, spatial), _is_whole(grid, spatial)
 
 
 def has_consistent_stride(grid: Sequence[int], spatial: Sequence[int]) -> bool:
-    """Tell whether a grid divides an input into squares, give or take one position for padding and rounding.
+    """Check whether a grid divides an input into squares, give or take one position for padding and rounding.
 
     Of more than two dimensions the last two count: time and depth have strides of their own.
     """
@@ -160,7 +160,7 @@ def has_consistent_stride(grid: Sequence[int], spatial: Sequence[int]) -> bool:
 
 
 def _anisotropy(grid: Sequence[int], spatial: Sequence[int]) -> float:
-    """Give the ratio of the larger to the smaller stride in the last two dimensions."""
+    """Return the ratio of the larger to the smaller stride in the last two dimensions."""
     strides = [pixels / side for side, pixels in zip(grid, spatial, strict=True)][-2:]
     return max(strides) / min(strides)
 
@@ -196,12 +196,12 @@ def _token_grid(count: int, spatial: tuple[int, ...]) -> tuple[tuple[int, ...], 
 
 
 def _divides(grid: tuple[int, ...], spatial: tuple[int, ...]) -> bool:
-    """Tell whether a grid divides an input into squares with nothing left over."""
+    """Check whether a grid divides an input into squares with nothing left over."""
     return _anisotropy(grid, spatial) == 1 and _is_whole(grid, spatial)
 
 
 def _is_whole(grid: tuple[int, ...], spatial: tuple[int, ...]) -> bool:
-    """Tell whether the sides of a grid divide those of an input with nothing left over."""
+    """Check whether the sides of a grid divide those of an input with nothing left over."""
     return all(pixels % side == 0 for side, pixels in zip(grid, spatial, strict=True))
 
 

@@ -61,14 +61,14 @@ def read_logits(output: Any) -> Tensor:
 
 
 def class_scores(output: Any) -> Tensor:
-    """Give one score for each class of each sample, (N, K): summed over positions where there are any."""
+    """Return one score for each class of each sample, (N, K): summed over positions where there are any."""
     logits = to_float(read_logits(output).detach())
     logits = logits.reshape(-1, 1) if logits.ndim < 2 else logits
     return logits.flatten(2).sum(-1) if logits.ndim > 2 else logits
 
 
 def sample_of(output: Any, index: int, batch_size: int) -> Any:
-    """Give one sample's part of a batched output.
+    """Return one sample's part of a batched output.
 
     Tensors lose their batch dimension; a list with one entry per sample (as detectors return) gives that entry.
     """
@@ -178,19 +178,19 @@ class Selector:
         return self._sign * score
 
     def negative(self) -> Selector:
-        """Give the selection of the negative scores; of one that is negative already, itself."""
+        """Return the selection of the negative scores; of one that is negative already, itself."""
         selector = copy.copy(self)
         selector._sign = -1
         return selector
 
     def of(self, samples: Tensor) -> Selector:
-        """Give the same selection for outputs whose rows stand for ``samples``, (B,)."""
+        """Return the same selection for outputs whose rows stand for ``samples``, (B,)."""
         selector = copy.copy(self)
         selector._samples = samples
         return selector
 
     def arguments(self, output: Any, samples: Tensor) -> dict[str, Any]:
-        """Give the arguments of a call that asks the same of an output whose rows stand for ``samples``, (B,)."""
+        """Return the arguments of a call that asks the same of an output whose rows stand for ``samples``, (B,)."""
         if self.targets:
             return {"targets": [self.targets[owner] for owner in samples.tolist()]}
         return {"class_idx": self.indices(read_logits(output))[samples]}
@@ -214,7 +214,7 @@ class Selector:
         return len(logits) == self.batch_size
 
     def indices(self, logits: Tensor) -> Tensor:
-        """Give the classes as a ``(N,)`` long tensor, checked against logits ``(B, K, ...)`` or ``(B,)``."""
+        """Return the classes as a ``(N,)`` long tensor, checked against logits ``(B, K, ...)`` or ``(B,)``."""
         if self._indices is None:
             assert self.class_idx is not None  # noqa: S101 - for the type checker: __init__ has seen to it
             num_classes = logits.shape[1] if logits.ndim > 1 else 1
@@ -222,7 +222,7 @@ class Selector:
         return self._indices
 
     def by_target(self, output: Any, samples: Tensor | None) -> Tensor:
-        """Let each row's target score that row's part of the output."""
+        """Score each row's part of the output with that row's target."""
         owners = range(self.batch_size) if samples is None else samples.tolist()
         return torch.stack(
             [self._scorers[owner](sample_of(output, row, len(owners))) for row, owner in enumerate(owners)]
@@ -464,7 +464,7 @@ class Difference:
 
 
 def _class_scores(scores: Any, class_idx: int) -> Tensor:
-    """Give a class's entry of one sample's scores (K, *S)."""
+    """Return a class's entry of one sample's scores (K, *S)."""
     logits = read_logits(scores)
     if not 0 <= _as_integer(class_idx) < len(logits):
         raise ValueError(f"`class_idx` must lie between 0 and {len(logits) - 1}, got {class_idx}")

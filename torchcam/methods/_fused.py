@@ -27,7 +27,7 @@ class SharedWrapper(CallWrapper):
         self.members: tuple[Any, ...] = ()
 
     def leave(self, member: Any) -> None:
-        """Let a member leave."""
+        """Remove a member."""
         with _lock:
             self.members = tuple(one for one in self.members if one is not member)
             if not self.members:

@@ -450,7 +450,7 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 def _drop_graphs(model: nn.Module) -> None:
-    """Let nothing that modules keep in buffers and attributes have a graph: the caller has turned gradients off."""
+    """Detach what modules keep in buffers and attributes, as the caller has turned gradients off."""
     for module in model.modules():
         buffers = module._buffers
         for name, buffer in buffers.items():

@@ -26,7 +26,7 @@ Scorer = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]
 
 
 def seeded(generator: torch.Generator | int, device: torch.device) -> torch.Generator:
-    """Give the generator, or make one on ``device`` from a seed."""
+    """Return the generator, or make one on ``device`` from a seed."""
     return torch.Generator(device).manual_seed(generator) if isinstance(generator, int) else generator
 
 
@@ -127,7 +127,7 @@ class VariantRunner:
 
 
 def fast_formats(modules: Iterable[nn.Module]) -> dict[int, torch.memory_format]:
-    """Give the memory format, by the number of dimensions of a tensor, in which the convolutions are fastest.
+    """Return the memory format, by the number of dimensions of a tensor, in which the convolutions are fastest.
 
     On a CPU that is channels-last for models of several convolutions. Elsewhere it is the format of the weights, which
     inputs need not be converted to.
@@ -139,7 +139,7 @@ def fast_formats(modules: Iterable[nn.Module]) -> dict[int, torch.memory_format]
 
 
 def in_format(tensor: Tensor, formats: dict[int, torch.memory_format]) -> Tensor:
-    """Give a batch of several rows in the format for its number of dimensions; others as they are."""
+    """Return a batch of several rows in the format for its number of dimensions; others as they are."""
     if tensor.ndim not in formats or len(tensor) < 2 or not tensor.is_floating_point():
         return tensor
     return tensor.contiguous(memory_format=formats[tensor.ndim])

@@ -90,7 +90,7 @@ class _ChannelCAM(_ReplayCAM):
         super().__init__(model, target_layer, batch_size, input_shape, **kwargs)
 
     def _chosen(self, activation: Tensor) -> Tensor | None:
-        """Tell which channels are evaluated, (N, C); None for all."""
+        """Return which channels are evaluated, (N, C); None for all."""
         if self.max_channels is None and self.energy is None:
             return None
         energy, order = activation.flatten(2).square().sum(-1).sort(stable=True, dim=1, descending=True)

@@ -42,7 +42,7 @@ def stream(
 
 
 def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Give what the model is called with: of a tuple or list, as loaders of data sets give, the first entry."""
+    """Return what the model is called with: of a tuple or list, as loaders of data sets give, the first entry."""
     if isinstance(batch, Mapping):
         return (), {key: value for key, value in batch.items() if key not in {"label", "labels"}}
     if isinstance(batch, (tuple, list)):

@@ -139,7 +139,7 @@ def _note(probabilities: Tensor) -> Tensor:
 
 
 class _BlockStarts(ExtractorHook):
-    """Tells the watch of a pass that a target layer starts or ends."""
+    """Notifies the watch of a pass that a target layer starts or ends."""
 
     def __init__(self, recorder: Recorder, index: int, starts: bool) -> None:
         self._recorder = id(recorder)
@@ -148,7 +148,7 @@ class _BlockStarts(ExtractorHook):
         self._starts = starts
 
     def __call__(self, module: nn.Module, *_arguments: Any) -> None:
-        """Tell it."""
+        """Notify the watch."""
         running = None if torch.compiler.is_compiling() else thread.passes.get(self._recorder)
         if running is None or module is not self._layer():
             return

@@ -717,7 +717,7 @@ class _Windows:
         return _interpolated(to_float(image), places).to(image.dtype)
 
     def paste(self, maps: Tensor, numbers: Tensor) -> Tensor:
-        """Put maps of windows (B, *grid) where these are in the image, 0 around: (B, *spatial)."""
+        """Place maps of windows (B, *grid) where these are in the image, 0 around: (B, *spatial)."""
         maps = resize(maps.unsqueeze(1), [self.side] * (maps.ndim - 1))
         places = []
         for axis, length in enumerate(self.shape):

@@ -92,7 +92,7 @@ class _CAM:
             self._recorder.choose_layers = default.confirm
 
     def _recording(self, model: nn.Module, names: Sequence[str], **options: Any) -> Recorder:
-        """Put hooks on a model."""
+        """Register the hooks on a model."""
         return Recorder(model, names, differentiates=self._differentiates, **options)
 
     @property
@@ -572,7 +572,7 @@ class _CAM:
         *,
         targets: OutputTarget | Sequence[OutputTarget] | None = None,
     ) -> Diagnosis:
-        """Say why a map of the recorded pass is blank, constant, NaN, inverted, the same for every class or too coarse.
+        """Find out why a map of the recorded pass is blank, constant, NaN, inverted, the same for every class or too coarse.
 
         The recorded pass is repeated in evaluation mode, and left as it was.
 

@@ -321,7 +321,7 @@ def first_component(features: Tensor) -> Tensor:
 
 
 def along(projection: Tensor, reference: Tensor) -> Tensor:
-    """Give a centred projection (N, *spatial) the sign with which it correlates positively with a reference."""
+    """Return a centred projection (N, *spatial) the sign with which it correlates positively with a reference."""
     flat = reference.flatten(1)
     overlap = (projection.flatten(1) * (flat - flat.mean(1, keepdim=True))).sum(1)
     return _flipped(projection, overlap < 0)
@@ -346,7 +346,7 @@ def _centred(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _scores(kernel: Tensor, size: Tensor | float = 0.0) -> Tensor:
-    r"""Give the first principal component of a centred kernel matrix (N, P, P): :math:`\sqrt\lambda u`, (N, P).
+    r"""Return the first principal component of a centred kernel matrix (N, P, P): :math:`\sqrt\lambda u`, (N, P).
 
     Eigenvalues within the rounding error of entries of ``size`` are 0.
     """
@@ -356,7 +356,7 @@ def _scores(kernel: Tensor, size: Tensor | float = 0.0) -> Tensor:
 
 
 def _leading(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Give the largest eigenvalue (N,) of symmetric matrices (N, R, R) and the eigenvector to it, (N, R).
+    """Return the largest eigenvalue (N,) of symmetric matrices (N, R, R) and the eigenvector to it, (N, R).
 
     Large matrices are decomposed in a Krylov space alone (Lanczos, each step made orthogonal to all before). The vector
     is right to about 1e-8 if the next eigenvalue is 3 % smaller or more, to 1e-4 at 1 %; of two that are all but equal

@@ -167,7 +167,7 @@ class FullGrad(_PixelCAM):
         return [total.squeeze(1)]
 
     def _each_term(self, request: Request, take: Callable[[Tensor], None]) -> None:
-        """Hand over the biases' shares of the score, from the last one back, and the input's: (N, C, *spatial) each.
+        """Pass on the biases' shares of the score, from the last one back, and the input's: (N, C, *spatial) each.
 
         Each is gone before the next one is computed.
         """
@@ -305,7 +305,7 @@ def _implicit_bias(
     momentum: float = 0.1,  # noqa: ARG001 - the function that is called has it
     eps: float = 1e-5,
 ) -> Tensor | None:
-    """Give what batch normalisation with these arguments adds to a multiple of its input."""
+    """Return what batch normalisation with these arguments adds to a multiple of its input."""
     if training or running_mean is None or running_var is None:
         return bias
     scale = (running_var + eps).rsqrt()

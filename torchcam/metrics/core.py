@@ -511,7 +511,7 @@ def explaining(extractor: Extractor, logits_fn: LogitsFn | None) -> Iterator[Ext
 
 
 def _logits_applied(model: nn.Module, logits_fn: LogitsFn | None) -> AbstractContextManager[None]:
-    """Let ``model.forward`` apply ``logits_fn`` inside the block."""
+    """Make ``model.forward`` apply ``logits_fn`` inside the block."""
     if logits_fn is None:
         return nullcontext()
     # A partial, unlike a closure, is bound to the replica's modules in a replica.
