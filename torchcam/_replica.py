@@ -48,10 +48,11 @@ class CallWrapper:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module."""
         frame = sys._getframe(1)  # which of the replicas of `nn.DataParallel`, that take attributes along, is called
-        called: Any = frame.f_locals["self"] if frame.f_code is _WRAPPED_CALL else self._module()
-        if called is not self._module() or torch.compiler.is_compiling():
+        own = self._module()
+        called: Any = frame.f_locals["self"] if frame.f_code is _WRAPPED_CALL else own
+        if called is not own or own is None or torch.compiler.is_compiling():
             return called._call_impl(*args, **kwargs)
-        return self.call(called, args, kwargs)
+        return self.call(own, args, kwargs)
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the module with what the wrapper adds."""

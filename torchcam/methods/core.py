@@ -572,7 +572,7 @@ class _CAM:
         *,
         targets: OutputTarget | Sequence[OutputTarget] | None = None,
     ) -> Diagnosis:
-        """Find out why a map of the recorded pass is blank, constant, NaN, inverted, the same for every class or too coarse.
+        """Find out why a map is blank, constant, NaN, inverted, the same for every class or too coarse.
 
         The recorded pass is repeated in evaluation mode, and left as it was.
 
