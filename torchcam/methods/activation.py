@@ -77,7 +77,8 @@ class CAM(_CAM):
         self.fc_name = layer_name(model, fc_layer, "fc_layer")
         super().__init__(model, target_layer, input_shape, **kwargs)
 
-    def weights(self, activation: Tensor, classifier: Tensor, classes: Tensor) -> Tensor:
+    @staticmethod
+    def weights(activation: Tensor, classifier: Tensor, classes: Tensor) -> Tensor:
         """Return the rows of the classifier's weights (K, C) for the samples' classes (N,): (N, C)."""
         return classifier[classes].to(activation)
 

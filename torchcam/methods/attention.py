@@ -317,7 +317,8 @@ class LeGrad(_AttentionCAM):
         self.score_projection = score_projection
         super().__init__(model, target_layer, prefix_tokens, grid_shape, enable_hooks=enable_hooks)
 
-    def map(self, activation: Tensor, gradient: Tensor, to_grid: Callable[[Tensor], Tensor]) -> Tensor:
+    @staticmethod
+    def map(activation: Tensor, gradient: Tensor, to_grid: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the mean positive gradient for the attention (N, heads, queries, keys) by key, (N, *spatial).
 
         ``to_grid`` lays out keys (N, keys) on the grid.
@@ -568,7 +569,8 @@ class TransformerAttribution(_RolledOut):
     _differentiates = True
     _explains_many = True
 
-    def step(self, attention: Tensor, gradient: Tensor) -> Tensor:
+    @staticmethod
+    def step(attention: Tensor, gradient: Tensor) -> Tensor:
         """Return the relevance that flows through a block, (N * K, tokens, tokens) for K scores of each sample."""
         relevance = (gradient * attention).relu().mean(-3)
         if relevance.ndim > 3:

@@ -454,7 +454,8 @@ class EigenSmoothedCAM(_Wrapper):
     ) -> None:
         super().__init__(base_method, model, target_layer, input_shape=input_shape, **base_kwargs)
 
-    def map(self, activation: Tensor, weights: Tensor) -> Tensor:
+    @staticmethod
+    def map(activation: Tensor, weights: Tensor) -> Tensor:
         """Return the first principal component of the weighted channels, (N, *spatial)."""
         product = weights.reshape(*weights.shape, *[1] * (activation.ndim - weights.ndim)) * activation
         return along(first_component(product), product.sum(1))

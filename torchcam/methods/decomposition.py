@@ -131,7 +131,8 @@ class EigenGradCAM(_GradientCAM):
     Cost: the user's forward pass and a backward pass to the target layer.
     """
 
-    def map(self, activation: Tensor, gradient: Tensor) -> Tensor:
+    @staticmethod
+    def map(activation: Tensor, gradient: Tensor) -> Tensor:
         """Return the first principal component of gradient times activation, (N, *spatial)."""
         product = gradient * activation
         return along(first_component(product), product.sum(1))
@@ -150,7 +151,8 @@ class SegEigenCAM(_GradientCAM):
     Cost: the user's forward pass and a backward pass to the target layer.
     """
 
-    def map(self, activation: Tensor, gradient: Tensor) -> Tensor:
+    @staticmethod
+    def map(activation: Tensor, gradient: Tensor) -> Tensor:
         """Return the first principal component of the gradient's size times the activation, (N, *spatial)."""
         cam = first_component(gradient.abs() * activation)
         return _flipped(cam, -cam.flatten(1).amin(1) > cam.flatten(1).amax(1))

@@ -65,7 +65,8 @@ class AblationCAM(_EditingCAM, _ChannelCAM):
         self.baseline = finite_number("baseline", baseline)
         super().__init__(model, target_layer, batch_size, input_shape, **kwargs)
 
-    def weights(self, activation: Tensor, score: Tensor, without: Tensor) -> Tensor:
+    @staticmethod
+    def weights(activation: Tensor, score: Tensor, without: Tensor) -> Tensor:
         """Return the relative drop of the score (N,) to the scores without each channel (N, C): (N, C)."""
         scale = torch.where(score == 0, 1.0, score.abs())
         return (score.unsqueeze(1) - without) / scale.unsqueeze(1)
@@ -128,7 +129,8 @@ class ReciproCAM(_EditingCAM):
             raise ValueError(f"`window` must be odd, so that a position is in its middle, got {window}")
         super().__init__(model, target_layer, batch_size, input_shape, **kwargs)
 
-    def map(self, activation: Tensor, scores: Tensor) -> Tensor:
+    @staticmethod
+    def map(activation: Tensor, scores: Tensor) -> Tensor:
         """Return the scores (N, positions) as a map, (N, *spatial)."""
         return scores.reshape(-1, *activation.shape[2:])
 

@@ -76,7 +76,8 @@ class GradCAM(_GradientCAM):
         torch.Size([2, 7, 7])
     """
 
-    def weights(self, activation: Tensor, gradient: Tensor) -> Tensor:
+    @staticmethod
+    def weights(activation: Tensor, gradient: Tensor) -> Tensor:
         """Return the mean gradient of each channel, (N, C)."""
         return gradient.flatten(2).mean(-1)
 
@@ -97,7 +98,8 @@ class GradCAMpp(_GradientCAM):
     Cost: the user's forward pass and a backward pass to the target layer.
     """
 
-    def weights(self, activation: Tensor, gradient: Tensor, eps: float = 1e-8) -> Tensor:
+    @staticmethod
+    def weights(activation: Tensor, gradient: Tensor, eps: float = 1e-8) -> Tensor:
         """Return the sum of each channel's positive gradients, weighted by alpha, (N, C)."""
         return _plus_plus_weights(gradient, gradient, activation, eps)
 
@@ -159,7 +161,8 @@ class SmoothGradCAMpp(_GradientCAM):
         self.progress = progress
         super().__init__(model, target_layer, input_shape, **kwargs)
 
-    def weights(self, activation: Tensor, moments: Tensor, eps: float = 1e-8) -> Tensor:
+    @staticmethod
+    def weights(activation: Tensor, moments: Tensor, eps: float = 1e-8) -> Tensor:
         """Return the weights for the mean powers of the gradient, (3, N, C, *spatial): (N, C)."""
         first, second, third = moments
         return _plus_plus_weights(first, _ratio(third, second), activation, eps)
@@ -204,7 +207,8 @@ class XGradCAM(_GradientCAM):
     Cost: the user's forward pass and a backward pass to the target layer.
     """
 
-    def weights(self, activation: Tensor, gradient: Tensor, eps: float = 1e-8) -> Tensor:
+    @staticmethod
+    def weights(activation: Tensor, gradient: Tensor, eps: float = 1e-8) -> Tensor:
         """Return the mean gradient of each channel, weighted by the activation, (N, C)."""
         mass = eps * activation.abs().flatten(2).sum(-1)
         return _ratio((gradient * activation).flatten(2).sum(-1), activation.flatten(2).sum(-1), mass)
@@ -221,7 +225,8 @@ class LayerCAM(_GradientCAM):
     Cost: the user's forward pass and a backward pass to the target layer.
     """
 
-    def weights(self, activation: Tensor, gradient: Tensor) -> Tensor:
+    @staticmethod
+    def weights(activation: Tensor, gradient: Tensor) -> Tensor:
         """Return the positive gradients, (N, C, *spatial)."""
         return gradient.relu()
 
@@ -244,7 +249,8 @@ class HiResCAM(_GradientCAM):
     Cost: the user's forward pass and a backward pass to the target layer.
     """
 
-    def weights(self, activation: Tensor, gradient: Tensor) -> Tensor:
+    @staticmethod
+    def weights(activation: Tensor, gradient: Tensor) -> Tensor:
         """Return the gradient, (N, C, *spatial)."""
         return gradient
 
@@ -260,7 +266,8 @@ class GradCAMElementWise(_GradientCAM):
     Cost: the user's forward pass and a backward pass to the target layer.
     """
 
-    def weights(self, activation: Tensor, gradient: Tensor) -> Tensor:
+    @staticmethod
+    def weights(activation: Tensor, gradient: Tensor) -> Tensor:
         """Return the gradient where its product with the activation is not negative, (N, C, *spatial)."""
         return torch.where(gradient * activation < 0, 0.0, gradient)
 
@@ -284,7 +291,8 @@ class ShapleyCAM(_GradientCAM):
 
     _explains_many = False
 
-    def weights(self, activation: Tensor, gradient: Tensor, product: Tensor) -> Tensor:
+    @staticmethod
+    def weights(activation: Tensor, gradient: Tensor, product: Tensor) -> Tensor:
         """Return the mean over positions of the gradient less half of the Hessian's product, (N, C)."""
         return (gradient - product / 2).flatten(2).mean(-1)
 

@@ -73,7 +73,8 @@ class ScoreCAM(_ChannelCAM):
         """Yield the ways to apply a mask (B, 1, *spatial) to inputs (B, C, *spatial); their scores are averaged."""
         yield torch.mul
 
-    def weights(self, activation: Tensor, scores: Tensor) -> Tensor:
+    @staticmethod
+    def weights(activation: Tensor, scores: Tensor) -> Tensor:
         """Return the softmax over channels of the masked inputs' scores, (N, C)."""
         return scores.softmax(1)
 
@@ -264,7 +265,8 @@ class GroupCAM(_ReplayCAM):
         self.percentile = percentile
         super().__init__(model, target_layer, batch_size, input_shape, **kwargs)
 
-    def map(self, activation: Tensor, masks: Tensor, gains: Tensor) -> Tensor:
+    @staticmethod
+    def map(activation: Tensor, masks: Tensor, gains: Tensor) -> Tensor:
         """Return the masks (N, g, *spatial), weighted by their gains (N, g) and summed: (N, *spatial)."""
         return weighted_sum(gains.to(masks), masks)
 

@@ -91,7 +91,8 @@ class GuidedBackprop(_PixelCAM):
         ValueError: if there is a ``target_layer``
     """
 
-    def map(self, activation: Tensor, gradient: Tensor) -> Tensor:
+    @staticmethod
+    def map(activation: Tensor, gradient: Tensor) -> Tensor:
         """Return the gradient, (N, C, *spatial)."""
         return gradient
 

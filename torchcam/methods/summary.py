@@ -78,7 +78,8 @@ class MeanActivation(_ClassAgnosticCAM):
     Cost: the user's forward pass.
     """
 
-    def weights(self, activation: Tensor) -> Tensor:
+    @staticmethod
+    def weights(activation: Tensor) -> Tensor:
         """Return the same weight for each channel, (N, C)."""
         return activation.new_full(activation.shape[:2], 1 / activation.shape[1])
 
