@@ -89,7 +89,8 @@ def _modes() -> tuple[bool, bool, bool, bool]:
 def count_hooks(model: nn.Module) -> int:
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     extra = ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called")
-    wrappers = sum("_compiled_call_impl" in vars(module) for module in model.modules())
+    # The wrapper of an extractor around a module's call; without one, it may stay while other threads live.
+    wrappers = sum(bool(getattr(module._compiled_call_impl, "members", ())) for module in model.modules())
     return wrappers + sum(len(getattr(module, kind)) for module in model.modules() for kind in (*kinds, *extra))
 
 

@@ -171,8 +171,9 @@ class _Copier:
         attributes.pop("_compiled_call_impl", None)
         attributes["training"] = False
         for name, value in attributes.items():
-            if type(value) not in _SHARED:
-                attributes[name] = self(value)
+            kind = type(value)
+            if kind not in _SHARED:  # most of what a module holds is empty
+                attributes[name] = kind() if kind in _EMPTY and not value else self(value)
         for hooks in (attributes["_forward_hooks"], attributes["_forward_pre_hooks"]):
             for key in [key for key, hook in hooks.items() if isinstance(hook, ExtractorHook)]:
                 del hooks[key]

@@ -20,7 +20,11 @@ _lock = threading.Lock()
 
 
 class SharedWrapper(CallWrapper):
-    """A wrapper around a module's call that several extractors share; it is detached when the last one leaves."""
+    """A wrapper around a module's call that several extractors share; without one, it hands calls on.
+
+    When the last extractor leaves, it is detached, but not while other threads live: torch looks twice whether a module
+    has a wrapper, and a thread that calls the module at this moment must find one both times.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
@@ -30,7 +34,7 @@ class SharedWrapper(CallWrapper):
         """Remove a member."""
         with _lock:
             self.members = tuple(one for one in self.members if one is not member)
-            if not self.members:
+            if not self.members and threading.active_count() == 1:
                 self.detach()
 
 

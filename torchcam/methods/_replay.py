@@ -533,6 +533,7 @@ class _WholeModel:
         self.replica = replica
         self.layer = layer
         self.layer_calls = layer_calls
+        self._run = VariantRunner(replica, replay.call)
 
     def score(self, samples: Tensor, edit: Callable[[Tensor], Tensor]) -> Tensor:
         """Score the edited outputs of samples, (B,)."""
@@ -546,13 +547,16 @@ class _WholeModel:
                 return None
             return replace_tensors(output, [(tensor, edit(tensor.clone()))])
 
-        call = self.replay.call
-        args, kwargs = call.with_image(call.image[samples], samples)
-        handle = self.layer.register_forward_hook(replace)
+        def start(_module: nn.Module, _args: Any) -> None:
+            nonlocal calls
+            calls = 0
+
+        handles = [self.layer.register_forward_hook(replace), self.replica.register_forward_pre_hook(start)]
         try:
-            return self.replay.select(self.replica(*args, **kwargs), samples)
+            return self.replay.select(self._run(self.replay.call.image[samples], samples), samples)
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
 
 def _leaves(output: Any) -> list[Any]:

@@ -14,7 +14,7 @@ from torchcam.targets import class_scores
 
 from ._replicas import on_replica
 
-__all__ = ["stream"]
+__all__ = ["batch_arguments", "stream"]
 
 
 def stream(
@@ -29,8 +29,7 @@ def stream(
         raise ValueError("give `class_idx` or `targets`, not both")
     device = model_device(extractor.model)
     for batch in batches:
-        args, options = _arguments(batch)
-        args, options = map_tensors(lambda t: t.to(device, non_blocking=True), (args, options))
+        args, options = batch_arguments(batch, device)
         with on_replica(extractor) as watching:
             with torch.inference_mode():
                 output = watching.model(*args, **options)
@@ -41,15 +40,20 @@ def stream(
         del maps
 
 
-def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def batch_arguments(batch: Any, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return what the model is called with: of a tuple or list, as loaders of data sets give, the first entry."""
+    args: tuple[Any, ...] = (batch,)
+    options: dict[str, Any] = {}
     if isinstance(batch, Mapping):
-        return (), {key: value for key, value in batch.items() if key not in {"label", "labels"}}
-    if isinstance(batch, (tuple, list)):
+        args, options = (), {key: value for key, value in batch.items() if key not in {"label", "labels"}}
+    elif isinstance(batch, (tuple, list)):
         if not batch:
             raise ValueError("`batches` holds an empty batch: each is the model's input, or begins with it")
-        return (batch[0],), {}
-    return (batch,), {}
+        args = (batch[0],)
+    moved: tuple[tuple[Any, ...], dict[str, Any]] = map_tensors(
+        lambda t: t.to(device, non_blocking=True), (args, options)
+    )
+    return moved
 
 
 def _asked(extractor: Any, class_idx: Any, targets: Any, output: Any) -> dict[str, Any]:

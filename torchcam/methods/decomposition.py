@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from torchcam._checks import callable_object, finite_number, positive_integer
+from torchcam._passes import model_device
 from torchcam._replica import replicated
 from torchcam._tensors import is_constant, is_finite, to_float
 from torchcam.layers import TargetLayer
 
 from ._finish import broken_samples
 from ._replay import gaussian_noise
+from ._replicas import on_replica
 from ._request import Request
+from ._stream import batch_arguments
 from .core import plain_tensors
 from .gradient import _GradientCAM
 from .summary import MeanActivation, _ClassAgnosticCAM
@@ -250,6 +254,21 @@ class DeepFeatureFactorization:
             with replicated(self.extractor.model) as replica:
                 classifier = _same_part(self.classifier, self.extractor.model, replica)
                 return Factorization(concepts, maps, classifier((concepts + shift).mT))
+
+    def stream(self, batches: Iterable[Any]) -> Iterator[Factorization]:
+        """Run the model on batches, as :meth:`_CAM.stream` does, and yield the factorisation of each."""
+        for batch in batches:
+            args, options = batch_arguments(batch, model_device(self.model))
+            with on_replica(self) as moved, torch.inference_mode():
+                moved.model(*args, **options)
+                found = moved()
+            yield found
+
+    def moved_to(self, replica: nn.Module) -> Self:
+        """Return one like this with its hooks on a replica of the model."""
+        moved = copy.copy(self)
+        moved.extractor = self.extractor.moved_to(replica)
+        return moved
 
     @property
     def model(self) -> nn.Module:
