@@ -42,8 +42,17 @@ class CallWrapper:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = weakref.ref(module)
-        self.inner: Callable[..., Any] | None = vars(module).get("_compiled_call_impl")
-        vars(module)["_compiled_call_impl"] = self
+        self.inner: Callable[..., Any] | None = None
+        self.attach(module)
+
+    def attach(self, module: nn.Module) -> None:
+        """Run in place of the module's calls, unless it does so already."""
+        outermost = found = vars(module).get("_compiled_call_impl")
+        while isinstance(found, CallWrapper) and found is not self:
+            found = found.inner
+        if found is not self:
+            self.inner = outermost
+            vars(module)["_compiled_call_impl"] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module."""

@@ -16,7 +16,7 @@ from ._running import thread
 
 __all__ = ["SharedWrapper", "attached", "fused_modules", "with_graph_of"]
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # a dropped extractor leaves when it is collected, in the middle of anything
 
 
 class SharedWrapper(CallWrapper):
@@ -46,6 +46,7 @@ def attached(kind: type[SharedWrapper], module: nn.Module, member: Any) -> Calla
             found = found.inner
         wrapper = found if isinstance(found, kind) else kind(module)
         wrapper.members = (*wrapper.members, member)
+        wrapper.attach(module)  # the last one may have left meanwhile
     return lambda: wrapper.leave(member)
 
 

@@ -1,0 +1,37 @@
+"""The wrapper around a module's call that extractors share."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchcam.methods import GradCAM
+
+
+def test_an_extractor_that_is_collected_while_another_is_made() -> None:
+    """The collector may run anywhere: also where the new extractor has found the wrapper of the old one."""
+    from torchcam.methods import _fused
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 2)).eval()
+    old = GradCAM(model, "0")
+    kept = [old]
+    kept.append(kept)  # a cycle: only the collector finds it
+    del old, kept
+
+    class Collecting(tuple[Any, ...]):
+        __slots__ = ()
+
+        def __iter__(self) -> Iterator[Any]:
+            gc.collect()
+            return super().__iter__()
+
+    wrapper = vars(model)["_compiled_call_impl"]
+    assert isinstance(wrapper, _fused.SharedWrapper)
+    wrapper.members = Collecting(wrapper.members)
+    with GradCAM(model, "0") as extractor, torch.no_grad():
+        model(torch.rand(1, 3, 8, 8))
+        assert extractor(0)[0].shape == (1, 6, 6)
