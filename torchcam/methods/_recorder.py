@@ -48,7 +48,7 @@ _own_keys: ContextVar[dict[int, _Key]] = ContextVar("torchcam_passes", default={
 
 
 class Pass:
-    """What one forward pass left behind, in the thread or task that ran it; not changed after the model has returned.
+    """What one forward pass left behind, in the thread or task that ran it.
 
     Attributes:
         thread: the thread that ran it
@@ -60,7 +60,6 @@ class Pass:
         output: what the model returned, with its graph where there is one
         returned: weak references to the tensors that the caller got
         private: whether gradients were turned on for this pass alone
-        training: whether a part of the model was in training mode
         explained: whether maps were computed from it
         is_partial: whether some use of a layer's output may lie outside of the graph: that output is the caller's input
         owns_input: whether the arguments are copies, which the caller does not use
@@ -80,7 +79,6 @@ class Pass:
         self.private = private
         self.output: Any = None
         self.returned: list[weakref.ref[Tensor]] = []
-        self.training = False
         self.explained = False
         self.superseded = False
         self.is_partial = False
@@ -405,9 +403,9 @@ class _ModelCall(SharedWrapper):
             return self._recorded_privately(module, recorders, args, kwargs)
 
     def _recorded_privately(self, module: nn.Module, recorders: list[Recorder], args: Any, kwargs: Any) -> Any:
-        torch.set_grad_enabled(False)
-        thread.private = True
         try:
+            torch.set_grad_enabled(False)
+            thread.private = True
             return self._recorded(module, recorders, args, kwargs, detached=True)
         finally:
             started = torch.is_grad_enabled()
@@ -419,8 +417,9 @@ class _ModelCall(SharedWrapper):
     def _recorded(
         self, module: nn.Module, recorders: list[Recorder], args: Any, kwargs: Any, *, detached: bool = False
     ) -> Any:
-        passes = [(recorder, recorder.begin(args, kwargs, thread.private)) for recorder in recorders]
+        passes: list[tuple[Recorder, Pass]] = []
         try:
+            passes += [(recorder, recorder.begin(args, kwargs, thread.private)) for recorder in recorders]
             with ExitStack() if any(one.around is not None for one in recorders) else nullcontext() as stack:
                 for recorder, started in passes:
                     if recorder.around is not None and stack is not None:
@@ -441,8 +440,9 @@ class _ModelCall(SharedWrapper):
                     recorder.ended(started)
             return returned
         finally:
+            for recorder in recorders:
+                thread.passes.pop(id(recorder), None)
             for recorder, started in passes:
-                del thread.passes[id(recorder)]
                 recorder.end(started)
 
 
@@ -480,7 +480,6 @@ class _LayerHook(ExtractorHook):
         running = thread.passes.get(self._recorder)
         if running is None or module is not self._layer():
             return None
-        running.training = running.training or module.training
         kept: dict[str, tuple[Tensor, Tensor | GradientEdge]] = {}
         replaced = []
         for level, tensor in primary_tensors(output).items():
