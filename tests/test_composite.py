@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import oracles
 import pytest
 import torch
+from methods_under_test import make_input, make_model
 from models import HandNet, SplitNet, image, split_net
 from test_methods_numbers import CLASSES, ask, class_scores, close, halves
 from test_promises import count_hooks
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchcam.methods import (
     CAM,
@@ -21,8 +23,10 @@ from torchcam.methods import (
     AugmentedCAM,
     EigenCAM,
     EigenSmoothedCAM,
+    FinerCAM,
     GradCAM,
     LayerCAM,
+    RefineCAM,
     ScoreCAM,
     SmoothGradCAMpp,
 )
@@ -372,3 +376,62 @@ def test_representations() -> None:
     assert repr(EigenSmoothedCAM(net, LAYERS)) == (
         "EigenSmoothedCAM(base_method=GradCAM, target_layer=['first', 'second'])"
     )
+
+
+# Wrappers of wrappers
+
+
+NESTED: dict[str, Callable[[nn.Module], Any]] = {
+    "AugmentedCAM of EigenSmoothedCAM": lambda model: AugmentedCAM(model, "block2", base_method=EigenSmoothedCAM),
+    "AugmentedCAM of EigenSmoothedCAM of LayerCAM": lambda model: AugmentedCAM(
+        model, "block2", base_method=partial(EigenSmoothedCAM, base_method=LayerCAM)
+    ),
+    "EigenSmoothedCAM of FinerCAM": lambda model: EigenSmoothedCAM(model, "block2", base_method=FinerCAM),
+    "FinerCAM of AugmentedCAM": lambda model: FinerCAM(model, "block2", base_method=AugmentedCAM),
+    "RefineCAM of AugmentedCAM": lambda model: RefineCAM(model, ["block1", "block2"], base_method=AugmentedCAM),
+    "SESS of RefineCAM": lambda model: SESS(
+        model, ["block1", "block2"], base_method=RefineCAM, scales=1, window_size=12
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_wrappers_compose(name: str, device: torch.device) -> None:
+    """A batch gives what its samples give alone, and with nothing to augment the mean is the base method's map."""
+    model, x = make_model("GradCAM", device), make_input(device)
+    with NESTED[name](model) as extractor, torch.no_grad():
+        model(x)
+        (together,) = extractor([0, 2])
+        alone = []
+        for n, class_idx in enumerate([0, 2]):
+            model(x[n : n + 1])
+            alone.append(extractor(class_idx)[0])
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+    assert together.amax() == 1
+
+
+def test_augmenting_by_nothing_gives_the_nested_method(device: torch.device) -> None:
+    model, x = make_model("GradCAM", device), make_input(device)
+    nothing = [(torch.clone, torch.clone)]
+    with (
+        AugmentedCAM(model, "block2", base_method=EigenSmoothedCAM, transforms=nothing) as augmented,
+        EigenSmoothedCAM(model, "block2") as plain,
+        torch.no_grad(),
+    ):
+        model(x)
+        torch.testing.assert_close(augmented([0, 2])[0], plain([0, 2])[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_method_that_a_user_wrote_for_torchcam(device: torch.device) -> None:
+    class Own(GradCAM):
+        def _get_weights(self, class_idx: Any, scores: Any, **kwargs: Any) -> list[Tensor]:
+            self._backprop(scores, class_idx, **kwargs)
+            return [gradient.flatten(2).mean(-1) for gradient in self.hook_g if gradient is not None]
+
+    model, x = make_model("GradCAM", device), make_input(device)
+    for own, ours in ((Own, GradCAM), (partial(EigenSmoothedCAM, base_method=Own), EigenSmoothedCAM)):
+        with own(model, "block2") as extractor, ours(model, "block2") as expected, torch.no_grad():
+            scores = model(x)
+            torch.testing.assert_close(
+                extractor([0, 2], scores, retain_graph=True), expected([0, 2], scores), rtol=1e-6, atol=1e-7
+            )
