@@ -115,13 +115,15 @@ def replicated(model: nn.Module) -> Iterator[nn.Module]:
     last_call = _LastCall(replica)
     generators = _global_generators(model)
     states = [generator.get_state() for generator in generators]
+    raised = True
     try:
         yield replica
+        raised = False
     finally:
         last_call.detach()
         changed = any(not torch.equal(g.get_state(), state) for g, state in zip(generators, states, strict=True))
         # Another thread may draw from the same generators: its numbers must not be drawn twice.
-        if changed and (threading.active_count() == 1 or last_call.draws_random_numbers()):
+        if changed and (raised or threading.active_count() == 1 or last_call.draws_random_numbers()):
             for generator, state in zip(generators, states, strict=True):
                 generator.set_state(state)
 
@@ -219,10 +221,13 @@ class _LastCall(CallWrapper):
         return self.run(module, args, kwargs)
 
     def draws_random_numbers(self) -> bool:
-        """Check whether the last call draws random numbers, by a repetition."""
+        """Check whether the last call draws random numbers, by a repetition without hooks; the replica has served."""
         module = self._module()
         if module is None or self._arguments is None:
             return False
+        for inner in module.modules():
+            inner._forward_hooks.clear()
+            inner._forward_pre_hooks.clear()
         watch = _DrawsWatched()  # type: ignore[no-untyped-call]  # torch's
         with watch, torch.no_grad():
             try:
