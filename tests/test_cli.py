@@ -285,7 +285,7 @@ class TestExplain:
         captured = capsys.readouterr()
         assert captured.err == ""
         assert captured.out.count(" -> ") == len(names)
-        assert read_image(place / "bits.png").getpixel((0, 0)) == (116, 116, 116)
+        assert read_image(place / "bits.png").getpixel((0, 0)) == (117, 117, 117)
 
     def test_upright_as_the_camera_says(self, place: Path) -> None:
         image = Image.new("RGB", (20, 10), "red")

@@ -466,7 +466,7 @@ class TestRecording:
             model.stage2(torch.rand(2, 8, 16, 16))
             (finding,) = extractor.diagnose()
         assert finding.code == "nothing_recorded"
-        assert "the model itself was not" in finding.message
+        assert "and its parts called one by one run no hooks" in finding.advice
 
     def test_the_layer_that_was_not_reached_gets_a_substitute(self) -> None:
         (finding,) = layer_not_reached()

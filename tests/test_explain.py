@@ -228,7 +228,7 @@ class TestErrors:
             ({"input_tensor": torch.rand(12)}, ValueError, r"one sample.*\(12,\)"),
             ({"input_tensor": [[0.0]]}, TypeError, "`input_tensor` must be a tensor, a path, .* got list"),
             ({"model": len}, TypeError, "`model` must be a torch.nn.Module"),
-            ({"expected_class_idx": 3}, ValueError, "between 0 and 2 for a model with 3 classes, got 3"),
+            ({"expected_class_idx": 3}, ValueError, "between 0 and 2 for the 3 classes of the model, got 3"),
             ({"expected_class_idx": -1}, ValueError, "`expected_class_idx` must lie .* got -1"),
             ({"expected_class_idx": True}, TypeError, "`expected_class_idx` .* boolean True"),
             ({"expected_class_idx": 1.0}, TypeError, "`expected_class_idx` .* got 1.0 of type float"),

@@ -240,7 +240,7 @@ def test_group_cam_by_hand(device: torch.device, monkeypatch: pytest.MonkeyPatch
     # Before a black image in place of the blurred one, and with all but the lowest values kept, for Y = 2·ΣA_0 + ΣA_1:
     # m_0 = A_0/3, m_1 = 1/2 0    f(X ⊙ m_0) = 2·14/3 + (2 + 2 + 3)/3 = 35/3
     #                    1   0    f(X ⊙ m_1) = 2·1/2 + 1 + 4 = 6
-    monkeypatch.setattr("torchcam.methods.activation.gaussian_blur", lambda images, *_: torch.zeros_like(images))
+    monkeypatch.setattr("torchcam.methods.masked.gaussian_blur", lambda images, *_: torch.zeros_like(images))
     net = scored_net(lambda a: 2 * a[:, 0].sum((1, 2)) + a[:, 1].sum((1, 2)), device)
     (cam,) = ask(GroupCAM(net, "features", percentile=0), A.to(device), 0, normalized=False)
     close(cam[0], [[35 / 9 + 3, 70 / 9], [6, 35 / 3]])
@@ -249,7 +249,7 @@ def test_group_cam_by_hand(device: torch.device, monkeypatch: pytest.MonkeyPatch
 def test_group_cam_keeps_what_is_above_the_percentile(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     # Of 0 1 2 3, 60 % lie at or below 1.8. In one group of both, A_0 counts for all: m = 0   2/3, f(X ⊙ m) = 13/3
     #                                                                                      0   1
-    monkeypatch.setattr("torchcam.methods.activation.gaussian_blur", lambda images, *_: torch.zeros_like(images))
+    monkeypatch.setattr("torchcam.methods.masked.gaussian_blur", lambda images, *_: torch.zeros_like(images))
     net = scored_net(lambda a: a[:, 0].sum((1, 2)), device)
     (cam,) = ask(GroupCAM(net, "features", groups=1, percentile=60), A.to(device), 0, normalized=False)
     close(cam[0], [[0, 26 / 9], [0, 13 / 3]])

@@ -611,7 +611,8 @@ class TestArguments:
             ).eval()
             nn.init.normal_(vit.heads.head.weight)
         image = sample_images()[0].to_tensor()[..., :32, :32]
-        report = explain(vit, image, method=method).trust(methods=[method], **QUICK)
+        layers = list(vit.encoder.layers) if method == "LeGrad" else None
+        report = explain(vit, image, method=method, target_layer=layers).trust(methods=[method], **QUICK)
         assert report.method.startswith(method)
         assert report[0].cam.shape == (4, 4)
         assert "weights" in [check.name for check in report[0].checks]

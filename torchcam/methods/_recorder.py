@@ -132,7 +132,7 @@ class Pass:
                 for index, layer in enumerate(self.target_names)
                 for level, pair in self._layers.get(index, missing).items()
             ]
-            self._collected = [list(column) for column in zip(*rows, strict=True)]
+            self._collected = [list(column) for column in zip(*rows, strict=True)] or [[], [], [], []]
         return self._collected[part]
 
     @property
@@ -176,12 +176,12 @@ class Recorder:
         keeps_outputs: whether the outputs of the target layers are recorded
         wanted_input: name or position of the image-like input
         enabled: whether passes are recorded from the start
-
-    Attributes:
         choose_layers: called with the arguments of a pass before it starts; returns target layers, None for no change
-        owns_input: whether the model is called with copies, which nobody else uses
         around: called with a pass when it starts; returns a context that the model runs in
         ended: called with a pass when the model has returned
+
+    Attributes:
+        owns_input: whether the model is called with copies, which nobody else uses
     """
 
     def __init__(
@@ -194,6 +194,9 @@ class Recorder:
         keeps_outputs: bool = True,
         wanted_input: str | int | None = None,
         enabled: bool = True,
+        choose_layers: Callable[[tuple[Any, ...], dict[str, Any]], list[str] | None] | None = None,
+        around: Callable[[Pass], AbstractContextManager[Any]] | None = None,
+        ended: Callable[[Pass], None] | None = None,
     ) -> None:
         self.model = model
         self.modules = dict(model.named_modules())
@@ -205,9 +208,9 @@ class Recorder:
         self.enabled = enabled
         self.owns_input = False
         self.handles: list[RemovableHandle] = []
-        self.choose_layers: Callable[[tuple[Any, ...], dict[str, Any]], list[str] | None] | None = None
-        self.around: Callable[[Pass], AbstractContextManager[Any]] | None = None
-        self.ended: Callable[[Pass], None] | None = None
+        self.choose_layers = choose_layers
+        self.around = around
+        self.ended = ended
         self._lock = threading.RLock()
         self._passes: dict[int, tuple[weakref.ref[_Key], Pass]] = {}
         self._last_ended: Pass | None = None

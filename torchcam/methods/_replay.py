@@ -97,12 +97,19 @@ class VariantRunner:
         model: the model
         call: the recorded call, of which the other arguments are taken; None if the variants are all of the input
         compiled: whether it runs as ``torch.compile`` makes it
+        formats: the memory format by the number of dimensions; by default the fastest ones
     """
 
-    def __init__(self, model: nn.Module, call: Call | None = None, compiled: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        call: Call | None = None,
+        compiled: bool = False,
+        formats: dict[int, torch.memory_format] | None = None,
+    ) -> None:
         self.call = call
         self._forward: Callable[..., Any] = torch.compile(model) if compiled else model
-        self._formats = fast_formats(model.modules())
+        self._formats = fast_formats(model.modules()) if formats is None else formats
 
     def __call__(self, image: Tensor, samples: Tensor) -> Any:
         """Run the model on ``image``, (B, C, *spatial), in place of the recorded one; row i is a variant of a sample.
@@ -533,7 +540,8 @@ class _WholeModel:
         self.replica = replica
         self.layer = layer
         self.layer_calls = layer_calls
-        self._run = VariantRunner(replica, replay.call)
+        # A run that fails in another format is repeated: that would count the calls of the layer twice.
+        self._run = VariantRunner(replica, replay.call, formats=None if layer_calls == 1 else {})
 
     def score(self, samples: Tensor, edit: Callable[[Tensor], Tensor]) -> Tensor:
         """Score the edited outputs of samples, (B,)."""
@@ -543,20 +551,15 @@ class _WholeModel:
             nonlocal calls
             calls += 1
             tensor = first_tensor(output)
-            if calls < self.layer_calls or tensor is None:
+            if calls % self.layer_calls or tensor is None:
                 return None
             return replace_tensors(output, [(tensor, edit(tensor.clone()))])
 
-        def start(_module: nn.Module, _args: Any) -> None:
-            nonlocal calls
-            calls = 0
-
-        handles = [self.layer.register_forward_hook(replace), self.replica.register_forward_pre_hook(start)]
+        handle = self.layer.register_forward_hook(replace)
         try:
             return self.replay.select(self._run(self.replay.call.image[samples], samples), samples)
         finally:
-            for handle in handles:
-                handle.remove()
+            handle.remove()
 
 
 def _leaves(output: Any) -> list[Any]:

@@ -150,12 +150,12 @@ class _BlockStarts(ExtractorHook):
     def __call__(self, module: nn.Module, *_arguments: Any) -> None:
         """Notify the watch."""
         running = None if torch.compiler.is_compiling() else thread.passes.get(self._recorder)
-        if running is None or module is not self._layer():
+        if running is None or running.watch is None or module is not self._layer():
             return
         if self._starts:
             running.attentions[self._index] = []
             running.watch.blocks.append(self._index)
-        else:
+        elif self._index in running.watch.blocks:
             del running.watch.blocks[running.watch.blocks.index(self._index) :]
 
 
@@ -196,14 +196,6 @@ class _AttentionCAM(_CAM):
                     f"`target_layer` '{name}', a {type(layer).__name__}, computes no attention: "
                     f"{type(self).__name__} reads the blocks of a vision transformer"
                 )
-        recorder = Recorder(
-            model,
-            names,
-            differentiates=self._differentiates,
-            reads_attention=True,
-            keeps_outputs=self._keeps_outputs,
-            **options,
-        )
         everywhere = list(names) == [""]
         differentiates = self._differentiates
 
@@ -218,8 +210,16 @@ class _AttentionCAM(_CAM):
                 thread.watches.remove(started.watch)
                 started.watch = None
 
-        recorder.around = watching
-        recorder.ended = self._keep_attentions
+        recorder = Recorder(
+            model,
+            names,
+            differentiates=differentiates,
+            reads_attention=True,
+            keeps_outputs=self._keeps_outputs,
+            around=watching,
+            ended=self._keep_attentions,
+            **options,
+        )
         for index, layer in enumerate([] if everywhere else recorder.layers):
             recorder.handles.append(layer.register_forward_pre_hook(_BlockStarts(recorder, index, True)))
             recorder.handles.append(layer.register_forward_hook(_BlockStarts(recorder, index, False), prepend=True))

@@ -87,9 +87,8 @@ class _CAM:
         default = DefaultLayer(model, input_shape, wanted) if target_layer is None else None
         names = [] if target_layer is None else layer_names(model, target_layer)
         names = names if default is None else default.names
-        self._recorder = self._recording(model, names, wanted_input=wanted, enabled=enable_hooks)
-        if default is not None:
-            self._recorder.choose_layers = default.confirm
+        choose = None if default is None else default.confirm
+        self._recorder = self._recording(model, names, wanted_input=wanted, enabled=enable_hooks, choose_layers=choose)
 
     def _recording(self, model: nn.Module, names: Sequence[str], **options: Any) -> Recorder:
         """Register the hooks on a model."""
@@ -157,8 +156,9 @@ class _CAM:
         """Return an extractor like this one with its hooks, if it has any, on a replica of the model."""
         moved = copy.copy(self)
         here = self._recorder
-        moved._recorder = self._recording(replica, here.target_names, wanted_input=here.wanted_input, enabled=True)
-        moved._recorder.choose_layers = here.choose_layers
+        moved._recorder = self._recording(
+            replica, here.target_names, wanted_input=here.wanted_input, choose_layers=here.choose_layers
+        )
         if not here.is_attached:
             moved.remove_hooks()
         return moved

@@ -230,7 +230,7 @@ class DeepFeatureFactorization:
             raise ValueError(f"one layer is factorised, but `target_layer` lists {len(target_layer)}")
         self.n_components = positive_integer("n_components", n_components)
         self.num_iterations = positive_integer("num_iterations", num_iterations)
-        self.classifier = callable_object("classifier", classifier, optional=True)
+        self.classifier = None if classifier is None else callable_object("classifier", classifier)
         self.seed = seed
         self.extractor = MeanActivation(model, target_layer, input_shape, **kwargs)
 

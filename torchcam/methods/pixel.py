@@ -48,9 +48,7 @@ class _PixelCAM(_CAM):
         super().__init__(model, model, input_shape, **kwargs)
 
     def _recording(self, model: nn.Module, names: Sequence[str], **options: Any) -> Recorder:
-        recorder = Recorder(model, names, keeps_outputs=False, **options)
-        recorder.ended = _keep_image
-        return recorder
+        return Recorder(model, names, keeps_outputs=False, ended=_keep_image, **options)
 
     def _to_grid(self, recorded: Pass, tensor: Tensor, name: str) -> Tensor:
         return to_float(tensor)
