@@ -251,9 +251,11 @@ class DeepFeatureFactorization:
             maps = broken_samples(maps, activation, None, self.extractor.target_names[0])
             if self.classifier is None:
                 return Factorization(concepts, maps)
-            with replicated(self.extractor.model) as replica:
-                classifier = _same_part(self.classifier, self.extractor.model, replica)
-                return Factorization(concepts, maps, classifier((concepts + shift).mT))
+            vectors = (concepts + shift).mT
+            if not isinstance(self.classifier, nn.Module):
+                return Factorization(concepts, maps, self.classifier(vectors))
+            with replicated(self.classifier) as classifier:
+                return Factorization(concepts, maps, classifier(vectors))
 
     def stream(self, batches: Iterable[Any]) -> Iterator[Factorization]:
         """Run the model on batches, as :meth:`_CAM.stream` does, and yield the factorisation of each."""
@@ -318,11 +320,6 @@ class DeepFeatureFactorization:
         concepts, strengths = concepts * peaks, strengths / torch.where(peaks > 0, peaks, 1.0)
         order = (concepts.sum(0) * strengths.sum(0)).argsort(descending=True)
         return concepts[:, order], strengths[:, order].mT
-
-
-def _same_part(part: Any, model: nn.Module, replica: nn.Module) -> Any:
-    """Return the module of a replica in the place of one of the model; what is no such module, itself."""
-    return next((replica.get_submodule(name) for name, module in model.named_modules() if module is part), part)
 
 
 def first_component(features: Tensor) -> Tensor:
