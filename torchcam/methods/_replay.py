@@ -436,6 +436,17 @@ class _Record:
         return cls(before, outputs[-1] if outputs else None, len(outputs), scores, len(rows), known)
 
 
+def _rows(tensor: Tensor, dimension: int, samples: Tensor) -> Tensor:
+    """Return the rows of samples in ascending order; of one sample alone, its row as often, without a copy."""
+    first, last = int(samples[0]), int(samples[-1])
+    if first != last:
+        return tensor.index_select(dimension, samples)
+    one = tensor.narrow(dimension, first, 1)
+    if len(samples) == 1:
+        return one.clone()
+    return one.expand([len(samples) if axis == dimension else -1 for axis in range(tensor.ndim)])
+
+
 def _joined(parts: Sequence[Any], rows: Sequence[int]) -> Any:
     """Join the outputs of a module for several chunks of samples, along the dimension of their rows."""
     tensors = [_leaves(part) for part in parts]
@@ -507,7 +518,7 @@ class _Head:
         if self.batch == 0:
             copies = in_format(copies, self._formats)
         image, old, new = call.image, self.recorded.rows, len(samples)
-        rows = image[samples] if self.recorded.known else _Form.of(image).unknown(len(image), new, self._nan)
+        rows = _rows(image, 0, samples) if self.recorded.known else _Form.of(image).unknown(len(image), new, self._nan)
         args, kwargs = call.with_image(rows, samples)
         answers: defaultdict[nn.Module, deque[Any]] = defaultdict(deque)
         for module, output in self.recorded.before:
@@ -519,7 +530,7 @@ class _Head:
             if not isinstance(part, Tensor):
                 return NotImplemented
             dimension = next((axis for axis, side in enumerate(part.shape[:2]) if side == old), None)
-            return part.clone() if dimension is None else part.index_select(dimension, samples)
+            return part.clone() if dimension is None else _rows(part, dimension, samples)
 
         def answer(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
             def answered(*args: Any, **kwargs: Any) -> Any:
