@@ -435,3 +435,11 @@ def test_a_method_that_a_user_wrote_for_torchcam(device: torch.device) -> None:
             torch.testing.assert_close(
                 extractor([0, 2], scores, retain_graph=True), expected([0, 2], scores), rtol=1e-6, atol=1e-7
             )
+            scores = model(x)
+            asked = {"relu": "negative", "normalized": False}
+            torch.testing.assert_close(
+                extractor([0, 2], scores, retain_graph=True, **asked),
+                expected([0, 2], scores, **asked),
+                rtol=1e-6,
+                atol=1e-7,
+            )

@@ -264,9 +264,13 @@ class _CAM:
     def _layer_weights(self, request: Request, **options: Any) -> list[tuple[Tensor, Tensor]]:
         """Return weights and activation of each target layer."""
         if type(self)._get_weights is not _CAM._get_weights:  # a method that a user wrote for TorchCAM
-            asked = {"targets": request.targets} if request.targets is not None else {}
+            class_idx, targets = request.class_idx, request.targets
+            if request.relu == "negative":
+                class_idx, targets = None, self._selector(request)
+            asked = {"targets": targets} if targets is not None else {}
             asked |= {"retain_graph": True} if request.retain_graph else {}
-            found = self._get_weights(request.class_idx, request.scores, **asked, **options)
+            asked |= {"create_graph": True} if request.create_graph else {}
+            found = self._get_weights(class_idx, request.scores, **asked, **options)
             return list(zip(found, self._activations(request), strict=True))
         return [(self.weights(*evidence, **options), evidence[0]) for evidence in self._evidence(request)]
 
