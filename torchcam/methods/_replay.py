@@ -361,8 +361,8 @@ class _Record:
 
     Attributes:
         before: the outermost modules that had finished when the layer started, in order, and the outputs of each, or
-            their forms; empty if they differ from chunk to chunk
-        layer_output: what the layer returned last
+            their forms; empty if other modules run from chunk to chunk
+        layer_output: what the layer returned last; None of several chunks that cannot be joined
         layer_calls: how often it ran
         scores: the scores of the samples, (N,)
         rows: how many samples the outputs before the layer are of
@@ -391,13 +391,14 @@ class _Record:
         first = chunks[0]
         if len(chunks) == 1:
             return first
-        before = first.before
-        if known:
+        tensors = [chunk.layer_output for chunk in chunks]
+        modules = [[module for module, _ in chunk.before] for chunk in chunks]
+        same = all(isinstance(tensor, Tensor) for tensor in tensors) and all(one == modules[0] for one in modules)
+        before = first.before if same else []
+        if known and same:
             outputs = zip(*([output for _, output in chunk.before] for chunk in chunks), strict=True)
             parts = [_joined(parts, [chunk.rows for chunk in chunks]) for parts in outputs]
             before = [(module, part) for (module, _), part in zip(before, parts, strict=True)]
-        tensors = [chunk.layer_output for chunk in chunks]
-        same = all(isinstance(tensor, Tensor) for tensor in tensors)
         return cls(
             before,
             torch.cat(tensors, batch) if same else None,

@@ -20,6 +20,7 @@ from torchcam._tensors import to_float
 from torchcam.layers import TargetLayer
 from torchcam.layout import patch_grid
 
+from ._fused import with_graph_of
 from ._gradients import differentiate
 from ._recorder import Pass, Recorder
 from ._running import thread
@@ -113,8 +114,8 @@ class _AttentionWatched(TorchFunctionMode):
         probabilities = _note(probabilities)
         if not probabilities.requires_grad or dropout_p:
             return fused
-        explicit = probabilities @ value
-        return fused.detach() + (explicit - explicit.detach())
+        attended: Tensor = with_graph_of(probabilities @ value, fused)
+        return attended
 
 
 def _note(probabilities: Tensor) -> Tensor:
