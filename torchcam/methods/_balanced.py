@@ -41,8 +41,8 @@ def balanced_grad(
     score: Tensor,
     inputs: Sequence[Tensor | GradientEdge],
     grad_outputs: Tensor,
-    *,
     retain_graph: bool,
+    create_graph: bool = False,
     **options: Any,
 ) -> tuple[Tensor | None, ...]:
     """Differentiate a score with balanced gradients, as :func:`torch.autograd.grad` does with plain ones.
@@ -54,6 +54,7 @@ def balanced_grad(
         inputs: what to differentiate for
         grad_outputs: the gradient of the score
         retain_graph: whether the graph is kept
+        create_graph: whether the gradients have a graph of their own
         options: what else :func:`torch.autograd.grad` takes
 
     Returns:
@@ -70,7 +71,7 @@ def balanced_grad(
     for number, (plan, group) in enumerate(zip(plans, groups, strict=True), 1):
         with _hooked(score, plan.rules):
             keep = retain_graph or number < len(plans)
-            gradients += torch.autograd.grad(score, group, grad_outputs, retain_graph=keep, **options)
+            gradients += torch.autograd.grad(score, group, grad_outputs, keep, create_graph, **options)
             unbalanced |= plan.unbalanced
     return gradients
 

@@ -21,8 +21,8 @@ from torchcam.layers import TargetLayer
 from torchcam.layout import patch_grid
 
 from ._fused import with_graph_of
-from ._gradients import differentiate
-from ._recorder import Pass, Recorder
+from ._gradients import differentiate, with_graph
+from ._recorder import Pass, Recorder, Row
 from ._running import thread
 from .core import _CAM, Request
 
@@ -349,10 +349,10 @@ class LeGrad(_AttentionCAM):
                     f"`target_layer` '{name}' computes attention of shapes {[tuple(a.shape) for a in noted]}, where "
                     f"LeGrad reads blocks with one, between all tokens of {len(tokens)} samples"
                 )
-            with torch.inference_mode(False), torch.enable_grad():
+            with with_graph():
                 score = select(self._scores_of(tokens))
-            wanted = [(name, name, noted[0], noted[0])]
-            (gradient,) = differentiate(score, wanted, request.retain_graph, request.create_graph)
+                wanted = [Row(name, name, noted[0], noted[0])]
+                (gradient,) = differentiate(score, wanted, request.retain_graph, request.create_graph)
             evidence.append((grid, to_float(gradient), partial(self._on_grid, recorded)))
         return evidence
 
@@ -430,7 +430,7 @@ class _RolledOut(_AttentionCAM):
         for index, noted in enumerate(ended.attentions):
             if noted is not None:
                 what = "" if ended.target_names[index] else "attention"
-                ended.keep(index, {f"{what}[{number}]": (one, one) for number, one in enumerate(noted)})
+                ended.layers[index] = {f"{what}[{number}]": (one, one) for number, one in enumerate(noted)}
 
     def _to_grid(self, recorded: Pass, tensor: Tensor, name: str) -> Tensor:
         return to_float(self._on_grid(recorded, tensor[..., 0, :] if self.prefix_tokens else tensor.mean(-2)))

@@ -80,7 +80,7 @@ class GradCAM(_GradientCAM):
     @staticmethod
     def weights(activation: Tensor, gradient: Tensor) -> Tensor:
         """Return the mean gradient of each channel, (N, C)."""
-        return gradient.flatten(2).mean(-1)
+        return gradient.mean(tuple(range(2, gradient.ndim)))
 
 
 class GradCAMpp(_GradientCAM):
@@ -310,11 +310,12 @@ class ShapleyCAM(_GradientCAM):
             recorded.gradients = [gradient.detach() for gradient in attached]
             gradients = [gradient.detach() for gradient in gradients]
         evidence = []
-        found = zip(activations, gradients, attached, recorded.edges, recorded.activations, recorded.names, strict=True)
-        for index, (activation, gradient, graph, edge, tensor, name) in enumerate(found):
+        for index, (activation, gradient, graph, row) in enumerate(
+            zip(activations, gradients, attached, recorded.rows, strict=True)
+        ):
             keep = request.retain_graph or index < len(attached) - 1
-            product = _hessian_product(graph, edge, tensor, keep, request.create_graph)
-            evidence.append((activation, gradient, self._to_grid(recorded, product, name)))
+            product = _hessian_product(graph, row.edge, row.values, keep, request.create_graph)
+            evidence.append((activation, gradient, self._to_grid(recorded, product, row.name)))
         return evidence
 
 
