@@ -274,6 +274,8 @@ class _Plan:
     def _choose_for(self, node: Node, kind: str, constants: Collection[int], shared: bool) -> None:
         if constants or shared:
             self.rules.append((node, partial(_product, constants, _FACTORS[kind] if shared else ())))
+        elif kind.endswith("BatchNorm") and not _saved(node, "training"):
+            pass  # it is linear
         elif kind in _RULES and not self._gates[node]:
             rule, *names = _RULES[kind]
             try:
@@ -313,8 +315,10 @@ def _single(rule: Callable[..., Tensor], saved: list[Any], plain: Gradients, inc
 
 def _gelu(_: Tensor, gradient: Tensor, x: Tensor, approximate: str) -> Tensor:
     if approximate == "tanh":
-        return gradient * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
-    return gradient * (1 + torch.erf(x * math.sqrt(0.5))) / 2
+        gate = 1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+    else:
+        gate = torch.erf(x * math.sqrt(0.5)).add_(1)
+    return gradient * gate.mul_(0.5)
 
 
 def _silu(_: Tensor, gradient: Tensor, x: Tensor) -> Tensor:
@@ -364,8 +368,9 @@ def _layer_norm(
     _: Tensor, gradient: Tensor, x: Tensor, shape: Sequence[int], rstd: Tensor, weight: Tensor | None
 ) -> Tensor:
     axes = tuple(range(-len(shape), 0))
-    scaled = (gradient if weight is None else gradient * weight) * _differentiable(rstd, x, axes)
-    return scaled - scaled.mean(axes, keepdim=True)
+    scaled = gradient * (1 if weight is None else weight)
+    scaled *= _differentiable(rstd, x, axes)
+    return scaled.sub_(scaled.mean(axes, keepdim=True))
 
 
 def _rms_norm(
@@ -383,11 +388,7 @@ def _group_norm(_: Tensor, gradient: Tensor, x: Tensor, groups: int, rstd: Tenso
     return (scaled - scaled.mean(-1, keepdim=True)).reshape(x.shape)
 
 
-def _batch_norm(
-    plain: Tensor, gradient: Tensor, x: Tensor, training: bool, rstd: Tensor, weight: Tensor | None
-) -> Tensor:
-    if not training:
-        return plain
+def _batch_norm(_: Tensor, gradient: Tensor, x: Tensor, rstd: Tensor, weight: Tensor | None) -> Tensor:
     axes, shape = (0, *range(2, x.ndim)), (-1, *[1] * (x.ndim - 2))
     scaled = gradient if weight is None else gradient * weight.reshape(shape)
     scaled = scaled * _differentiable(rstd.reshape(shape), x, axes)
@@ -408,16 +409,16 @@ _RULES: dict[str, tuple[Any, ...]] = {  # with the names of what nodes save
     "Celu": (_celu, "self", "alpha"),
     "Clamp": (_clamp, "self", "min", "max"),
     "ClampMin": (_clamp, "self", "min"),
-    "CudnnBatchNorm": (_batch_norm, "input", "training", "result2", "weight"),
+    "CudnnBatchNorm": (_batch_norm, "input", "result2", "weight"),
     "Elu": (_elu, "self", "alpha", "scale", "input_scale"),
     "FusedRmsNorm": (_rms_norm, "input", "normalized_shape", "result1", "weight"),
     "Gelu": (_gelu, "self", "approximate"),
     "Glu": (_glu, "dim"),
     "Hardswish": (_hardswish, "self"),
     "Hardtanh": (_clamp, "self", "min_val", "max_val"),
-    "MiopenBatchNorm": (_batch_norm, "input", "training", "result2", "weight"),
+    "MiopenBatchNorm": (_batch_norm, "input", "result2", "weight"),
     "Mish": (_mish, "self"),
-    "NativeBatchNorm": (_batch_norm, "input", "training", "result2", "weight"),
+    "NativeBatchNorm": (_batch_norm, "input", "result2", "weight"),
     "NativeGroupNorm": (_group_norm, "input", "group", "result2", "weight"),
     "NativeLayerNorm": (_layer_norm, "input", "normalized_shape", "result2", "weight"),
     "PowBackward0": (_power, "exponent"),
