@@ -640,6 +640,21 @@ class TestCalls:
             assert unbalanced == names
             torch.testing.assert_close(found, frozen(operation, x), rtol=1e-9, atol=1e-12)
 
+    def test_layers_whose_last_operation_has_a_rule_of_its_own(self) -> None:
+        for last in (F.relu6, F.softsign, lambda x: x.clamp(x.mean() * 0, x.mean() * 0 + 2), torch.sigmoid, F.silu):
+            layer = nn.Conv2d(3, 4, 3).double()
+            layer.register_forward_hook(lambda _module, _args, out, last=last: last(out))
+            model = nn.Sequential(layer, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3, bias=False).double())
+            for grad_mode in (torch.enable_grad, torch.no_grad):
+                with grad_mode(), methods.HiResCAM(model, ["0", "1"], gradients="balanced") as extractor:
+                    model(seeded(2, 3, 6, 6))
+                    extractor(1)
+                    torch.testing.assert_close(shares(extractor), [torch.ones(2, dtype=torch.float64)] * 2)
+                with grad_mode(), methods.HiResCAM(model, "0", gradients="balanced") as extractor:
+                    model(seeded(2, 3, 6, 6))
+                    extractor(1)
+                    torch.testing.assert_close(shares(extractor), [torch.ones(2, dtype=torch.float64)])
+
     def test_names_of_operations_without_a_rule(self) -> None:
         class Own(torch.autograd.Function):
             @staticmethod

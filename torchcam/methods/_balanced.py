@@ -63,10 +63,10 @@ def balanced_grad(
     score = score.view_as(score)  # its node is new: no other backward pass begins there
     edges = [edge if isinstance(edge, GradientEdge) else get_gradient_edge(edge) for edge in inputs]
     outputs = {tensor.grad_fn for tensor in tensors_in(output) if tensor.grad_fn is not None}
-    plans, groups = [_Plan(score.grad_fn, edges, outputs)], [list(inputs)]
+    plans, groups = [_Plan(score.grad_fn, edges, outputs)], [edges]
     if not plans[0].fits_all:
         plans = [_Plan(score.grad_fn, [edge], outputs) for edge in edges]
-        groups = [[one] for one in inputs]
+        groups = [[edge] for edge in edges]
     gradients: tuple[Tensor | None, ...] = ()
     for number, (plan, group) in enumerate(zip(plans, groups, strict=True), 1):
         with _hooked(score, plan.rules):
@@ -89,7 +89,7 @@ def _hooked(score: Tensor, rules: Sequence[tuple[Node, Rule]]) -> Iterator[None]
             return None
         return rule(plain, incoming)
 
-    handles = [score.register_hook(begin)]
+    handles: list[Any] = [score.register_hook(begin)]  # type: ignore[no-untyped-call]  # torch's
     try:
         for node, rule in rules:
             handles.append(node.register_hook(partial(apply, rule)))
@@ -239,13 +239,14 @@ class _Plan:
             return True
         if kind in _BOUNDED:
             return None
-        if kind in {"Hardtanh", "Clamp"} and edges:  # ReLU6(x + 3), the hard sigmoid as it is written out
-            above = edges[0][0]
-            lowest = _saved(node, "min_val" if kind == "Hardtanh" else "min")
-            added = self._edges[above]
-            return bool(lowest == 0 and self._kinds[above] == "Add" and sum(map(bool, map(self._reaches, added))) == 1)
+        if not edges:  # nothing behind it counts
+            return False
+        above = edges[0][0]
+        if kind in {"Hardtanh", "Clamp"} and _number(node, "min_val" if kind == "Hardtanh" else "min") == 0:
+            # ReLU6(x + 3), the hard sigmoid as it is written out
+            return self._kinds[above] == "Add" and sum(map(bool, map(self._reaches, self._edges[above]))) == 1
         if kind == "PowBackward0":
-            return bool(_saved(node, "exponent") < 0)
+            return (_number(node, "exponent") or 0) < 0
         if kind == "Div" and edges[0] is not self._edges[node][0]:
             return True
         if not (kind in _FACTORS or _PIECEWISE_LINEAR.fullmatch(kind)):
@@ -274,7 +275,7 @@ class _Plan:
     def _choose_for(self, node: Node, kind: str, constants: Collection[int], shared: bool) -> None:
         if constants or shared:
             self.rules.append((node, partial(_product, constants, _FACTORS[kind] if shared else ())))
-        elif kind.endswith("BatchNorm") and not _saved(node, "training"):
+        elif kind.endswith("BatchNorm") and _number(node, "training") == 0:
             pass  # it is linear
         elif kind in _RULES and not self._gates[node]:
             rule, *names = _RULES[kind]
@@ -293,6 +294,11 @@ class _Plan:
 
 def _saved(node: Any, name: str) -> Any:
     return getattr(node, f"_saved_{name}")
+
+
+def _number(node: Any, name: str) -> float | None:
+    found = getattr(node, f"_saved_{name}", None)
+    return found if isinstance(found, (int, float)) else None
 
 
 # The rules for products: the plain gradients for the inputs, of which some are constants or share.

@@ -224,7 +224,8 @@ class _CAM:
         """The share of the last explained score that gradient × activation at each target layer's positions sums to.
 
         One tensor for each layer, (N,) or (N, K): 1 if the positions of the map account for all of the score. What
-        biases, class tokens and paths around the layer add is missing. Empty before a gradient method was called.
+        biases, class tokens and paths around the layer add is missing. Empty before a call, and for methods that take
+        no gradients of the recorded pass.
         """
         try:
             recorded = self._recorder.find()
