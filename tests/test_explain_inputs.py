@@ -194,12 +194,12 @@ class TestShown:
         assert np.abs(self.shown(tensor) - expected[..., None].numpy()).max() <= 1
 
     def test_an_image_that_is_given(self, picture: Image.Image, net: nn.Module) -> None:
-        x = torch.rand(1, 3, 12, 12)
+        x = torch.rand(1, 3, 20, 14)
         result = explain(net, x, target_layer="block2", image=picture)
         assert np.array_equal(np.asarray(result.image), np.asarray(picture))
-        assert result.overlay().size == (14 * 12, 20 * 12)  # enlarged, as it is tiny
-        both = explain(net, torch.rand(2, 3, 12, 12), target_layer="block2", image=[picture, np.zeros((5, 5, 3))])
-        assert [one.image.size for one in both] == [(14, 20), (5, 5)]
+        assert result.overlay().size == (14 * 26, 20 * 26)  # enlarged, as it is tiny
+        both = explain(net, torch.rand(2, 3, 20, 14), target_layer="block2", image=[picture, np.zeros((10, 7, 3))])
+        assert [one.image.size for one in both] == [(14, 20), (7, 10)]
         with pytest.raises(ValueError, match="`image` must hold a picture for each of the 2 inputs, got 1"):
             explain(net, torch.rand(2, 3, 12, 12), target_layer="block2", image=picture)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from ._passes import find_image, model_device
 from ._pictures import from_unit_range, to_picture
 from ._tensors import map_tensors
+from ._views import FULL, View, Views
 
 __all__ = ["Inputs", "as_rgb", "read_inputs", "read_picture"]
 
@@ -32,7 +35,9 @@ class Inputs:
         tensor: the image-like input, (N, C, *spatial)
         kwargs: the model's keyword arguments, that input among them; None if it is the only argument
         is_batch: whether a batch was given, if only of one
-        pictures: the model's view of each sample, RGB; None where that is no picture
+        pictures: what is shown of each sample, RGB: the model's view, or what was given; None where that is no picture
+        shown: where the model's view lies on that picture
+        views: tells where it lies on other pictures of the sample
         class_names: the names of the classes, as far as the weights or the model know them
     """
 
@@ -40,6 +45,8 @@ class Inputs:
     kwargs: Mapping[str, Any] | None
     is_batch: bool
     pictures: tuple[Image.Image | None, ...]
+    shown: tuple[View, ...]
+    views: tuple[Views | None, ...]
     class_names: tuple[str, ...] | None
 
     def call(self, model: nn.Module, samples: slice) -> Any:
@@ -74,6 +81,8 @@ def read_inputs(model: nn.Module, given: Any, transform: Any = None, weights: An
         transform = weights.transforms()
 
     kwargs: Mapping[str, Any] | None = None
+    images: list[Image.Image] = []
+    channels = _input_channels(model)
     is_batch = isinstance(given, (list, tuple)) or (isinstance(given, np.ndarray) and given.ndim == 4)
     if isinstance(given, Tensor):
         tensor = _check_tensor(given, model)
@@ -88,15 +97,24 @@ def read_inputs(model: nn.Module, given: Any, transform: Any = None, weights: An
         if all(isinstance(item, Tensor) for item in items):
             tensor = _stack([item[0] if item.ndim > 3 and len(item) == 1 else item for item in items])
         else:
-            images = [_for_model(read_picture(item), _input_channels(model)) for item in items]
+            images = [_for_model(read_picture(item), channels) for item in items]
             transform = transform or _own_transform(model)
             kwargs, tensor = _transformed(transform, images)
             kwargs, tensor = _moved(model, kwargs, tensor)
+    views: tuple[Views | None, ...] = (None,) * len(tensor)
+    if tensor.ndim == 4:
+        seen = (tensor.shape[3], tensor.shape[2])
+        to_tensor = None if transform is None else partial(_one_transformed, transform, channels)
+        sources = [picture.size for picture in images] or [None] * len(tensor)
+        views = tuple(Views(seen, source, to_tensor) for source in sources)
+    pictures, shown = _pictures(tensor, _normalisation(transform) or _normalisation(_pretrained(model)), image, views)
     return Inputs(
         tensor,
         kwargs if (kwargs is not None and len(kwargs) > 1) or isinstance(given, Mapping) else None,
         is_batch,
-        _pictures(tensor, _normalisation(transform) or _normalisation(_pretrained(model)), image),
+        pictures,
+        shown,
+        views,
         _class_names(model, weights),
     )
 
@@ -144,6 +162,12 @@ def _transformed(transform: Any, images: list[Image.Image]) -> tuple[Mapping[str
         if not isinstance(tensor, Tensor):
             raise TypeError(f"`transform` must make a tensor of an image, got {type(tensor).__name__}")
     return None, _stack([t[0] if t.ndim > 3 and len(t) == 1 else t for t in tensors])
+
+
+def _one_transformed(transform: Any, channels: int | None, image: Image.Image) -> Tensor:
+    """Return a transformed image, (C, *spatial)."""
+    _, (tensor,) = _transformed(transform, [_for_model(image, channels)])
+    return tensor
 
 
 def _moved(model: nn.Module, kwargs: Mapping[str, Any] | None, tensor: Tensor) -> tuple[Any, Tensor]:
@@ -261,15 +285,27 @@ def _for_model(image: Image.Image, channels: int | None) -> Image.Image:
 # The model's view, as a picture.
 
 
-def _pictures(tensor: Tensor, normalisation: Normalisation | None, image: Any) -> tuple[Image.Image | None, ...]:
+def _pictures(
+    tensor: Tensor, normalisation: Normalisation | None, image: Any, views: Sequence[Views | None]
+) -> tuple[tuple[Image.Image | None, ...], tuple[View, ...]]:
+    """Return what is shown of each sample, and where the model's view lies on that."""
+    own: list[Image.Image | None] = [None] * len(tensor)
+    if tensor.ndim == 4 and tensor.is_floating_point():
+        own = [to_picture(sample, normalisation) for sample in tensor]
     if image is None:
-        if tensor.ndim != 4 or not tensor.is_floating_point():
-            return (None,) * len(tensor)
-        return tuple(to_picture(sample, normalisation) for sample in tensor)
+        return tuple(own), (FULL,) * len(tensor)
     images = list(image) if isinstance(image, (list, tuple)) else [image]
     if len(images) != len(tensor):
         raise ValueError(f"`image` must hold a picture for each of the {len(tensor)} inputs, got {len(images)}")
-    return tuple(as_rgb(read_picture(one)) for one in images)
+    given = [as_rgb(read_picture(one)) for one in images]
+    shown = [FULL if known is None else known.on(one.size) for known, one in zip(views, given, strict=True)]
+    for place, (known, view) in enumerate(zip(views, shown, strict=True)):
+        if view is None and known is not None:
+            warnings.warn(known.unknown(given[place].size), UserWarning, stacklevel=4)
+    return (
+        tuple(mine if view is None else one for mine, view, one in zip(own, shown, given, strict=True)),
+        tuple(view or FULL for view in shown),
+    )
 
 
 def _normalisation(source: Any) -> Normalisation | None:

@@ -141,7 +141,8 @@ def explain(
         transform: function from a PIL image to a tensor (C, *spatial), or an image processor of transformers. The image
             that is shown is the model's view, with the transform's normalisation undone where it can be found.
         weights: weights of torchvision, or their name: their transform is taken, and the names of the classes
-        image: what to show in place of the model's view: an image as above, or a list of one for each input
+        image: what to show in place of the model's view: an image as above, or a list of one for each input. If it is
+            the original of an image that was cropped or padded, each map is drawn where the model saw it.
         to_probabilities: function from the scores (N, classes) to the probabilities that are shown: softmax by default;
             ``torch.sigmoid`` where classes do not exclude each other. A single score is shown as it is.
         batch_size: largest number of inputs in one forward pass
@@ -206,7 +207,9 @@ def explain(
                         image=picture,
                         probabilities=_probabilities(answer.logits, to_probabilities),
                         scores=MappingProxyType(answer.scores),
+                        view=inputs.shown[number],
                         _try_out=request,
+                        _views=inputs.views[number],
                     )
                 )
     return Explanations(explanations) if inputs.is_batch else explanations[0]

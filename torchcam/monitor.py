@@ -121,7 +121,7 @@ class CAMMonitor:
         batch_size: largest number of images in one pass
         max_columns: largest number of probes in the strip and the film, 2 or more
         thumbnail: the longer side of a thumbnail, in pixels
-        colormap: a matplotlib colormap, or the name of one
+        colormap: a matplotlib colormap, or the name of one; by default that of all pictures here
         on_error: what to do if a probe fails: ``"raise"``, or ``"warn"`` and go on without it (``failures`` counts
             them). The model is unchanged in both cases.
 
@@ -159,7 +159,7 @@ class CAMMonitor:
         batch_size: int = 32,
         max_columns: int = 12,
         thumbnail: int = 96,
-        colormap: Any = "inferno",
+        colormap: Any = None,
         on_error: Literal["raise", "warn"] = "raise",
     ) -> None:
         self.model = _check_model(model)

@@ -109,13 +109,13 @@ def check_output(paths: Sequence[Path], inputs: Sequence[Path], overwrite: bool)
         raise UserError(f"'{min(taken, default=there[0] if there else None)}' is in the way: pass another --output")
 
 
-def _check_colours(alpha: float, colormap: str) -> None:
+def _check_colours(alpha: float, colormap: str | None) -> None:
     from PIL import Image
 
-    from torchcam.utils import overlay_mask
+    from torchcam.utils import overlay_map
 
     with library_errors():
-        overlay_mask(Image.new("L", (1, 1)), Image.new("L", (1, 1)), colormap, alpha)
+        overlay_map(Image.new("L", (1, 1)), [[0.0]], colormap, alpha)
 
 
 def save_figure(figure: Figure, path: Path, dpi: int = 150) -> None:

@@ -190,6 +190,9 @@ def _add_overwrite_and_json(parser: Any) -> None:
 def add_colours(parser: Any) -> None:
     """Add the options of pictures."""
     parser.add_argument(
-        "--alpha", type=float, default=0.5, help="opacity of the image under its maps, in [0, 1) (default: %(default)s)"
+        "--alpha",
+        type=float,
+        default=0.25,
+        help="opacity of the image under the strongest values of a map, in [0, 1) (default: %(default)s)",
     )
-    parser.add_argument("--colormap", default="jet", help="a colormap of matplotlib (default: %(default)s)")
+    parser.add_argument("--colormap", help="a colormap of matplotlib (default: viridis; coolwarm for signed maps)")

@@ -91,14 +91,14 @@ def run(arguments: argparse.Namespace) -> None:
         print(RANDOM_WEIGHTS)
 
 
-def _draw(explanation: PredictionExplanation, title: str, alpha: float, colormap: str) -> Figure:
+def _draw(explanation: PredictionExplanation, title: str, alpha: float, colormap: str | None) -> Figure:
     """Draw the maps of all methods side by side."""
     from torchcam._figures import Cell, Row, Sheet, draw
 
     captions, cells = [], []
     for name, result in explanation.results.items():
         captions.append((name, textwrap.shorten(", ".join(result.target_layers), 30, placeholder=" ...")))
-        cells.append(Cell(explanation.overlay(method=name, alpha=alpha, colormap=colormap, grey=False)))
+        cells.append(Cell(explanation.overlay(method=name, alpha=alpha, colormap=colormap)))
     return draw([Sheet(title, explanation.image, captions, [Row("", "", False, cells)])], title, colormap, dark=False)
 
 

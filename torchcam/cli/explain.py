@@ -81,9 +81,7 @@ def run(arguments: argparse.Namespace) -> None:
             if not arguments.json:
                 print(title)
         with library_errors():
-            figure = explanation.plot(
-                colormap=arguments.colormap, alpha=arguments.alpha, grey=False, dark=False, title=title
-            )
+            figure = explanation.plot(colormap=arguments.colormap, alpha=arguments.alpha, dark=False, title=title)
         save_figure(figure, path)
         classes = [class_entry(explanation, index) for index in explanation.cams]
         images.append({"image": str(source), "picture": str(path), "classes": classes})
