@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._balanced import balanced_grad
 from ._recorder import Row
 
-__all__ = ["differentiate", "with_graph"]
+__all__ = ["differentiate", "share_of_score", "with_graph"]
 
 
 # What `torch.autograd.grad` calls after checks that take as long as the whole pass on a small model.
@@ -24,7 +25,13 @@ def with_graph() -> AbstractContextManager[Any]:
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else torch.enable_grad()
 
 
-def differentiate(score: Tensor, rows: Sequence[Row], retain_graph: bool, create_graph: bool) -> list[Tensor]:
+def differentiate(
+    score: Tensor,
+    rows: Sequence[Row],
+    retain_graph: bool,
+    create_graph: bool,
+    balanced: tuple[Any, set[str]] | None = None,
+) -> list[Tensor]:
     """Differentiate a score with respect to what target layers returned, where graphs are recorded.
 
     Args:
@@ -32,6 +39,8 @@ def differentiate(score: Tensor, rows: Sequence[Row], retain_graph: bool, create
         rows: what the layers returned
         retain_graph: whether the graph is kept
         create_graph: whether the gradients have a graph of their own
+        balanced: for balanced gradients, the model's output, and a set that the names of operations without a rule are
+            added to
 
     Returns:
         the gradients, shaped as the tensors; of several scores (K, ...), from one batched backward pass
@@ -45,16 +54,17 @@ def differentiate(score: Tensor, rows: Sequence[Row], retain_graph: bool, create
     if score.requires_grad:
         edges: Any = tuple([row.edge for row in rows])
         retain_graph |= create_graph
+        total = score.sum(0) if many else score  # the samples do not depend on each other
+        start = torch.eye(len(total), dtype=total.dtype, device=total.device) if many else torch.ones_like(total)
+        options: Any = {"allow_unused": True, "is_grads_batched": many}
         try:
-            if many:
-                total = score.sum(0)
-                start = torch.eye(len(total), dtype=total.dtype, device=total.device)
-                gradients = torch.autograd.grad(
-                    total, edges, start, retain_graph, create_graph, allow_unused=True, is_grads_batched=True
-                )
-            else:  # the samples do not depend on each other
+            if balanced is not None:
+                gradients = balanced_grad(*balanced, total, edges, start, retain_graph, create_graph, **options)
+            elif many:
+                gradients = torch.autograd.grad(total, edges, start, retain_graph, create_graph, **options)
+            else:
                 gradients = _engine.run_backward(
-                    (score,), (torch.ones_like(score),), retain_graph, create_graph, edges, True, accumulate_grad=False
+                    (total,), (start,), retain_graph, create_graph, edges, True, accumulate_grad=False
                 )
         except RuntimeError as error:
             if "second time" in str(error):
@@ -71,8 +81,25 @@ def differentiate(score: Tensor, rows: Sequence[Row], retain_graph: bool, create
             "the explained score is not connected to every target layer: it does not depend on the output of "
             + ", ".join(f"'{name}'" for name in missing)
             + ". `scores` of another pass, a cut such as `.detach()` and activation checkpointing hide a dependence"
+            + ("" if balanced is None else "; balanced gradients take gates, attention and divisors for constants")
         )
     return [
         row.values.new_zeros((*score.shape[1:], *row.values.shape)) if gradient is None else gradient  # type: ignore[union-attr]
         for row, gradient in zip(rows, gradients, strict=True)
     ]
+
+
+def share_of_score(activation: Tensor, gradient: Tensor, score: Tensor) -> Tensor:
+    """Return how much of a score the sum of gradient × activation is, for each sample.
+
+    Args:
+        activation: the activation of a layer, (N, ...)
+        gradient: the gradient of the score for it, (N, ...), or (N * K, ...) of K scores
+        score: the score, (N,) or (N, K)
+
+    Returns:
+        the shares, shaped as the score: 1 where the layer accounts for all of it, NaN where it is 0
+    """
+    count = len(gradient) // len(activation)
+    total = (gradient * activation.repeat_interleave(count, 0)).flatten(1).sum(1).reshape(score.shape)
+    return torch.where(score == 0, torch.nan, total / score)

@@ -98,6 +98,8 @@ class Pass:
         owns_input: whether the arguments are copies, which the caller does not use
         gradients: those of the score that was explained last, as the layers returned their outputs
         num_scores: how many scores of each sample were explained last; None for one without a dimension of its own
+        score: the score that was explained last, (N,) or (N, K)
+        unbalanced: the operations on its way to the layers that balanced gradients have no rule for
         attentions: attention probabilities by target layer, for methods that read them
         watch: what notes them while the pass runs
     """
@@ -119,6 +121,8 @@ class Pass:
         self.owns_input = recorder.owns_input
         self.gradients: list[Tensor | None] = []
         self.num_scores: int | None = None
+        self.score: Tensor | None = None
+        self.unbalanced: set[str] = set()
         self.target_names = recorder.target_names
         self.attentions: list[list[Tensor] | None] = [None] * len(self.target_names)
         self.watch: Any = None

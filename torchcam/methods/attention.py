@@ -282,6 +282,7 @@ class LeGrad(_AttentionCAM):
         prefix_tokens: number of tokens before the patches
         grid_shape: the patches' (height, width); by default the grid with the input's aspect ratio
         enable_hooks: whether forward passes are recorded from the start
+        gradients: None; there so that the error for methods without a choice says what exists
 
     Raises:
         TypeError: if an argument has the wrong type
@@ -308,6 +309,7 @@ class LeGrad(_AttentionCAM):
         prefix_tokens: int = 1,
         grid_shape: tuple[int, int] | None = None,
         enable_hooks: bool = True,
+        gradients: None = None,
     ) -> None:
         if target_layer is None:
             raise TypeError("`target_layer` must name the transformer block(s) that LeGrad reads, got None")
@@ -316,7 +318,7 @@ class LeGrad(_AttentionCAM):
         if score_projection is None:
             _read_out(model)
         self.score_projection = score_projection
-        super().__init__(model, target_layer, prefix_tokens, grid_shape, enable_hooks=enable_hooks)
+        super().__init__(model, target_layer, prefix_tokens, grid_shape, enable_hooks=enable_hooks, gradients=gradients)
 
     @staticmethod
     def map(activation: Tensor, gradient: Tensor, to_grid: Callable[[Tensor], Tensor]) -> Tensor:
@@ -407,6 +409,7 @@ class _RolledOut(_AttentionCAM):
         enable_hooks: bool = True,
         input_name: str | None = None,
         input_index: int | None = None,
+        gradients: None = None,
     ) -> None:
         super().__init__(
             model,
@@ -417,6 +420,7 @@ class _RolledOut(_AttentionCAM):
             enable_hooks=enable_hooks,
             input_name=input_name,
             input_index=input_index,
+            gradients=gradients,
         )
 
     _keeps_outputs = False

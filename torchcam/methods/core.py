@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from torchcam._checks import torch_module
+from torchcam._checks import one_of, torch_module
 from torchcam._passes import Call
 from torchcam._tensors import map_tensors, min_max, tensors_in, to_float
 from torchcam.layers import TargetLayer, layer_names
@@ -23,7 +23,7 @@ from torchcam.targets import ClassIndex, OutputTarget, Selector, check_one_of, c
 from ._default_layer import DefaultLayer
 from ._diagnose import Diagnosis, diagnose
 from ._finish import all_finite, broken_samples, scale_signed, to_one_shape, weighted_sum
-from ._gradients import differentiate, with_graph
+from ._gradients import differentiate, share_of_score, with_graph
 from ._recorder import Pass, Recorder
 from ._replicas import on_replica
 from ._request import Request
@@ -51,16 +51,21 @@ class _CAM:
         input_name: name of the image-like input among the model's keyword arguments, or in one that is a mapping
         input_index: position of the image-like input among the model's positional arguments; by default it is the
             first floating-point tensor with positions
+        gradients: of gradient methods, how the gradient of the score is taken: ``"plain"``, the default, or
+            ``"balanced"``, for layers behind which there are norms, gates, attention or smooth activation functions
+            (Mehri et al. 2025, arXiv:2411.16760; ``docs/guides/transformers.md``)
 
     Raises:
         TypeError: if a target layer is neither a module nor a string
-        ValueError: if a target layer is not part of the model, or none can be found
+        ValueError: if a target layer is not part of the model, or none can be found; if ``gradients`` is neither of the
+            two, or given to a method that takes none at a layer
     """
 
     class_agnostic = False  # the map is the same for every class: none has to be named
 
     _relu = False
     _differentiates = False  # the pass keeps its graph from the target layers on
+    _weighs_gradients = False  # gradients of the score for what layers return make the map
     _runs_model = False  # the model runs again when maps are computed
     _explains_many = False  # several classes of a sample are explained at once
     _options: tuple[str, ...] = ("target_layer",)  # what `repr` shows
@@ -79,8 +84,15 @@ class _CAM:
         *,
         input_name: str | None = None,
         input_index: int | None = None,
+        gradients: Literal["plain", "balanced"] | None = None,
     ) -> None:
         torch_module("model", model)
+        if gradients is not None and not self._weighs_gradients:
+            raise ValueError(
+                f"{type(self).__name__} takes no gradients at a layer, so there is no `gradients`, got {gradients!r}: "
+                "GradCAM, HiResCAM, LayerCAM and the other gradient methods do"
+            )
+        self.gradients = one_of("gradients", gradients or "plain", ("plain", "balanced"))
         if reshape_transform is not None and not callable(reshape_transform):
             raise TypeError(f"`reshape_transform` must be callable, got {reshape_transform!r}")
         if input_name is not None and input_index is not None:
@@ -194,6 +206,33 @@ class _CAM:
         except AssertionError:
             return [None] * len(self.target_names)
         return self._gradient_grids(recorded, recorded.gradients or [None] * len(recorded.names), recorded.num_scores)
+
+    @property
+    def unbalanced(self) -> list[str]:
+        """The operations that the last explained score went through, and that balanced gradients have no rule for.
+
+        By the names of torch's functions, or of the node in the graph for others; empty with plain gradients.
+        """
+        try:
+            return sorted(self._recorder.find().unbalanced)
+        except AssertionError:
+            return []
+
+    @property
+    def completeness(self) -> list[Tensor]:
+        """The share of the last explained score that gradient × activation at each target layer's positions sums to.
+
+        One tensor for each layer, (N,) or (N, K): 1 if the positions of the map account for all of the score. What
+        biases, class tokens and paths around the layer add is missing. Empty before a gradient method was called.
+        """
+        try:
+            recorded = self._recorder.find()
+        except AssertionError:
+            return []
+        if recorded.score is None:
+            return []
+        found = zip(self.hook_a, self.hook_g, strict=True)
+        return [share_of_score(a, g, recorded.score) for a, g in found if a is not None and g is not None]
 
     def _grids(self, recorded: Pass, tensors: Sequence[Tensor | None], graph: bool = False) -> list[Tensor | None]:
         return [
@@ -466,9 +505,13 @@ class _CAM:
         if recorded.is_partial:
             return self._gradients_of_copies(request)
         with with_graph():
-            score = self._selector(request)(self._attached(request))
-            gradients = differentiate(score, recorded.rows, request.retain_graph, request.create_graph)
+            output = self._attached(request)
+            score = self._selector(request)(output)
+            recorded.unbalanced = set()
+            balanced = (output, recorded.unbalanced) if self.gradients == "balanced" else None
+            gradients = differentiate(score, recorded.rows, request.retain_graph, request.create_graph, balanced)
         recorded.gradients, recorded.num_scores = list(gradients), None if score.ndim == 1 else score.shape[1]
+        recorded.score = score.detach()
         grids = self._gradient_grids(recorded, gradients, recorded.num_scores, request.create_graph)
         return [grid for grid in grids if grid is not None]
 
@@ -482,6 +525,7 @@ class _CAM:
             again = replace(request, recorded=repeated._recorder.find(), scores=None)
             grids: list[Tensor] = repeated._gradients(again)
         recorded.gradients, recorded.num_scores = again.recorded.gradients, again.recorded.num_scores
+        recorded.score, recorded.unbalanced = again.recorded.score, again.recorded.unbalanced
         return grids
 
     def _selector(self, request: Request) -> Selector:
@@ -627,6 +671,8 @@ class _CAM:
         values = {
             option: self.target_names if option == "target_layer" else getattr(self, option) for option in self._options
         }
+        if self.gradients == "balanced":
+            values["gradients"] = self.gradients
         return f"{type(self).__name__}({', '.join(f'{option}={value}' for option, value in values.items())})"
 
 

@@ -51,6 +51,7 @@ class _GradientCAM(_CAM):
 
     _relu = True
     _differentiates = True
+    _weighs_gradients = True
     _explains_many = True
 
     def _evidence(self, request: Request) -> list[tuple[Any, ...]]:
@@ -192,6 +193,7 @@ class SmoothGradCAMpp(_GradientCAM):
                         moment[power - 1].index_add_(0, rows, gradient**power)
 
             run_chunks(accumulate, len(samples), self.batch_size, progress=self.progress, description="SmoothGradCAMpp")
+            request.recorded.unbalanced = noisy._recorder.find().unbalanced
         return [moment / self.num_samples for moment in moments]
 
 
@@ -284,7 +286,8 @@ class ShapleyCAM(_GradientCAM):
     explains the target :math:`y_c + \log p_c`.
 
     If an operation behind the target layer has no second derivative, as fused attention, a call is a ``RuntimeError``;
-    a function marked ``once_differentiable`` counts as linear.
+    a function marked ``once_differentiable`` counts as linear. Balanced gradients are those of a linear function,
+    without curvature to correct for: with them, the map is that of Grad-CAM.
 
     Cost: the user's forward pass, a backward pass to the target layers and one more for each of them.
     """
@@ -297,6 +300,8 @@ class ShapleyCAM(_GradientCAM):
         return (gradient - product / 2).flatten(2).mean(-1)
 
     def _evidence(self, request: Request) -> list[tuple[Any, ...]]:
+        if self.gradients == "balanced":
+            return [(*of_layer, torch.zeros_like(of_layer[1])) for of_layer in super()._evidence(request)]
         recorded = request.recorded
         twice = replace(request, create_graph=True)
         activations, gradients = self._activations(request), self._gradients(twice)
