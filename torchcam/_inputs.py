@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import stat
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,6 +40,7 @@ class Inputs:
         pictures: what is shown of each sample, RGB: the model's view, or what was given; None where that is no picture
         shown: where the model's view lies on that picture
         views: tells where it lies on other pictures of the sample
+        channels: the number of channels that the model's first convolution takes; None without one
         class_names: the names of the classes, as far as the weights or the model know them
     """
 
@@ -47,7 +50,21 @@ class Inputs:
     pictures: tuple[Image.Image | None, ...]
     shown: tuple[View, ...]
     views: tuple[Views | None, ...]
+    channels: int | None
     class_names: tuple[str, ...] | None
+
+    @contextmanager
+    def named_errors(self) -> Iterator[None]:
+        """Say so where a model fails because its input has another number of channels than its first convolution."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.channels in {None, self.tensor.shape[1]}:
+                raise
+            raise ValueError(
+                f"`input_tensor` of shape {tuple(self.tensor.shape)} has {self.tensor.shape[1]} channels, the model's "
+                f"first convolution takes {self.channels} ({error})"
+            ) from error
 
     def call(self, model: nn.Module, samples: slice) -> Any:
         """Run a model on some of the samples; on all of them where there are other arguments."""
@@ -70,9 +87,7 @@ def read_inputs(model: nn.Module, given: Any, transform: Any = None, weights: An
         ValueError: if it is not a batch of inputs, or an image without a known transform
     """
     if isinstance(weights, str):
-        from torchvision.models import get_weight
-
-        weights = get_weight(weights)
+        weights = _weights_named(weights, model)
     if transform is not None and not callable(transform):
         raise TypeError(f"`transform` must be callable, got {transform!r}")
     if weights is not None and not (hasattr(weights, "transforms") and hasattr(weights, "meta")):
@@ -105,7 +120,7 @@ def read_inputs(model: nn.Module, given: Any, transform: Any = None, weights: An
     if tensor.ndim == 4:
         seen = (tensor.shape[3], tensor.shape[2])
         to_tensor = None if transform is None else partial(_one_transformed, transform, channels)
-        sources = [picture.size for picture in images] or [None] * len(tensor)
+        sources: list[tuple[int, int] | None] = [picture.size for picture in images] or [None] * len(tensor)
         views = tuple(Views(seen, source, to_tensor) for source in sources)
     pictures, shown = _pictures(tensor, _normalisation(transform) or _normalisation(_pretrained(model)), image, views)
     return Inputs(
@@ -115,6 +130,7 @@ def read_inputs(model: nn.Module, given: Any, transform: Any = None, weights: An
         pictures,
         shown,
         views,
+        channels,
         _class_names(model, weights),
     )
 
@@ -124,6 +140,11 @@ def read_inputs(model: nn.Module, given: Any, transform: Any = None, weights: An
 
 def _check_tensor(tensor: Tensor, model: nn.Module) -> Tensor:
     shape = tuple(tensor.shape)
+    if tensor.dtype == torch.uint8:
+        raise TypeError(
+            f"`input_tensor` of shape {shape} holds bytes, models take floats: convert it as the model was trained, or "
+            "pass the image itself (a path, a PIL image or an array) with `transform=` or `weights=`"
+        )
     lacks_batch = tensor.ndim == 3 and len(tensor) in {3, 4} and _input_channels(model) is not None
     if tensor.ndim < 3 or not len(tensor) or lacks_batch:
         raise ValueError(
@@ -166,8 +187,7 @@ def _transformed(transform: Any, images: list[Image.Image]) -> tuple[Mapping[str
 
 def _one_transformed(transform: Any, channels: int | None, image: Image.Image) -> Tensor:
     """Return a transformed image, (C, *spatial)."""
-    _, (tensor,) = _transformed(transform, [_for_model(image, channels)])
-    return tensor
+    return _transformed(transform, [_for_model(image, channels)])[1][0]
 
 
 def _moved(model: nn.Module, kwargs: Mapping[str, Any] | None, tensor: Tensor) -> tuple[Any, Tensor]:
@@ -233,8 +253,12 @@ def read_picture(given: Any) -> Image.Image:
             "`input_tensor` must be a tensor, a path, a PIL image, an array, a mapping of the model's arguments, or a "
             f"list of images, got {type(given).__name__}"
         )
-    if not Path(given).is_file():
-        raise FileNotFoundError(f"there is no file '{given}' to read an image from")
+    try:
+        mode = Path(given).stat().st_mode
+    except (OSError, ValueError) as error:  # a name may be too long, or hold what no name may hold
+        raise FileNotFoundError(f"there is no file {str(given)[:200]!r} to read an image from") from error
+    if not stat.S_ISREG(mode):  # a pipe or a device may have no end
+        raise FileNotFoundError(f"{str(given)!r} is no regular file to read an image from")
     try:
         with Image.open(given) as opened:
             image = ImageOps.exif_transpose(opened)
@@ -330,6 +354,27 @@ def _are_numbers(values: Any) -> bool:
 
 
 # The names of the classes.
+
+
+def _weights_named(name: str, model: nn.Module) -> Any:
+    """Return weights of torchvision by their name, with that of their architecture or for a model that it built."""
+    from torchvision import models
+
+    try:
+        if "." in name:
+            return models.get_weight(name)
+        sizes = sum(parameter.numel() for parameter in model.parameters())
+        for arch in models.list_models(module=models):
+            entries = models.get_model_weights(arch)
+            own = models.get_model_builder(arch).__module__ == type(model).__module__
+            if own and entries.DEFAULT.meta["num_params"] == sizes:
+                return entries[name.upper()]
+    except (AttributeError, KeyError, ValueError) as error:
+        raise ValueError(f"`weights` {name!r} are none of torchvision's: {error}") from error
+    raise ValueError(
+        f"`weights` {name!r} are of no architecture, and {type(model).__name__} is not built as torchvision "
+        'builds its own: pass their whole name, such as "ResNet18_Weights.DEFAULT"'
+    )
 
 
 def _class_names(model: nn.Module, weights: Any) -> tuple[str, ...] | None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from .layout import Cells
 
-__all__ = ["COLORMAP", "SIGNED_COLORMAP", "on_picture", "overlay_map", "overlay_mask"]
+__all__ = ["ALPHA", "COLORMAP", "SIGNED_COLORMAP", "on_picture", "overlay_map", "overlay_mask"]
 
 COLORMAP = "viridis"
 """The default colormap of maps in [0, 1]: equal steps look equal, also in grey and to colour-blind eyes."""
@@ -138,7 +138,7 @@ def colormap_of(colormap: str | Colormap | None, signed: bool) -> Colormap:
     shares = np.linspace(0, 1, 255)  # an odd number: the middle has an entry of its own
     colors = found(shares)
     colors[:, 3] *= np.minimum(1, 1.5 * np.abs(2 * shares - 1 if signed else shares))
-    return ListedColormap(colors, name=found.name).with_extremes(bad=found.get_bad())
+    return ListedColormap(colors, name=found.name).with_extremes(bad=tuple(found.get_bad()))
 
 
 def find_colormap(colormap: str | Colormap) -> Colormap:
@@ -221,8 +221,8 @@ def on_picture(values: ArrayLike, cells: Cells, size: tuple[int, int], picture: 
         if boxes[0, 0] == picture:
             (top, left), (bottom, right) = boxes[0, 1:3], boxes[-1, 3:5]
             numbers = numbers.reshape(cells.grid)[:: 1 if top <= bottom else -1, :: 1 if left <= right else -1]
-            rows, source_rows = _pixels(*sorted((top, bottom)), height, cells.grid[0])
-            columns, source_columns = _pixels(*sorted((left, right)), width, cells.grid[1])
+            rows, source_rows = _pixels((top, bottom), height, cells.grid[0])
+            columns, source_columns = _pixels((left, right), width, cells.grid[1])
             part = (columns.stop - columns.start, rows.stop - rows.start)
             if min(part) > 0:
                 box = (source_columns[0], source_rows[0], source_columns[1], source_rows[1])
@@ -231,19 +231,20 @@ def on_picture(values: ArrayLike, cells: Cells, size: tuple[int, int], picture: 
     total, count = np.zeros((height, width)), np.zeros((height, width))
     for value, (number, top, left, bottom, right) in zip(numbers.flatten(), boxes, strict=True):
         if number == picture and np.isfinite([value, top, left, bottom, right]).all():
-            rows, _ = _pixels(*sorted((top, bottom)), height, 1)
-            columns, _ = _pixels(*sorted((left, right)), width, 1)
+            rows, _ = _pixels((top, bottom), height, 1)
+            columns, _ = _pixels((left, right), width, 1)
             total[rows, columns] += value
             count[rows, columns] += 1
     np.divide(total, count, out=found, where=count > 0, casting="same_kind")
     return found
 
 
-def _pixels(start: float, stop: float, pixels: int, count: int) -> tuple[slice, tuple[float, float]]:
+def _pixels(ends: tuple[float, float], pixels: int, count: int) -> tuple[slice, tuple[float, float]]:
     """Return the pixels whose centres lie in a part of an axis, and where they begin and end among its positions."""
+    start, stop = min(ends), max(ends)
     first, last = (min(max(round(end * pixels), 0), pixels) for end in (start, stop))
-    ends = [count * (edge / pixels - start) / (stop - start) for edge in (first, last)]
-    return slice(first, last), (min(max(ends[0], 0.0), count), min(max(ends[1], 0.0), count))
+    begin, end = (min(max(count * (edge / pixels - start) / (stop - start), 0.0), count) for edge in (first, last))
+    return slice(first, last), (begin, end)
 
 
 def resize_map(
