@@ -19,7 +19,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -134,11 +134,16 @@ _BOUNDED = {"Erf", "Tanh"}  # gates once a constant is added
 _QUESTIONS = {"Exp", "Log", "LogSigmoid", "LogSoftmax", "Logsumexp", "Sigmoid", "Softmax"}
 
 
-def _kind(node: Node) -> str:
-    """Return the name of the function of torch that a node differentiates; of another node, its whole name."""
-    name = node.name()
+@cache
+def _kind(name: str) -> str:
+    """Return the function of torch that a node of this name differentiates; for another node, the name."""
     own = re.fullmatch(r"(?!Pow)(\w+)Backward\d+", name)  # x ** 2 and 2 ** x are told apart by their numbers
     return own[1] if own else name.removeprefix("torch::autograd::")
+
+
+@cache
+def _is_piecewise_linear(kind: str) -> bool:
+    return _PIECEWISE_LINEAR.fullmatch(kind) is not None
 
 
 class _Plan:
@@ -186,7 +191,7 @@ class _Plan:
                 continue
             ahead.pop()
             if node not in self._kinds:
-                self._kinds[node] = _kind(node)
+                self._kinds[node] = _kind(node.name())
                 order.append(node)
         return order
 
@@ -249,7 +254,7 @@ class _Plan:
             return (_number(node, "exponent") or 0) < 0
         if kind == "Div" and edges[0] is not self._edges[node][0]:
             return True
-        if not (kind in _FACTORS or _PIECEWISE_LINEAR.fullmatch(kind)):
+        if not (kind in _FACTORS or _is_piecewise_linear(kind)):
             return False
         found = {self._gates.get(one, False) for one, _ in edges}
         if found == {None} and kind in {"Add", "Sub", "Rsub"}:
@@ -288,7 +293,7 @@ class _Plan:
         elif kind in _FACTORS:
             if kind in _VALUES and not self._reaches(self._edges[node][_VALUES[kind]]):
                 self.unbalanced.add(kind)
-        elif not _PIECEWISE_LINEAR.fullmatch(kind):
+        elif not _is_piecewise_linear(kind):
             self.unbalanced.add(kind)
 
 
