@@ -150,12 +150,29 @@ class Call:
             image: variants of the input, (B, C, *spatial)
             samples: the sample of the recorded batch that each variant belongs to, (B,)
         """
-        original = self._image()
+        return self._with(self._image(), image, samples)
+
+    @property
+    def signal(self) -> Tensor | list[Tensor] | None:
+        """The image-like input or, where there is none, the first of floating-point numbers (N, L)."""
+        if self.found is not None:
+            return self.found
+        tensors = (tensor for tensor, _ in self.versions)
+        return next((t for t in tensors if t.is_floating_point() and t.ndim == 2), None)
+
+    def with_signal(self, signal: Tensor, samples: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments with ``signal`` in the place of the image-like input or the signal (N, L)."""
+        original = self.signal
+        return self._with(self._image() if original is None else original, signal, samples)
+
+    def _with(
+        self, original: Tensor | list[Tensor], replacement: Tensor, samples: Tensor
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         batch_size = len(original)
 
         def substitute(value: Any) -> Any:
             if value is original:
-                return image if isinstance(original, Tensor) else type(original)(image.unbind(0))
+                return replacement if isinstance(original, Tensor) else type(original)(replacement.unbind(0))
             if isinstance(value, Tensor):
                 return value[samples] if value.ndim and value.shape[0] == batch_size else value
             return NotImplemented

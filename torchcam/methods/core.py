@@ -24,6 +24,7 @@ from ._default_layer import DefaultLayer
 from ._diagnose import Diagnosis, diagnose
 from ._finish import all_finite, broken_samples, scale_signed, to_one_shape, weighted_sum
 from ._gradients import differentiate
+from ._layouts import Layouts
 from ._recorder import Pass, Recorder
 from ._replicas import on_replica
 from ._request import Request
@@ -84,11 +85,14 @@ class _CAM:
         model = vars(model)["_modules"].get("_orig_mod", model)  # of what `torch.compile` returned: it runs no hooks
         self.reshape_transform = reshape_transform
         wanted = input_name if input_index is None else input_index
-        default = DefaultLayer(model, input_shape, wanted) if target_layer is None else None
+        layouts = Layouts(model)
+        default = DefaultLayer(model, input_shape, wanted, layouts) if target_layer is None else None
         names = [] if target_layer is None else layer_names(model, target_layer)
         names = names if default is None else default.names
         choose = None if default is None else default.confirm
-        self._recorder = self._recording(model, names, wanted_input=wanted, enabled=enable_hooks, choose_layers=choose)
+        self._recorder = self._recording(
+            model, names, wanted_input=wanted, enabled=enable_hooks, choose_layers=choose, layouts=layouts
+        )
 
     def _recording(self, model: nn.Module, names: Sequence[str], **options: Any) -> Recorder:
         """Register the hooks on a model."""
@@ -157,7 +161,11 @@ class _CAM:
         moved = copy.copy(self)
         here = self._recorder
         moved._recorder = self._recording(
-            replica, here.target_names, wanted_input=here.wanted_input, choose_layers=here.choose_layers
+            replica,
+            here.target_names,
+            wanted_input=here.wanted_input,
+            choose_layers=here.choose_layers,
+            layouts=here.layouts,
         )
         if not here.is_attached:
             moved.remove_hooks()
