@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from torchcam._certainty import Certainty
@@ -25,7 +26,7 @@ class Layouts:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._found: dict[tuple[str, tuple[int, ...], tuple[int, ...] | None], Layout] = {}
+        self._found: dict[tuple[str, torch.Size, tuple[int, ...] | None], Layout] = {}
         self._proven: dict[str, Layout] = {}
 
     def prove(self, name: str, layout: Layout) -> None:
@@ -34,9 +35,9 @@ class Layouts:
 
     def find(
         self,
-        shape: Sequence[int],
-        layer: str,
-        level: str,
+        shape: torch.Size,
+        name: str,
+        target_names: Sequence[str],
         call: Call,
         input_shape: tuple[int, ...] | None,
     ) -> Layout:
@@ -44,22 +45,22 @@ class Layouts:
 
         Args:
             shape: the shape of the output
-            layer: the name of the layer
-            level: what tells the output apart where there are several
+            name: the name of the layer, with what tells the output apart where there are several
+            target_names: the names of the layers
             call: how the model was called
             input_shape: the shape of the image-like input, if there is one
 
         Raises:
             ValueError: if the output has no positions, or several readings are possible
         """
-        key = layer + level, tuple(shape), input_shape
+        key = name, shape, input_shape
         found = self._found.get(key)
         if found is None:
-            found = self._found[key] = self._decide(tuple(shape), layer, level, call)
+            layer = next((one for one in target_names if name == one or name.startswith(f"{one}[")), name)
+            found = self._found[key] = self._decide(tuple(shape), layer, name, call)
         return found
 
-    def _decide(self, shape: tuple[int, ...], layer: str, level: str, call: Call) -> Layout:
-        name = layer + level
+    def _decide(self, shape: tuple[int, ...], layer: str, name: str, call: Call) -> Layout:
         certainty = Certainty(self.model, call)
         if len(shape) < 3:
             raise ValueError(no_reading(shape, certainty.input_shape, name))
@@ -70,7 +71,7 @@ class Layouts:
                 return alike
             call.check_unchanged()
             certainty.try_out([layer])
-            verdict = certainty.tried(shape, layer, level)
+            verdict = certainty.tried(shape, layer, name[len(layer) :])
         if verdict.reading is None:
             raise _no_layout(shape, certainty.input_shape, name, verdict.others)
         layout = verdict.reading.layout
