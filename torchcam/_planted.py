@@ -151,7 +151,7 @@ def try_reading(
     if changes is None or not changes.axes:
         return Trial(None)
     grid = reading.layout.to_grid(changes.sizes).squeeze(1).double()
-    sizes = grid.unflatten(0, (len(changes.axes), _STRIPS))
+    sizes = grid.reshape(len(changes.axes), _STRIPS, *grid.shape[1:])
     weaker = sizes.sort(1).values[:, : _STRIPS // 2].mean(1, keepdim=True)
     above = (sizes - weaker).clamp_min(0)
     amount = above.sum(1)  # (axes, *grid)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -182,8 +182,14 @@ def candidates(model: nn.Module, *inputs: Any, **kwargs: Any) -> Candidates:
     return candidates_of(model, Call(inputs, kwargs))
 
 
-def candidates_of(model: nn.Module, call: Call) -> Candidates:
-    """List the modules that a map can be made from in a call of a model, as :func:`candidates` does."""
+def candidates_of(model: nn.Module, call: Call, select: Callable[[Any], Tensor] | None = None) -> Candidates:
+    """List the modules that a map can be made from in a call of a model, as :func:`candidates` does.
+
+    Args:
+        model: the model
+        call: how it is called
+        select: function from its output to the scores that count, in place of a random sum of all
+    """
     outputs: dict[str, Tensor] = {}
     calls: Counter[str] = Counter()
 
@@ -205,7 +211,8 @@ def candidates_of(model: nn.Module, call: Call) -> Candidates:
             module.register_forward_hook(partial(inspect, name))
         _fill_zeros(replica, generator)
         result = _call_probed(replica, call.args, call.kwargs)
-        gradients = dict(zip(outputs, _influences(result, list(outputs.values()), generator), strict=True))
+        explained = result if select is None else select(result)
+        gradients = dict(zip(outputs, _influences(explained, list(outputs.values()), generator), strict=True))
     scores = _dense_scores(result)
     certainty = Certainty(model, call)
 

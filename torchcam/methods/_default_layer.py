@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from torchcam._passes import Call, image_shape
 from torchcam.layers import Candidates, candidates_of, probe
@@ -40,6 +41,7 @@ class DefaultLayer:
         self.layouts = layouts
         self.names: list[str] = []
         self._probed: tuple[int, ...] | None = ()
+        self._is_checked = False
         try:
             found = candidates_of(model, probe(model, input_shape))
         except Exception as error:  # noqa: BLE001 - whatever a model raises at an input that is not its kind
@@ -76,6 +78,33 @@ class DefaultLayer:
                 stacklevel=2,
             )
         return None
+
+    def check_target(self, call: Call, select: Callable[[Any], Tensor], gradients: Sequence[Tensor]) -> None:
+        """Check once that the explained score depends on the layer, where its gradient is 0.
+
+        Raises:
+            ValueError: if it does not, but does on another layer, which the message names
+        """
+        if self._is_checked:
+            return
+        if any(bool(gradient.any()) for gradient in map(self._of_positions, gradients)):
+            self._is_checked = True
+            return
+        found = candidates_of(self.model, call, select)
+        own = next((one for one in found if [one.name] == self.names), None)
+        if found.choice is not None and (own is None or not own.depends):
+            raise ValueError(
+                f"the explained score does not depend on the positions of the default layer '{self.names[0]}', but on "
+                f"those of '{found.choice}': name that as `target_layer`"
+            )
+
+    def _of_positions(self, gradient: Tensor) -> Tensor:
+        """Leave out what is before the positions: a class token may be all that a score is read from."""
+        prefix = self.layouts.prefix(self.names[0])
+        if prefix is None:
+            return gradient
+        dimension, count = prefix
+        return gradient.narrow(dimension, count, gradient.shape[dimension] - count)
 
     def _choose(self, found: Candidates, shape: tuple[int, ...]) -> None:
         """Take the default among candidates.

@@ -33,6 +33,11 @@ class Layouts:
         """Take note of the layout that a layer was chosen for."""
         self._proven[name] = layout
 
+    def prefix(self, name: str) -> tuple[int, int] | None:
+        """Return the dimension of a layer's tokens, from the last, and how many come before its positions, if any."""
+        layout = self._proven.get(name)
+        return None if layout is None or not layout.prefix else (layout.positions[0] - 3, layout.prefix)
+
     def find(
         self,
         shape: torch.Size,

@@ -60,6 +60,8 @@ class VariantRunner:
         formats: dict[int, torch.memory_format] | None = None,
     ) -> None:
         self.call = call
+        if call is not None:
+            call.prove_rows(model)
         self._forward: Callable[..., Any] = torch.compile(model) if compiled else model
         self._formats = fast_formats(model.modules()) if formats is None else formats
 
@@ -237,6 +239,7 @@ class Replay:
             self.call.as_recorded(),
             autocast,
         ):
+            self.call.prove_rows(replica)
             yield replica
 
 

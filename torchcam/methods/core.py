@@ -64,6 +64,7 @@ class _CAM:
 
     class_agnostic = False  # the map is the same for every class: none has to be named
 
+    _default: DefaultLayer | None = None
     _relu = False
     _differentiates = False  # the pass keeps its graph from the target layers on
     _weighs_gradients = False  # gradients of the score for what layers return make the map
@@ -105,6 +106,7 @@ class _CAM:
         default = DefaultLayer(model, input_shape, wanted, layouts) if target_layer is None else None
         names = [] if target_layer is None else layer_names(model, target_layer)
         names = names if default is None else default.names
+        self._default = default
         choose = None if default is None else default.confirm
         self._recorder = self._recording(
             model, names, wanted_input=wanted, enabled=enable_hooks, choose_layers=choose, layouts=layouts
@@ -518,6 +520,8 @@ class _CAM:
             recorded.unbalanced = set()
             balanced = (output, recorded.unbalanced) if self.gradients == "balanced" else None
             gradients = differentiate(score, recorded.rows, request.retain_graph, request.create_graph, balanced)
+        if self._default is not None:
+            self._default.check_target(recorded.call, self._selector(request), gradients)
         recorded.gradients, recorded.num_scores = list(gradients), None if score.ndim == 1 else score.shape[1]
         recorded.score = score.detach()
         grids = self._gradient_grids(recorded, gradients, recorded.num_scores, request.create_graph)
