@@ -53,7 +53,7 @@ class _CAM:
             first floating-point tensor with positions
 
     Raises:
-        TypeError: if a target layer is neither a module nor a string
+        TypeError: if a target layer is neither a module nor a string, or ``model`` is one of TorchScript
         ValueError: if a target layer is not part of the model, or none can be found
     """
 
@@ -77,6 +77,8 @@ class _CAM:
         input_index: int | None = None,
     ) -> None:
         torch_module("model", model)
+        if isinstance(model, torch.jit.ScriptModule):
+            raise TypeError("`model` is one of TorchScript, whose layers run no hooks: pass the model it was made from")
         if reshape_transform is not None and not callable(reshape_transform):
             raise TypeError(f"`reshape_transform` must be callable, got {reshape_transform!r}")
         if input_name is not None and input_index is not None:
