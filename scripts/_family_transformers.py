@@ -200,7 +200,7 @@ def prompt(count: int) -> Options:
 
 
 def patch_rows(x: Tensor) -> Options:
-    """Cut an image as the processor of Qwen does: a row for each patch of 8 pixels, four neighbours after each other."""
+    """Cut an image as the processor of Qwen does: a row for each patch of 8 pixels, four neighbours in a row."""
     _, channels, height, width = x.shape
     rows, columns = height // 16, width // 16
     cut = x.reshape(channels, rows, 2, 8, columns, 2, 8).permute(1, 4, 2, 5, 0, 3, 6)

@@ -38,6 +38,7 @@ def test_an_extractor_that_is_collected_while_another_is_made() -> None:
         assert extractor(0)[0].shape == (1, 6, 6)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated")  # and still in use
 @pytest.mark.parametrize("make", [torch.jit.script, lambda net: torch.jit.trace(net, torch.rand(1, 3, 8, 8))])
 @pytest.mark.parametrize("method", [GradCAM, FullGrad])
 def test_a_model_of_torchscript(make: Any, method: Any) -> None:
