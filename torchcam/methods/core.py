@@ -57,7 +57,7 @@ class _CAM:
             (Mehri et al. 2025, arXiv:2411.16760; ``docs/guides/transformers.md``)
 
     Raises:
-        TypeError: if a target layer is neither a module nor a string
+        TypeError: if a target layer is neither a module nor a string, or ``model`` is one of TorchScript
         ValueError: if a target layer is not part of the model, or none can be found; if ``gradients`` is neither of the
             two, or given to a method that takes none at a layer
     """
@@ -89,6 +89,8 @@ class _CAM:
         gradients: Literal["plain", "balanced"] | None = None,
     ) -> None:
         torch_module("model", model)
+        if isinstance(model, torch.jit.ScriptModule):
+            raise TypeError("`model` is one of TorchScript, whose layers run no hooks: pass the model it was made from")
         if gradients is not None and not self._weighs_gradients:
             raise ValueError(
                 f"{type(self).__name__} takes no gradients at a layer, so there is no `gradients`, got {gradients!r}: "
