@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from torchcam._checks import finite_number, positive_integer
+from torchcam._chunks import run_chunks
 from torchcam.layers import TargetLayer
 
 from ._gradients import OTHER_SIGN, share_of_other_sign
-from ._replay import VariantRunner, gaussian_noise, run_chunks
+from ._replay import VariantRunner, gaussian_noise
 from .core import _CAM, Request, on_replica
 
 __all__ = [

@@ -50,6 +50,9 @@ class _PixelCAM(_CAM):
     def _recording(self, model: nn.Module, names: Sequence[str], **options: Any) -> Recorder:
         return Recorder(model, names, keeps_outputs=False, ended=_keep_image, **options)
 
+    def _batch_dimension(self, recorded: Pass, tensor: Tensor, name: str) -> int:
+        return 0
+
     def _to_grid(self, recorded: Pass, tensor: Tensor, name: str) -> Tensor:
         return to_float(tensor)
 
@@ -198,6 +201,7 @@ def _scaled_sum(sizes: Tensor) -> Tensor:
 def _repeated(model: nn.Module, call: Call, select: Selector) -> Iterator[tuple[Tensor, Tensor]]:
     """Repeat a recorded call quietly, with a graph down to its image-like input: that input, and the scores (N,)."""
     with torch.inference_mode(False), torch.enable_grad(), replicated(model) as replica, call.as_recorded():
+        call.prove_rows(replica)
         image = call.image.detach().clone().requires_grad_()
         args, kwargs = call.with_image(image.clone(), torch.arange(len(image), device=image.device))
         args, kwargs = map_tensors(lambda t: t.clone() if t.is_inference() else t, (args, kwargs))
