@@ -584,7 +584,7 @@ def overhead_cases(peers: Peers) -> list[Case]:
     Ours runs as TorchCAM does, with gradients on where the method needs them; and in inference mode.
     """
     found = {case.name: case for case in cases(peers, every=False)}
-    alike = {
+    alike: dict[str, dict[str, Contender]] = {
         name: {OURS: partial(ours, method=name, gradients=True), IN_INFERENCE_MODE: found[name].contenders[OURS]}
         for name in OVERHEAD
         if name != "ScoreCAM"
