@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from torchcam.demo import load_model, make_scenes
 
-__all__ = ["OTHERS", "load_other", "train_other"]
+__all__ = ["LAYERS", "OTHERS", "load_other", "train_other"]
 
 _WEIGHTS = Path(__file__).with_name("trust_models")
 _SCENES, _EPOCHS, _BATCH_SIZE = 4096, 8, 64
@@ -116,7 +116,7 @@ def train_other(name: str, seed: int = 0) -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _PEAKS[name], total_steps=steps, pct_start=0.2)
     features, present = torch.cat(inputs), torch.cat(presence)
     for _ in range(_EPOCHS):
-        for batch in torch.randperm(_SCENES, generator=generator).split(_BATCH_SIZE):
+        for batch in torch.split(torch.randperm(_SCENES, generator=generator), _BATCH_SIZE):
             targets = 0.025 + 0.95 * present[batch]
             loss = F.binary_cross_entropy_with_logits(model.decide(features[batch].float()), targets)
             optimizer.zero_grad()

@@ -32,7 +32,7 @@ from torchcam import methods
 from torchcam.methods import GradCAM
 from torchcam.metrics import Localization
 from torchcam.trust import THRESHOLDS, PredictionTrust, trust
-from torchcam.trust._verdicts import Check, verdict_of
+from torchcam.trust._verdicts import Check, check_region, check_removal, verdict_of
 
 PAGE = Path(__file__).parent.parent / "docs" / "trust-benchmark.md"
 REPORTED = ("cnn", "vgg", "vit", "shortcut")
@@ -53,6 +53,7 @@ METHODS = (
 ATTENTION = ("TransformerAttribution", "AttentionRollout")
 BEST = {"vit": "ReciproCAM"}  # whose maps are broken; else Grad-CAM's
 RESAMPLES = 1000
+VALUES = ("correlation", "largest_fall", "asked", "rival", "odds")
 Entry = dict[str, Any]
 
 
@@ -73,7 +74,8 @@ def maps_of(name: str, model: nn.Module, method: str, images: Tensor, classes: T
     with getattr(methods, method)(model, layer) as extractor:
         scores = model(images)
         (cam,) = extractor(None if getattr(extractor, "class_agnostic", False) else classes.tolist(), scores)
-    return cam.detach()
+    found: Tensor = cam.detach()
+    return found
 
 
 def broken(name: str, model: nn.Module, task: Task, seed: int) -> dict[str, Tensor]:
@@ -131,7 +133,7 @@ def measure(name: str, num_pictures: int, seed: int) -> list[Entry]:
                     "picture": int(task.groups[sample]),
                     "precision": float(metric.compute()["average_precision"]),
                     "outcomes": {check.name: check.outcome for check in item.checks},
-                    "values": {key: values[key] for key in ("correlation", "largest_fall", "odds") if key in values},
+                    "values": {key: values[key] for key in VALUES if key in values},
                 }
             )
 
@@ -158,8 +160,13 @@ def truth_of(entry: Entry) -> bool | None:
 
 
 def verdict_without(entry: Entry, left_out: str = "") -> str:
-    """Return the verdict, without one of the checks."""
-    return verdict_of(Check(name, outcome, "") for name, outcome in entry["outcomes"].items() if name != left_out)
+    """Return the verdict by the limits as they are, without one of the checks."""
+    outcomes = dict(entry["outcomes"])
+    if "removal" in outcomes:
+        correlation, largest, asked, rival, odds = (entry["values"][key] for key in VALUES)
+        outcomes["removal"] = check_removal(correlation, largest, 64).outcome
+        outcomes["region"] = check_region(asked, rival, odds).outcome
+    return verdict_of(Check(name, outcome, "") for name, outcome in outcomes.items() if name != left_out)
 
 
 GRADE = {"do not believe": 0, "with care": 1, "believe": 2}
@@ -172,7 +179,10 @@ def auroc(scores: Any, right: Any) -> float:
 
 
 def interval(entries: Sequence[Entry], number: Callable[[Sequence[Entry]], float]) -> str:
-    """Return a number, and the 95 % interval that drawing the pictures with replacement gives it."""
+    """Return a number, and the 95 % interval that drawing pictures with replacement gives it; a dash for NaN."""
+    value = number(entries)
+    if np.isnan(value):
+        return "–"
     groups: dict[Any, list[Entry]] = {}
     for entry in entries:
         groups.setdefault((entry["model"], entry["picture"]), []).append(entry)
@@ -181,7 +191,7 @@ def interval(entries: Sequence[Entry], number: Callable[[Sequence[Entry]], float
     chosen = rng.integers(len(pictures), size=(RESAMPLES, len(pictures))).tolist()
     drawn = [number([entry for row in rows for entry in pictures[row]]) for rows in chosen]
     low, high = np.nanpercentile(drawn, [2.5, 97.5])
-    return f"{number(entries):.1%} ({low:.1%} to {high:.1%})"
+    return f"{value:.1%} ({low:.1%} to {high:.1%})"
 
 
 def share(entries: Sequence[Entry], of: Callable[[Entry], bool], what: Callable[[Entry], bool]) -> float:
@@ -205,30 +215,27 @@ def blocks(entries: Sequence[Entry]) -> dict[str, str]:
     def count(some: Sequence[Entry], verdict: str, left_out: str = "") -> int:
         return sum(verdict_without(entry, left_out) == verdict for entry in some)
 
+    def told(verdict: str) -> Callable[[Entry], bool]:
+        return lambda entry: verdict_without(entry) == verdict
+
+    def is_right(entry: Entry) -> bool:
+        return bool(truth_of(entry))
+
+    def is_wrong(entry: Entry) -> bool:
+        return not truth_of(entry)
+
+    def measured(of: Callable[[Entry], bool], what: Callable[[Entry], bool]) -> str:
+        return interval(known, partial(share, of=of, what=what))
+
+    order = list(reversed(GRADE))
     verdicts = [
-        [
-            verdict,
-            count(right, verdict),
-            count(wrong, verdict),
-            interval(known, partial(share, of=lambda e, v=verdict: verdict_without(e) == v, what=truth_of)),
-        ]
-        for verdict in reversed(GRADE)
+        [verdict, str(count(right, verdict)), str(count(wrong, verdict)), measured(told(verdict), is_right)]
+        for verdict in order
     ]
     goals = [
         ["AUROC of the verdict", interval(known, verdict_auroc), "98 %"],
-        [
-            "right maps believed",
-            interval(known, partial(share, of=truth_of, what=lambda e: verdict_without(e) == "believe")),
-            "90 %",
-        ],
-        [
-            "wrong maps not believed",
-            interval(
-                known,
-                partial(share, of=lambda e: not truth_of(e), what=lambda e: verdict_without(e) == "do not believe"),
-            ),
-            "90 %",
-        ],
+        ["right maps believed", measured(is_right, told("believe")), "90 %"],
+        ["wrong maps not believed", measured(is_wrong, told("do not believe")), "90 %"],
         ["wrong maps believed", f"{count(wrong, 'believe')} of {len(wrong)}", "0 of 200"],
     ]
     checks = [
@@ -237,22 +244,18 @@ def blocks(entries: Sequence[Entry]) -> dict[str, str]:
             f"{verdict_auroc(known, left_out):.3f}",
             f"{count(right, 'believe', left_out) / len(right):.1%}",
             f"{count(wrong, 'do not believe', left_out) / len(wrong):.1%}",
-            count(wrong, "believe", left_out),
+            str(count(wrong, "believe", left_out)),
         ]
         for left_out in ("", "diagnosis", "evidence", "removal", "region")
     ]
     kinds: dict[tuple[str, str], list[Entry]] = {}
     for entry in known:
         kinds.setdefault((entry["kind"], entry["map"]), []).append(entry)
-    maps = [
-        [
-            title if kind == "method" else f"*{title}*",
-            *(sum(truth_of(e) is truth for e in some) for truth in (True, False)),
-            *(count(some, verdict) for verdict in reversed(GRADE)),
-            sum(verdict_without(e) == "believe" and not truth_of(e) for e in some),
-        ]
-        for (kind, title), some in kinds.items()
-    ]
+    maps = []
+    for (kind, title), some in kinds.items():
+        good, bad = ([entry for entry in some if truth_of(entry) is truth] for truth in (True, False))
+        numbers = (len(good), len(bad), *(count(some, verdict) for verdict in order), count(bad, "believe"))
+        maps.append([title if kind == "method" else f"*{title}*", *map(str, numbers)])
     models = []
     for name in dict.fromkeys(entry["model"] for entry in known):
         good, bad = ([entry for entry in some if entry["model"] == name] for some in (right, wrong))
@@ -277,7 +280,7 @@ def blocks(entries: Sequence[Entry]) -> dict[str, str]:
 
 def choose(entries: Sequence[Entry]) -> str:
     """Say which limits of the removal and the region do best: for belief, and against it."""
-    known = [entry for entry in entries if truth_of(entry) is not None and len(entry["values"]) == 3]
+    known = [entry for entry in entries if truth_of(entry) is not None and len(entry["values"]) == len(VALUES)]
     right = np.array([truth_of(entry) for entry in known], dtype=bool)
     removal, region = (np.array([entry["values"][key] for entry in known]) for key in ("correlation", "odds"))
     lines = [f"AUROC of the removal alone {auroc(removal, right):.4f}, of the region alone {auroc(region, right):.4f}"]

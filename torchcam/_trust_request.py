@@ -83,8 +83,9 @@ class TrustRequest:
             "method_kwargs": {name: dict(self.recipes[name].options) for name in names if name in self.recipes},
             "call_kwargs": {name: dict(self.recipes[name].call_options) for name in names if name in self.recipes},
         }
-        is_target = isinstance(asked_about, str)
-        question = {"targets": self.targets[asked_about]} if is_target else {"class_idx": asked_about}
+        question: dict[str, Any] = {"class_idx": asked_about}
+        if isinstance(asked_about, str):
+            question = {"targets": self.targets[asked_about]}
         return trust(model, self.image, **{"methods": methods, **question, **by_method, **self.settings, **options})
 
     @property

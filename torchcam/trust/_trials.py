@@ -283,7 +283,7 @@ class _Question:
         """Run the model on ``count`` inputs, and read its output for the rows of each pass."""
         if not count:
             return self.values[:0]
-        chunks = torch.arange(count, device=self.image.device).split(self.batch_size)
+        chunks = torch.split(torch.arange(count, device=self.image.device), self.batch_size)
         with replicated(self.model) as model, torch.inference_mode():
             parts = [read(model(images[rows] if isinstance(images, Tensor) else images(rows)), rows) for rows in chunks]
         self.num_passes += count
@@ -323,7 +323,8 @@ class _Trials:
         samples = sound.nonzero().flatten()
         left = self._without_windows(baseline, samples)
         parts = lowest.clone()
-        parts[samples] = torch.minimum(lowest[samples], left.amin(1)) if len(samples) else lowest[samples]
+        if len(samples):
+            parts[samples] = torch.minimum(lowest[samples], left.amin(1))
         for sample, rest in enumerate(parts.tolist()):
             value, is_part = float(question.values[sample, 0]), rest < float(lowest[sample])
             checks[sample].append(verdicts.check_evidence(value, rest, is_part=is_part, is_score=question.is_score))
@@ -419,7 +420,8 @@ class _Trials:
         values = question.ask(torch.where(shown, image, baseline), samples)
         strength = question.strength(values)
         odds = (strength[:, 0] - strength[:, 1]).tolist()
-        return [verdicts.check_region(*pair, odd) for pair, odd in zip(values.tolist(), odds, strict=True)]
+        pairs = zip(values.tolist(), odds, strict=True)
+        return [verdicts.check_region(asked, rival, odd) for (asked, rival), odd in pairs]
 
     def _compared(
         self, others: Sequence[type[Any]], make: Callable[[type[Any]], Any], samples: Tensor, falls: Tensor
