@@ -6,7 +6,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from ._tensors import map_tensors, tensors_in
 
 __all__ = [
+    "Cells",
     "Layout",
     "find_layout",
     "first_tensor",
@@ -39,6 +40,8 @@ def primary_tensors(output: Any) -> dict[str, Tensor]:
     That is one, without a name: the output itself, or the first tensor in a structure. Of a plain dictionary of maps
     of several sizes, as a feature pyramid returns, all are meant.
     """
+    if isinstance(output, Tensor):
+        return {"": output}
     if isinstance(output, dict) and type(output) in {dict, OrderedDict} and len(output) > 1:
         levels = {f"[{key!r}]": item for key, item in output.items() if isinstance(item, Tensor) and item.ndim > 2}
         if len(levels) == len(output) and len({level.shape[2:] for level in levels.values()}) > 1:
@@ -70,10 +73,17 @@ class Layout:
     positions: tuple[int, ...]
     prefix: int = 0
 
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether a tensor of this layout is in grid form as it is."""
+        order = (self.batch, self.channels, *self.positions)
+        return order == tuple(range(len(self.grid) + 2)) and not self.prefix
+
     def to_grid(self, tensor: Tensor) -> Tensor:
         """Lay out a tensor as ``(N, C, *grid)``; tokens before the positions are left out."""
-        order = (self.batch, self.channels, *self.positions)
-        ordered = tensor if order == tuple(range(len(order))) else tensor.permute(order)
+        if self.is_plain:
+            return tensor
+        ordered = tensor.permute(self.batch, self.channels, *self.positions)
         if len(self.positions) == 1 and (self.prefix or len(self.grid) > 1):
             ordered = ordered[..., self.prefix :].reshape(*ordered.shape[:2], *self.grid)
         return ordered
@@ -85,6 +95,41 @@ class Layout:
             before = original.permute(order)[..., : self.prefix].expand(*grid.shape[:2], -1)
             grid = torch.cat([before, grid.flatten(2)], -1)
         return grid.permute([order.index(dimension) for dimension in range(len(order))])
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Where the positions of a layer lie on pictures.
+
+    Attributes:
+        boxes: the number of the picture, and top, left, bottom and right as shares of its height and width, of each
+            position: (P, 5). They reach beyond 0 and 1 where the picture was padded; NaN for a position without a
+            place.
+        grid: the shape (height, width) of the grid that the positions form, row by row; None for places of any kind
+    """
+
+    boxes: Tensor
+    grid: tuple[int, int] | None = None
+
+    @classmethod
+    def of_grid(cls, grid: tuple[int, int], view: Sequence[float] = (0.0, 0.0, 1.0, 1.0), picture: int = 0) -> Cells:
+        """Return the cells of a grid that covers a part of a picture.
+
+        Args:
+            grid: the shape (height, width) of the grid
+            view: top, left, bottom and right of that part, by default the whole picture; the other way round where it
+                is mirrored
+            picture: the number of the picture
+        """
+        top, left, bottom, right = view
+        rows = torch.linspace(top, bottom, grid[0] + 1, dtype=torch.float64)
+        columns = torch.linspace(left, right, grid[1] + 1, dtype=torch.float64)
+        sides = [
+            torch.meshgrid(rows[:-1], columns[:-1], indexing="ij"),
+            torch.meshgrid(rows[1:], columns[1:], indexing="ij"),
+        ]
+        places = [side.flatten() for pair in sides for side in pair]
+        return cls(torch.stack([torch.full_like(places[0], picture), *places], 1), grid)
 
 
 def find_layout(shape: Sequence[int], input_shape: Sequence[int] | None, layer: str) -> Layout:
