@@ -68,6 +68,16 @@ def test_tables() -> None:
     assert bench.put(page, parts) != page
 
 
+def test_choice_of_limits() -> None:
+    right = [entry(0.95, correlation=value, odds=3.0) for value in np.linspace(0.47, 0.9, 100)]
+    wrong = [entry(0.5, correlation=value, odds=-0.7) for value in (0.1, 0.2, 0.58)]
+    decided = entry(0.5, outcomes={"diagnosis": "failed", "evidence": "passed"}, values={})
+    told = bench.choose([*right, *wrong, decided]).splitlines()
+    assert told[0].startswith("100 right maps, 4 wrong ones")
+    assert told[-1] == "for belief (0.35, -0.5), against it (0.35, -0.5)"
+    assert "0.60, -1.0: 70.0% and 0.0% (0), 30.0% and 100.0% (4)" in told
+
+
 def test_broken_maps_are_broken_and_judged() -> None:
     model = load_model()
     pool = scenes.two_digits(8, 5)

@@ -143,11 +143,11 @@ class TestVerdicts:
         images = sample.to_tensor().expand(2, -1, -1, -1)
         options: dict[str, Any] = {"target_layer": "layer4", "to_probabilities": torch.sigmoid}
         report = trust(load_model(), images, [6, 2], methods=[method], **options)
-        assert sorted(item.verdict for item in report) == ["believe", "do not believe"], str(report)
+        assert [item.verdict for item in report].count("do not believe") == 1, str(report)
         (wrong,) = (item for item in report if item.verdict == "do not believe")
         assert check_of(wrong, "removal").values["correlation"] < 0.2
         assert check_of(wrong, "region").values["odds"] < 0
-        assert all(item.verdict == "believe" for item in trust(load_model(), images, [6, 2], **options))
+        assert all(item.verdict != "do not believe" for item in trust(load_model(), images, [6, 2], **options))
 
     def test_a_map_of_another_class_is_not_believed(self) -> None:
         class Other(GradCAM):
@@ -455,8 +455,8 @@ class TestSentences:
         check = _verdicts.check_removal(correlation, largest, 64)
         assert f"correlation {correlation:.2f} over 64 windows" in check.message
         assert ("where the map says so: it foretells" in check.message) == (correlation >= 0.55)
-        assert ("does not fall where" in check.message) == (correlation < 0.4 and largest >= 0.05)
-        assert ("No single window matters" in check.message) == (correlation < 0.4 and largest < 0.05)
+        assert ("does not fall where" in check.message) == (correlation < 0.45 and largest >= 0.05)
+        assert ("No single window matters" in check.message) == (correlation < 0.45 and largest < 0.05)
 
     @given(PROBABILITY, PROBABILITY)
     def test_region(self, asked: float, rival: float) -> None:

@@ -41,8 +41,8 @@ THRESHOLDS: Mapping[str, tuple[float, float]] = MappingProxyType(
     {
         "evidence": (0.15, 0.05),
         "relative evidence": (0.5, 0.2),
-        "removal": (0.55, 0.4),
-        "region": (0.5, -1.0),
+        "removal": (0.55, 0.45),
+        "region": (2.0, -1.0),
     }
 )
 """For each check, the limit for "passed" and the limit for "failed"; values between them are "doubtful".
