@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -425,6 +425,7 @@ NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]\d+)?")
 class TestSentences:
     """A sentence says what its numbers say, whatever they are."""
 
+    @settings(deadline=None)
     @given(PROBABILITY, PROBABILITY)
     def test_evidence(self, value: float, without: float) -> None:
         check = _verdicts.check_evidence(value, without)
@@ -441,6 +442,7 @@ class TestSentences:
             assert after < before
             assert ("Little depends" in check.message) == (without > 0.5 * value and value - without < 0.15)
 
+    @settings(deadline=None)
     @given(st.floats(-1e6, 1e6), st.floats(-1e6, 1e6))
     def test_evidence_of_a_target_does_not_depend_on_its_scale(self, value: float, without: float) -> None:
         check = _verdicts.check_evidence(value, without, is_score=True)
@@ -450,6 +452,7 @@ class TestSentences:
         if check.outcome != "failed":
             assert value - without >= 0.19 * abs(value)
 
+    @settings(deadline=None)
     @given(st.floats(-1, 1), st.floats(-1, 2))
     def test_removal(self, correlation: float, largest: float) -> None:
         check = _verdicts.check_removal(correlation, largest, 64)
@@ -458,6 +461,7 @@ class TestSentences:
         assert ("does not fall where" in check.message) == (correlation < 0.45 and largest >= 0.05)
         assert ("No single window matters" in check.message) == (correlation < 0.45 and largest < 0.05)
 
+    @settings(deadline=None)
     @given(PROBABILITY, PROBABILITY)
     def test_region(self, asked: float, rival: float) -> None:
         strength = torch.logit(torch.tensor([asked, rival], dtype=torch.float64), eps=1e-12)
@@ -468,6 +472,7 @@ class TestSentences:
         if "speaks for the next best class" in check.message:
             assert asked < rival
 
+    @settings(deadline=None)
     @given(st.lists(st.sampled_from(["passed", "doubtful", "failed", "left out"]), min_size=3, max_size=3))
     def test_verdicts(self, outcomes: list[Any]) -> None:
         item = item_with(**dict(zip(CHECKS[1:], outcomes, strict=True)))
