@@ -284,7 +284,7 @@ def choose(entries: Sequence[Entry]) -> str:
     """Say which limits of the removal and the region do best.
 
     For belief these let no wrong map pass, and the most right ones; against it they turn away the most wrong maps and
-    no more than 3 % of the right ones.
+    no more than 3 % of the right ones, and leave a tenth of the correlation for doubt.
     """
     known = [entry for entry in entries if truth_of(entry) is not None]
     right = np.array([truth_of(entry) for entry in known], dtype=bool)
@@ -307,8 +307,12 @@ def choose(entries: Sequence[Entry]) -> str:
         )
         lines.append(f"{first:.2f}, {second:4.1f}: {', '.join(shares)}")
     believed = [part[right].mean() * (not part[~right].any()) for part in above]
-    turned_away = [part[~right].mean() * (part[right].mean() <= 0.03) for part in below]
-    lines.append(f"for belief {limits[int(np.argmax(believed))]}, against it {limits[int(np.argmax(turned_away))]}")
+    belief = limits[int(np.argmax(believed))]
+    turned_away = [
+        part[~right].mean() * (part[right].mean() <= 0.03) * (first < belief[0] - 0.09)
+        for (first, _), part in zip(limits, below, strict=True)
+    ]
+    lines.append(f"for belief {belief}, against it {limits[int(np.argmax(turned_away))]}")
     return "\n".join(lines)
 
 

@@ -69,13 +69,14 @@ def test_tables() -> None:
 
 
 def test_choice_of_limits() -> None:
-    right = [entry(0.95, correlation=value, odds=3.0) for value in np.linspace(0.47, 0.9, 100)]
-    wrong = [entry(0.5, correlation=value, odds=-0.7) for value in (0.1, 0.2, 0.58)]
+    right = [entry(0.95, correlation=value, odds=3.0) for value in np.linspace(0.57, 0.9, 100)]
+    wrong = [entry(0.5, correlation=value, odds=3.0) for value in (0.1, 0.2, 0.52)]
     decided = entry(0.5, outcomes={"diagnosis": "failed", "evidence": "passed"}, values={})
     told = bench.choose([*right, *wrong, decided]).splitlines()
     assert told[0].startswith("100 right maps, 4 wrong ones")
-    assert told[-1] == "for belief (0.35, -0.5), against it (0.35, -0.5)"
-    assert "0.60, -1.0: 70.0% and 0.0% (0), 30.0% and 100.0% (4)" in told
+    assert told[-1] == "for belief (0.55, -2.0), against it (0.35, -2.0)"
+    assert "0.55, -1.0: 100.0% and 0.0% (0), 0.0% and 100.0% (4)" in told
+    assert "0.35, -1.0: 100.0% and 25.0% (1), 0.0% and 75.0% (3)" in told
 
 
 def test_broken_maps_are_broken_and_judged() -> None:
