@@ -50,6 +50,9 @@ class _PixelCAM(_CAM):
     def _recording(self, model: nn.Module, names: Sequence[str], **options: Any) -> Recorder:
         return Recorder(model, names, keeps_outputs=False, ended=_keep_image, **options)
 
+    def _batch_dimension(self, recorded: Pass, tensor: Tensor, name: str) -> int:
+        return 0
+
     def _to_grid(self, recorded: Pass, tensor: Tensor, name: str) -> Tensor:
         return to_float(tensor)
 
