@@ -48,6 +48,7 @@ class _Wrapper(_CAM):
         self._recorder = self.base_cam._recorder
         self.reshape_transform = self.base_cam.reshape_transform
         self.gradients = self.base_cam.gradients
+        self._weighs_gradients = self.base_cam._weighs_gradients
         self.class_agnostic = self.base_cam.class_agnostic
         self._relu = self.base_cam._relu
         self._differentiates = self.base_cam._differentiates

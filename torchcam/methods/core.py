@@ -68,6 +68,7 @@ class _CAM:
     _relu = False
     _differentiates = False  # the pass keeps its graph from the target layers on
     _weighs_gradients = False  # gradients of the score for what layers return make the map
+    _expects_one_sign = False  # the weights are meant for activations of one sign
     _runs_model = False  # the model runs again when maps are computed
     _explains_many = False  # several classes of a sample are explained at once
     _options: tuple[str, ...] = ("target_layer",)  # what `repr` shows
@@ -235,13 +236,14 @@ class _CAM:
         """The share of the last explained score that gradient × activation at each target layer's positions sums to.
 
         One tensor for each layer, (N,) or (N, K): 1 if the positions of the map account for all of the score. What
-        biases, class tokens and paths around the layer add is missing. Empty before a gradient method was called.
+        biases, class tokens and paths around the layer add is missing. Empty before a call, and for methods that take
+        no gradients of the recorded pass.
         """
         try:
             recorded = self._recorder.find()
         except AssertionError:
             return []
-        if recorded.score is None:
+        if recorded.score is None or not self._weighs_gradients:
             return []
         found = zip(self.hook_a, self.hook_g, strict=True)
         return [share_of_score(a, g, recorded.score) for a, g in found if a is not None and g is not None]
