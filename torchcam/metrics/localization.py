@@ -18,7 +18,7 @@ from torchcam.targets import ClassIndex, OutputTarget
 from ._statistics import energy
 from .core import UNIT, Bounds, CAMMetric, Extractor, LogitsFn, as_image, given_maps, tensor_of, zero_where_not_finite
 
-__all__ = ["Localization", "checked_mask"]
+__all__ = ["Localization"]
 
 Boxes = Tensor | Sequence[Tensor | Sequence[Sequence[float]]]
 
@@ -158,9 +158,9 @@ class Localization(CAMMetric):
                 "provide exactly one of `masks` and `boxes`, got " + ("neither" if masks is None else "both")
             )
         with plain_tensors():
-            evidence = _mask_of_boxes(boxes, image) if masks is None else checked_mask("masks", masks, image)
+            evidence = _mask_of_boxes(boxes, image) if masks is None else _checked_mask("masks", masks, image)
             if region is not None:
-                region = checked_mask("region", region, image)
+                region = _checked_mask("region", region, image)
                 evidence = evidence & region
             if maps is None:
                 explained = self._explain(image, class_idx, targets, None)
@@ -215,7 +215,7 @@ def _count(positions: Tensor) -> Tensor:
     return positions.sum(1, dtype=torch.float64)
 
 
-def checked_mask(name: str, masks: Any, image: Tensor) -> Tensor:
+def _checked_mask(name: str, masks: Any, image: Tensor) -> Tensor:
     """Return positions as booleans (N, *spatial)."""
     masks = tensor_of(name, masks)
     if masks.is_floating_point() or masks.is_complex():

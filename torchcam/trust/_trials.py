@@ -23,7 +23,7 @@ from torchcam.methods.core import on_replica, plain_tensors
 from torchcam.metrics import Localization
 from torchcam.metrics._statistics import descending_ranks, energy, pearson
 from torchcam.metrics.core import as_image, explaining, run_to_explain
-from torchcam.metrics.localization import checked_mask
+from torchcam.metrics.localization import _checked_mask
 from torchcam.targets import ClassIndex, OutputTarget, Selector, check_one_of, read_logits
 
 from . import _verdicts as verdicts
@@ -135,7 +135,7 @@ def trust(
         check_one_of(class_idx, targets)
     if images is not None and len(images) != len(image):
         raise ValueError(f"`images` must hold one for each of the {len(image)} inputs, got {len(images)}")
-    masks = None if masks is None else checked_mask("masks", masks, image)
+    masks = None if masks is None else _checked_mask("masks", masks, image)
     layer_names = {module: name for name, module in model.named_modules()}
 
     with replicated(model) as replica:
