@@ -55,6 +55,7 @@ FLOORS = {
     "monitor": 5,
     "trust": 5,
     "explain": 7,
+    "export": 7,
     "integrations": 7,
     "cli": 8,
     "__main__": 9,

@@ -18,7 +18,7 @@ def weighted_sum(weight: Tensor, activation: Tensor) -> Tensor:
     """Sum the weighted channels: (N, C) or (N, C, *spatial) by (N, C, *spatial) to (N, *spatial)."""
     if weight.ndim > 2:
         return (weight * activation).sum(1)
-    return (weight.unsqueeze(1) @ activation.flatten(2)).reshape(len(activation), *activation.shape[2:])
+    return (weight.unsqueeze(1) @ activation.flatten(2)).reshape(activation.shape[0], *activation.shape[2:])
 
 
 def scale_signed(maps: Tensor) -> Tensor:

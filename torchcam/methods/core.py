@@ -411,7 +411,8 @@ class _CAM:
     def _mark_broken(self, maps: list[Tensor], request: Request) -> list[Tensor]:
         """Set the maps of samples with values that are not finite to NaN, and warn of them."""
         recorded = request.recorded
-        if all_finite([*maps, *recorded.activations, *recorded.gradients]):
+        # What is traced has no values to look at: `torchcam.export` marks samples at the end of the graph.
+        if torch.compiler.is_compiling() or all_finite([*maps, *recorded.activations, *recorded.gradients]):
             return maps
         activations = self._grids(recorded, recorded.activations)
         gradients: list[Tensor | None] = [None] * len(activations)
@@ -486,7 +487,7 @@ class _CAM:
         return request.selector(self._batch_size(request))
 
     def _batch_size(self, request: Request) -> int:
-        return len(self._activations(request)[0]) // request.num_classes
+        return self._activations(request)[0].shape[0] // request.num_classes
 
     def _attached(self, request: Request) -> Any:
         """Return the output with its graph: the one handed over, or else the one of the recorded pass."""
