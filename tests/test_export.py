@@ -374,6 +374,10 @@ class TestRefusals:
         with pytest.raises(NotImplementedError, match="ScoreCAM cannot be exported"):
             export(net(), "FinerCAM", "second", example=IMAGES[:1], method_kwargs={"base_method": methods.ScoreCAM})
 
+    def test_balanced_gradients(self) -> None:
+        with pytest.raises(NotImplementedError, match="`gradients='balanced'` cannot be exported"):
+            exported_net(method_kwargs={"gradients": "balanced"})
+
     def test_operation_without_translation(self) -> None:
         model = shuffled(Sampling())
         with pytest.raises(RuntimeError, match=r"holds aten\.grid_sampler_2d_backward.*`target_layer`"):

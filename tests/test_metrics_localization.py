@@ -13,11 +13,12 @@ from torchcam.methods import GradCAM
 from torchcam.metrics import Localization
 
 
-def measured(maps: Any, evidence: Any, **options: Any) -> dict[str, float]:
-    """The five numbers of one map."""
+def measured(maps: Any, evidence: Any, region: Any = None, **options: Any) -> dict[str, float]:
+    """The six numbers of one map."""
     m, mask = torch.tensor(maps, dtype=torch.float64), torch.tensor(evidence, dtype=torch.bool)
     metric = Localization(**options)
-    metric.update(torch.zeros(1, 1, *m.shape), maps=m.unsqueeze(0), masks=mask.unsqueeze(0))
+    region = None if region is None else torch.tensor(region).unsqueeze(0)
+    metric.update(torch.zeros(1, 1, *m.shape), maps=m.unsqueeze(0), masks=mask.unsqueeze(0), region=region)
     return metric.summary()
 
 
@@ -29,6 +30,7 @@ def test_by_hand(device: torch.device) -> None:
     assert metric.summary() == pytest.approx(
         {
             "pointing_game": 0.0,  # the 1 is outside
+            "average_precision": (1 / 2 + 2 / 3 + 3 / 4) / 3,  # 1 (outside), 0.8, 0.6, 0.3
             "energy": (0.8 + 0.3 + 0.6) / 3,
             "rank_accuracy": 2 / 3,  # of 1, 0.8 and 0.6
             "iou": 2 / 4,  # at least 0.5: two inside, one outside
@@ -61,6 +63,7 @@ def test_tolerance_is_a_circle(tolerance: float, hit: float) -> None:
 def test_equals() -> None:
     found = measured([1.0, 1.0, 0.0, 1.0, 0.0, 0.0], [1, 0, 1, 1, 1, 0])
     assert found["pointing_game"] == pytest.approx(2 / 3)
+    assert found["average_precision"] == pytest.approx((2 * (2 / 3) + 2 * (4 / 6)) / 4)  # two steps: 1, then 0
     # The four highest are the three 1s, of which two count, and one of three 0s, of which two do.
     assert found["rank_accuracy"] == pytest.approx((2 + 2 / 3) / 4)
     assert found["iou"] == 2 / 5
@@ -77,8 +80,8 @@ def test_the_mask_itself_is_perfect() -> None:
     mask = [[1, 0, 0], [1, 1, 0]]
     found = measured(mask, mask)
     assert found == dict.fromkeys(found, 1.0)
-    assert set(measured([[0, 1, 1], [0, 0, 1]], mask).values()) == {0.0, 0.5}  # best_iou: all of the input
-    assert measured([[0, 1, 1], [0, 0, 1]], mask)["best_iou"] == 0.5
+    wrong = measured([[0, 1, 1], [0, 0, 1]], mask)
+    assert wrong == dict.fromkeys(wrong, 0.0) | {"average_precision": 0.5, "best_iou": 0.5}  # all of the input
 
 
 def test_negative_values_do_not_count() -> None:
@@ -93,6 +96,83 @@ def test_threshold_is_a_share_of_the_peak(threshold: float, iou: float) -> None:
     for scale in (1.0, 0.01, 30.0):
         found = measured([4 * scale, scale, scale, 0.5 * scale], [1, 1, 0, 0], threshold=threshold)
         assert found["iou"] == pytest.approx(iou)
+
+
+def test_a_power_moves_energy_and_overlap_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.rand((5, 9, 7), generator=generator, dtype=torch.float64) - 0.1
+    maps[0].round_(decimals=1)  # with equals
+    masks = torch.rand((5, 9, 7), generator=generator) < 0.3
+    metric, sharpened = Localization(), Localization()
+    metric.update(torch.zeros(5, 1, 9, 7), maps=maps, masks=masks)
+    sharpened.update(torch.zeros(5, 1, 9, 7), maps=maps.relu() ** 8, masks=masks)
+    before, after = metric.summary(), sharpened.summary()
+    moved = {key for key in before if before[key] != after[key]}
+    assert moved == {"energy", "iou"}
+
+
+@pytest.mark.parametrize("digits", [1, 2, 9])
+@pytest.mark.parametrize("within", [False, True])
+def test_average_precision_is_that_of_scikit_learn(digits: int, within: bool, device: torch.device) -> None:
+    metrics = pytest.importorskip("sklearn.metrics", reason="needs scikit-learn")
+    generator = torch.Generator().manual_seed(digits)
+    maps = torch.rand((8, 13, 11), generator=generator, dtype=torch.float64).round(decimals=digits)
+    masks = torch.rand((8, 13, 11), generator=generator) < 0.2
+    region = torch.rand((8, 13, 11), generator=generator) < (0.5 if within else 1.1)
+    expected = [
+        metrics.average_precision_score(mask[counts].numpy(), m[counts].numpy())
+        for m, mask, counts in zip(maps, masks, region, strict=True)
+    ]
+    for row, wanted in enumerate(expected):
+        metric = Localization()
+        one = slice(row, row + 1)
+        counts = region[one].to(device) if within else None
+        metric.update(torch.zeros(1, 1, 13, 11, device=device), maps=maps[one], masks=masks[one], region=counts)
+        assert metric.summary()["average_precision"] == pytest.approx(wanted, rel=1e-12)
+
+
+# A region.
+
+
+def test_a_region_is_all_there_is() -> None:
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.rand((6, 8, 8), generator=generator, dtype=torch.float64) - 0.2
+    maps[0] = 0.3
+    maps[1, :, :5] = -1.0  # nothing positive in the region
+    maps[2].round_(decimals=1)
+    masks = torch.rand((6, 8, 8), generator=generator) < 0.4
+    region = torch.zeros(6, 8, 8, dtype=torch.bool)
+    region[:, 2:7, :5] = True
+    metric, cut = Localization(threshold=0.3), Localization(threshold=0.3)
+    metric.update(torch.zeros(6, 1, 8, 8), maps=maps, masks=masks, region=region)
+    cut.update(torch.zeros(6, 1, 5, 5), maps=maps[:, 2:7, :5], masks=masks[:, 2:7, :5])
+    assert metric.summary() == pytest.approx(cut.summary(), rel=1e-12)
+
+
+def test_which_of_two_objects() -> None:
+    maps, mask, region = [9.0, 3.0, 2.0, 1.0], [0, 1, 0, 1], [0, 1, 1, 1]
+    assert measured(maps, mask, region) == pytest.approx(
+        {
+            "pointing_game": 1.0,
+            "average_precision": (1 + 2 / 3) / 2,
+            "energy": 4 / 6,
+            "rank_accuracy": 1 / 2,
+            "iou": 1 / 3,
+            "best_iou": 2 / 3,
+        }
+    )
+    chance = measured([9.0, 0.0, 0.0, 0.0], mask, region)
+    assert chance == pytest.approx(dict.fromkeys(chance, 2 / 3))
+
+
+def test_a_sample_without_evidence_in_its_region() -> None:
+    metric = Localization()
+    masks, region = torch.tensor([[1, 0, 0], [0, 1, 1]]), torch.tensor([[0, 1, 1], [0, 1, 0]])
+    metric.update(torch.zeros(2, 1, 3), maps=torch.rand(2, 3), masks=masks, region=region)
+    assert (int(metric.total), int(metric.empty_count)) == (1, 1)
+    assert metric.summary()["average_precision"] == 1.0
+    metric.update(torch.zeros(2, 1, 3), maps=torch.rand(2, 3), masks=masks, region=torch.zeros(2, 3).int())
+    assert (int(metric.total), int(metric.empty_count)) == (1, 3)
 
 
 # Boxes.
@@ -157,8 +237,10 @@ def reference(m: np.ndarray, mask: np.ndarray, tolerance: float, threshold: floa
     order = sorted(np.ndindex(m.shape), key=lambda place: -m[place])
     overlaps = [np.sum((m >= level) & mask) / np.sum((m >= level) | mask) for level in np.unique(m)]
     shown = m >= threshold * m.max()
+    steps = [(np.mean(mask[m >= level]), np.mean(m[mask] == level)) for level in np.unique(m[mask])]
     return {
         "pointing_game": float(np.mean(hits)),
+        "average_precision": float(sum(precision * gain for precision, gain in steps)),
         "energy": m[mask].sum() / m.sum(),
         "rank_accuracy": float(np.mean([mask[place] for place in order[: mask.sum()]])),
         "iou": np.sum(shown & mask) / np.sum(shown | mask),
@@ -220,6 +302,12 @@ def test_the_model_is_not_called_for_given_maps() -> None:
         ({"masks": torch.ones(2, 3, 4)}, TypeError, r"`masks` must hold booleans or integers.*float32.*masks > 0\.5"),
         ({"masks": torch.ones(2, 4, 3).bool()}, ValueError, r"`masks`.*\(2, 3, 4\), got \(2, 4, 3\)"),
         ({"masks": torch.ones(1, 3, 4).bool()}, ValueError, r"`masks`.*got \(1, 3, 4\)"),
+        (
+            {"masks": torch.ones(2, 3, 4).bool(), "region": torch.ones(2, 3, 4)},
+            TypeError,
+            "`region` must hold booleans",
+        ),
+        ({"masks": torch.ones(2, 3, 4).bool(), "region": torch.ones(3, 4).int()}, ValueError, r"`region`.*\(3, 4\)"),
         ({"masks": [[1]]}, TypeError, "`masks` must be a tensor or an array.*list"),
         ({"boxes": torch.ones(3, 4)}, ValueError, "`boxes`.*for each of 2 samples, got 3"),
         ({"boxes": torch.ones(2, 5)}, ValueError, r"`boxes`.*\(2, 1, 5\)"),

@@ -24,7 +24,9 @@ from torchcam.methods.core import _CAM
 from torchcam.methods.gradient import _GradientCAM
 from torchcam.targets import as_class_indices
 
+from ._browser import write_page
 from ._formats import Run, write_files, write_onnx, write_package, write_program
+from ._preprocessing import read_preprocessing
 from ._proof import Case, Question, check, make_cases
 from ._trace import ExplainedModel, check_torch, freeze, trace
 
@@ -64,7 +66,7 @@ class Exported:
     Attributes:
         program: the graph, as ``torch.export`` has it
         metadata: what is in the files: method, layers, names of classes, preprocessing, versions
-        error: the largest error of a map in the proof, as a share of the largest contribution to it
+        error: the largest error of a map, of the graph and of files so far, as a share of the largest contribution
     """
 
     def __init__(self, program: ExportedProgram, metadata: Mapping[str, Any], cases: Sequence[Case]) -> None:
@@ -100,23 +102,26 @@ class Exported:
             images, as_class_indices(classes, len(images), self.metadata["num_classes"], images.device).contiguous()
         )
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
+    def save(self, path: str | os.PathLike[str], *, runtime: str | os.PathLike[str] | None = None) -> Path:
         """Write the graph to a file, in the format that its suffix names, once what the file computes is proven.
 
         ====================  ====================================================================================
         ``.onnx``             for ONNX Runtime and whatever else reads ONNX; weights above 2 GB go to a file beside it
         ``.pt2``              for ``torch.export.load``
         ``.aoti.pt2``         compiled for this kind of machine, for C++ and ``torch._inductor.aoti_load_package``
+        ``.html``             one page that runs the model in a browser; needs ``runtime``
         ====================  ====================================================================================
 
         Args:
             path: where to write
+            runtime: for a page, the folder of the npm package ``onnxruntime-web``, whose script and binary go into it
 
         Returns:
             the path
 
         Raises:
-            ImportError: if the extra ``torchcam[export]`` is not installed, for ``.onnx``
+            ImportError: if the extra ``torchcam[export]`` is not installed, for ``.onnx`` and ``.html``
+            FileNotFoundError: if ``runtime`` does not hold the package
             RuntimeError: if an operation has no translation
             ValueError: if the suffix is unknown, or the file does not compute what the extractor does
         """
@@ -126,11 +131,15 @@ class Exported:
             ".onnx": partial(write_onnx, self.program, self.metadata),
             ".aoti.pt2": partial(write_package, self.program, self.metadata, self._cases[1].arguments),
             ".pt2": partial(write_program, self.program, self.metadata),
+            ".html": partial(write_page, self.program, self.metadata, Path(runtime or "")),
         }
         suffix = next((suffix for suffix in writers if name.endswith(suffix)), None)
         if suffix is None:
             raise ValueError(f"`path` '{path}' must end with one of {', '.join(writers)}")
-        write_files(path, writers[suffix], partial(self._prove, f"'{path.name}'"))
+        if suffix == ".html" and runtime is None:
+            raise ValueError("a page needs `runtime`, the folder of the npm package onnxruntime-web")
+        error = write_files(path, writers[suffix], partial(self._prove, f"'{path.name}'"))
+        self.error = max(self.error, error)
         return path
 
     def __repr__(self) -> str:
@@ -150,6 +159,7 @@ def export(
     top_class: bool = False,
     dynamic_batch: bool = True,
     dynamic_size: bool = False,
+    transform: Any = None,
     class_names: Sequence[str] | None = None,
 ) -> Exported:
     """Trace a model and the maps of a method, forward and backward pass, into one graph.
@@ -178,6 +188,9 @@ def export(
         top_class: whether the class with the highest score is explained, in place of classes as an input
         dynamic_batch: whether the graph takes batches of any size; that of the example otherwise
         dynamic_size: whether the graph takes images of any size that the model takes
+        transform: the transform that makes an input of an image, as of torchvision's weights or timm, for the metadata:
+            its resizing, crop and normalisation; by default images are resized to those of the example and scaled to
+            [0, 1]
         class_names: the names of the classes, for the metadata
 
     Returns:
@@ -196,6 +209,9 @@ def export(
     if example.ndim < 3 or not example.is_floating_point() or not len(example):
         raise ValueError(f"`example` must be images (N, C, *spatial), got {example.dtype} of {tuple(example.shape)}")
     names = as_class_names(class_names)
+    preprocessing = (
+        read_preprocessing(transform, example.shape[1:]) if transform is not None or example.ndim == 4 else None
+    )
     (recipe,) = as_recipes(method, target_layer, method_kwargs, relu)
     _check_method(recipe.method)
     options = dict(recipe.call_options)
@@ -206,6 +222,8 @@ def export(
         with extractors_on(replica, model, [recipe], tuple(example.shape[1:])) as (extractor,):
             for one in _bases(extractor):
                 _check_method(type(one))
+                if one.gradients == "balanced":
+                    raise NotImplementedError("`gradients='balanced'` cannot be exported: leave it out for plain ones")
             class_input = not (top_class or extractor.class_agnostic)
             question = Question(extractor, options, kept, normalized, class_input)
             cases = make_cases(question, example, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size)
@@ -235,6 +253,7 @@ def export(
                 "num_classes": cases[0].scores.shape[1] if cases[0].scores.ndim > 1 else 1,
                 "class_names": None if names is None else list(names),
                 "normalized": normalized,
+                "preprocessing": preprocessing,
                 "input": {
                     "shape": list(example.shape[1:]),
                     "dtype": str(example.dtype).removeprefix("torch."),
@@ -256,10 +275,10 @@ def _check_method(kind: type[Any]) -> None:
 
 
 def _bases(extractor: Any) -> Iterator[Any]:
-    """Yield the extractors that an extractor asks, one after the other."""
-    while hasattr(extractor, "base_cam"):
-        extractor = extractor.base_cam
+    """Yield an extractor and those that it asks, one after the other."""
+    while extractor is not None:
         yield extractor
+        extractor = getattr(extractor, "base_cam", None)
 
 
 def _check_size(layouts: Mapping[str, Any], dynamic_size: bool) -> None:

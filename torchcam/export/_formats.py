@@ -37,21 +37,22 @@ def needs(*modules: str) -> None:
         raise ImportError(f"{', '.join(missing)} not installed: pip install 'torchcam[export]'")
 
 
-def write_files(path: Path, write: Callable[[Path], Run], prove: Callable[[Run], Any]) -> None:
+def write_files(path: Path, write: Callable[[Path], Run], prove: Callable[[Run], float]) -> float:
     """Write a file in a temporary folder, prove it there, and move it, with what was written beside it, to ``path``.
 
     Args:
         path: where the file goes
         write: writes to a path, and returns what runs the file that it has written
-        prove: raises an exception if that is not right
+        prove: returns the error of that, or raises an exception if it is too large
     """
     with tempfile.TemporaryDirectory(prefix="torchcam-", ignore_cleanup_errors=True) as folder:
         written = Path(folder, path.name)
-        prove(write(written))
+        error = prove(write(written))
         with ExitStack() as stack:  # the file itself is moved last
             for file in sorted(Path(folder).iterdir(), key=lambda file: file != written):
                 part = stack.enter_context(atomic_write(path.with_name(file.name)))
                 shutil.copyfile(file, part)
+    return error
 
 
 # ONNX.

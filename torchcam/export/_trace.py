@@ -119,7 +119,7 @@ class ExplainedModel(nn.Module):
             leaves = {
                 level: tensor.detach().requires_grad_() if starts[level] else tensor for level, tensor in found.items()
             }
-            recorded.keep(index, {level: (leaf, leaf) for level, leaf in leaves.items()})
+            recorded.layers[index] = {level: (leaf, leaf) for level, leaf in leaves.items()}
             return replace_tensors(output, [(tensor, leaves[level].clone()) for level, tensor in found.items()])
 
         with ExitStack() as stack:
@@ -129,6 +129,7 @@ class ExplainedModel(nn.Module):
                 stack.callback(handle.remove)
             stack.enter_context(torch.enable_grad() if extractor.differentiates else torch.no_grad())
             recorded.output = self.model(images)
+        recorded.collect()
         return recorded
 
 

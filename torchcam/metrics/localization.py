@@ -24,12 +24,16 @@ Boxes = Tensor | Sequence[Tensor | Sequence[Sequence[float]]]
 
 
 class Localization(CAMMetric):
-    r"""Agreement of maps with masks or boxes of the evidence: pointing game, energy, rank accuracy and overlap.
+    r"""Agreement of maps with masks or boxes of the evidence: pointing game, precision, energy and overlap.
 
     With the map :math:`m`, upsampled to the input, its positive part counting, and the mask :math:`E` of the evidence:
 
     * ``pointing_game``: whether the map's highest position is in :math:`E`, or no further than ``tolerance`` pixels
       from it (Zhang et al. 2016, arXiv:1608.00507; there, 15). Where several are highest, the share of them that are.
+    * ``average_precision``: the area under the curve of precision over recall as the threshold falls,
+      :math:`\sum_n (R_n - R_{n-1}) P_n`, with :math:`P_n` the share of the positions at the n-th highest value or
+      above that are in :math:`E`, and :math:`R_n` the share of :math:`E` that is among them (as scikit-learn's
+      ``average_precision_score``).
     * ``energy``: the share of the map in the mask, :math:`\sum_E m / \sum m` (Wang et al. 2020, arXiv:1910.01279).
     * ``rank_accuracy``: the share of the :math:`|E|` highest positions that are in the mask (Arras et al. 2020,
       arXiv:2003.07258). Of equals at the limit, as many are as one would meet by chance.
@@ -39,6 +43,9 @@ class Localization(CAMMetric):
 
     ``compute`` gives their means over the samples; all lie in [0, 1], and higher is better. A map that is constant, or
     nowhere positive, has no preference: each number is then that of chance, the share of the input that is evidence.
+    An increasing change of a map's values, such as a power, moves only ``energy`` and ``iou``.
+
+    With a ``region``, all of this is about its positions alone: the others belong neither to the map nor to the mask.
 
     A sample without any evidence has nothing to be found: it is left out, and counted by ``empty_count``. Samples whose
     map or score is not finite are left out as well, and counted by ``nan_count``; ``total`` says how many are in the
@@ -58,6 +65,7 @@ class Localization(CAMMetric):
 
     Attributes:
         pointing_game: the sum of the hits so far
+        average_precision: the sum of the average precisions so far
         energy: the sum of the shares of energy so far
         rank_accuracy: the sum of the rank accuracies so far
         iou: the sum of the overlaps so far
@@ -81,10 +89,11 @@ class Localization(CAMMetric):
     higher_is_better = True
     plot_lower_bound = 0.0
     plot_upper_bound = 1.0
-    _sums = ("pointing_game", "energy", "rank_accuracy", "iou", "best_iou")
+    _sums = ("pointing_game", "average_precision", "energy", "rank_accuracy", "iou", "best_iou")
     _keys: ClassVar[dict[str, tuple[bool, Bounds]]] = dict.fromkeys(_sums, (True, UNIT))
 
     pointing_game: Tensor
+    average_precision: Tensor
     energy: Tensor
     rank_accuracy: Tensor
     iou: Tensor
@@ -115,6 +124,7 @@ class Localization(CAMMetric):
         *,
         masks: Any = None,
         boxes: Boxes | None = None,
+        region: Any = None,
         maps: Any = None,
         targets: OutputTarget | Sequence[OutputTarget] | None = None,
     ) -> None:
@@ -127,6 +137,8 @@ class Localization(CAMMetric):
                 those that are not 0 count
             boxes: in place of ``masks``, for images: a tensor (N, 4), or for each sample any number of boxes (k, 4), as
                 (x1, y1, x2, y2) in pixels. A pixel is inside if its centre is: column x for x1 ≤ x + ½ < x2
+            region: the positions that count, in the form of ``masks``; by default all. With two objects in a picture,
+                their pixels: which of them is meant?
             maps: the maps to measure, in place of the extractor's: a tensor or array (N, *spatial) or (N, 1, *spatial)
                 of any resolution, which is interpolated to the input's. The model is not called then, and of what class
                 they are does not matter.
@@ -134,8 +146,8 @@ class Localization(CAMMetric):
                 ``logits_fn``, to a scalar
 
         Raises:
-            TypeError: if the input is not a floating-point tensor, a class index not an integer, a mask neither
-                booleans nor integers, or boxes are not numbers
+            TypeError: if the input is not a floating-point tensor, a class index not an integer, a mask or region
+                neither booleans nor integers, or boxes are not numbers
             ValueError: if not exactly one of ``masks`` and ``boxes`` is given, if there is not one mask, map or class
                 per sample, or if any other argument does not fit the input
             RuntimeError: if there is neither an extractor nor ``maps``
@@ -146,22 +158,29 @@ class Localization(CAMMetric):
                 "provide exactly one of `masks` and `boxes`, got " + ("neither" if masks is None else "both")
             )
         with plain_tensors():
-            evidence = _mask_of_boxes(boxes, image) if masks is None else _checked_mask(masks, image)
+            evidence = _mask_of_boxes(boxes, image) if masks is None else _checked_mask("masks", masks, image)
+            if region is not None:
+                region = _checked_mask("region", region, image)
+                evidence = evidence & region
             if maps is None:
                 explained = self._explain(image, class_idx, targets, None)
                 cam, valid = explained.cam, explained.valid
             else:
                 cam, valid = zero_where_not_finite(given_maps(maps, image))
             empty = valid & ~evidence.flatten(1).any(1)
-            parts = {name: part.masked_fill(empty, 0.0) for name, part in self._compare(cam.relu(), evidence).items()}
+            compared = self._compare(cam.relu(), evidence, region)
+            parts = {name: part.masked_fill(empty, 0.0) for name, part in compared.items()}
             kept = valid & ~empty
             self._add(parts, kept, empty_count=empty.sum(), nan_count=(~valid).sum())
 
-    def _compare(self, cam: Tensor, evidence: Tensor) -> dict[str, Tensor]:
-        """Return each sample's five numbers, (N,) each, for maps that are not negative."""
+    def _compare(self, cam: Tensor, evidence: Tensor, region: Tensor | None) -> dict[str, Tensor]:
+        """Return each sample's six numbers, (N,) each, for maps that are not negative."""
         m, mask = cam.flatten(1).double(), evidence.flatten(1)
         near = _within(evidence, self.tolerance).flatten(1)
         size, share = _count(mask), mask.double().mean(1)
+        if region is not None:
+            counts = region.flatten(1)
+            m, share = m.masked_fill(~counts, -1.0), size / _count(counts)  # below all that count, also below 0
         peak = m.amax(1, keepdim=True)
 
         highest = m == peak
@@ -171,14 +190,20 @@ class Localization(CAMMetric):
         above, tied = m > limit, m == limit
         by_chance = (size - _count(above)) * _count(tied & mask) / _count(tied)
 
-        # The overlap with the k highest positions, for every k that does not part equals.
-        met = mask.gather(1, order).cumsum(1, dtype=torch.float64)
+        # The k highest positions, for every k: of equals, each gets the numbers of the last.
+        hits = mask.gather(1, order)
+        met = hits.cumsum(1, dtype=torch.float64)
         taken = torch.arange(1, m.shape[1] + 1, device=m.device)
-        overlap = met / (size.unsqueeze(1) + taken - met)
         whole = torch.cat([ordered[:, 1:] < ordered[:, :-1], torch.ones_like(mask[:, :1])], 1)
+        last = torch.where(whole, taken, len(taken)).flip(1).cummin(1).values.flip(1) - 1
+        precision = (met / taken).gather(1, last)
+        overlap = met / (size.unsqueeze(1) + taken - met)
+
+        positive = m.relu()
         return {
             "pointing_game": _count(highest & near) / _count(highest),
-            "energy": torch.where(m.sum(1) > 0, energy(m, mask), share),
+            "average_precision": (precision * hits).sum(1) / size,
+            "energy": torch.where(positive.sum(1) > 0, energy(positive, mask), share),
             "rank_accuracy": (_count(above & mask) + by_chance) / size,
             "iou": _count(shown & mask) / _count(shown | mask),
             "best_iou": torch.where(whole, overlap, 0.0).amax(1),
@@ -190,20 +215,20 @@ def _count(positions: Tensor) -> Tensor:
     return positions.sum(1, dtype=torch.float64)
 
 
-def _checked_mask(masks: Any, image: Tensor) -> Tensor:
-    """Return the evidence as booleans (N, *spatial)."""
-    masks = tensor_of("masks", masks)
+def _checked_mask(name: str, masks: Any, image: Tensor) -> Tensor:
+    """Return positions as booleans (N, *spatial)."""
+    masks = tensor_of(name, masks)
     if masks.is_floating_point() or masks.is_complex():
         raise TypeError(
-            f"`masks` must hold booleans or integers, got {masks.dtype}: say what counts, as in `masks > 0.5`"
+            f"`{name}` must hold booleans or integers, got {masks.dtype}: say what counts, as in `{name} > 0.5`"
         )
     found, wanted = tuple(masks.shape), (len(image), *image.shape[2:])
     if found == (wanted[0], 1, *wanted[1:]):
         masks = masks.squeeze(1)
     elif found != wanted:
-        raise ValueError(f"`masks` must have the shape of the input without its channels, {wanted}, got {found}")
-    evidence: Tensor = masks.detach().to(image.device) != 0
-    return evidence
+        raise ValueError(f"`{name}` must have the shape of the input without its channels, {wanted}, got {found}")
+    chosen: Tensor = masks.detach().to(image.device) != 0
+    return chosen
 
 
 def _mask_of_boxes(boxes: Any, image: Tensor) -> Tensor:
