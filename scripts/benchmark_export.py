@@ -1,6 +1,6 @@
-"""Measure what a map costs in an exported model: ONNX Runtime with the map, without it, and eager PyTorch with an extractor.
+"""Measure what a map costs in an exported model: in ONNX Runtime with the map and without it, beside eager PyTorch.
 
-The three take turns, each call after a plain one of the same kind; medians of as many rounds. One thread, 224 x 224, batch 1.
+All take turns; medians of as many rounds. One thread, 224 x 224, batch 1, random weights.
 """
 
 from __future__ import annotations
@@ -29,9 +29,7 @@ CASES = {
 }
 
 
-def sessions(
-    model: nn.Module, layer: str, images: Tensor, folder: Path
-) -> tuple[Callable[[], object], Callable[[], object]]:
+def sessions(model: nn.Module, layer: str, images: Tensor, folder: Path) -> list[Callable[[], object]]:
     """Return functions that run the exported model without and with its map."""
     import onnxruntime
 
@@ -45,7 +43,7 @@ def sessions(
     )
     pixels = images.numpy()
     feed = {"images": pixels, "classes": torch.tensor([3]).numpy()}
-    return lambda: plain.run(None, {plain.get_inputs()[0].name: pixels}), lambda: explained.run(None, feed)
+    return [lambda: plain.run(None, {plain.get_inputs()[0].name: pixels}), lambda: explained.run(None, feed)]
 
 
 def medians(functions: Sequence[Callable[[], object]], rounds: int) -> list[float]:
@@ -58,6 +56,21 @@ def medians(functions: Sequence[Callable[[], object]], rounds: int) -> list[floa
             if turn >= 2:
                 kept.append(1000 * (time.perf_counter() - began))
     return [statistics.median(kept) for kept in times]
+
+
+def measure(model: nn.Module, layer: str, images: Tensor, rounds: int) -> list[float]:
+    """Return the times of the exported model without and with its map, and of the eager one, in ms."""
+
+    def eager() -> object:
+        extractor.enable_hooks()
+        found = extractor(3, model(images))
+        extractor.disable_hooks()
+        return found
+
+    with tempfile.TemporaryDirectory() as folder:
+        exported = sessions(model, layer, images, Path(folder))
+        with GradCAM(model, layer, enable_hooks=False) as extractor, torch.inference_mode():
+            return medians([*exported, lambda: model(images), eager], rounds)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,18 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.manual_seed(0)
         model, images = torchvision.models.get_model(name, weights=None).eval(), torch.rand(1, 3, 224, 224)
         for layer in layers:
-            with tempfile.TemporaryDirectory() as folder, GradCAM(model, layer) as extractor, torch.inference_mode():
-                with torch.inference_mode(False):
-                    extractor.disable_hooks()
-                    plain, explained = sessions(model, layer, images, Path(folder))
-
-                def eager() -> object:
-                    extractor.enable_hooks()
-                    found = extractor(3, model(images))
-                    extractor.disable_hooks()
-                    return found
-
-                a, b, c, d = medians([plain, explained, lambda: model(images), eager], arguments.rounds)
+            a, b, c, d = measure(model, layer, images, arguments.rounds)
             print(f"| {name} | {layer} | {a:.1f} | {b:.1f} | {b / a:.2f} | {c:.1f} | {d:.1f} |", flush=True)
     return 0
 

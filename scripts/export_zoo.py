@@ -1,7 +1,8 @@
 """Export many architectures, run the files in ONNX Runtime, and write down how far the maps are from the extractor's.
 
-Random weights, small images; for each model the default layer and one in the middle. The maps are those before scaling, so that
-an error is a share of the largest contribution |w A| to the map. `--write-docs` writes docs/exported.md. Nothing is downloaded.
+Random weights, small images; for each model the default layer and one in the middle. The maps are those before
+scaling: an error is a share of the largest contribution |w A|. `--write-docs` writes docs/exported.md. Nothing is
+downloaded.
 """
 
 from __future__ import annotations
@@ -51,9 +52,10 @@ PAGE = Path(__file__).parent.parent / "docs" / "exported.md"
 HEAD = """\
 # Exports that were tried
 
-Written by `scripts/export_zoo.py` with torch {torch} and ONNX Runtime {runtime}: random weights, maps before scaling. *Error* is the
-largest difference between the maps of the ONNX file and those of the extractor, on one image, on three, for other classes and with an
-image that is not finite, as a share of the largest contribution to the map. What differs by more than 1e-5 is refused.
+Written by `scripts/export_zoo.py` with torch {torch} and ONNX Runtime {runtime}: random weights, maps before scaling.
+*Error* is the largest difference between the maps of the ONNX file and those of the extractor, on one image, on three,
+for other classes and with an image that is not finite, as a share of the largest contribution to the map. What differs
+by more than 1e-5 is refused.
 
 | model | layer | method | error |
 |---|---|---|---|
@@ -67,10 +69,8 @@ def models() -> Iterator[tuple[str, Callable[[], nn.Module], int]]:
     for name, side in TORCHVISION.items():
         options = {"init_weights": False} if name == "googlenet" else {}
         yield name, partial(torchvision.models.get_model, name, weights=None, **options), side
-    segmentation = partial(
-        torchvision.models.get_model, "deeplabv3_mobilenet_v3_large", weights=None, weights_backbone=None
-    )
-    yield "deeplabv3_mobilenet_v3_large", segmentation, 64
+    name = "deeplabv3_mobilenet_v3_large"
+    yield name, partial(torchvision.models.get_model, name, weights=None, weights_backbone=None), 64
     try:
         import timm
     except ImportError:
