@@ -1,8 +1,8 @@
 """Export many architectures, run the files in ONNX Runtime, and write down how far the maps are from the extractor's.
 
 Random weights, small images; for each model the default layer and one in the middle. The maps are those before
-scaling: an error is a share of the largest contribution |w A|. `--write-docs` writes docs/exported.md. Nothing is
-downloaded.
+scaling: an error is a share of what they sum up, the largest sum of |w A| at a position. `--write-docs` writes
+docs/exported.md. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ HEAD = """\
 
 Written by `scripts/export_zoo.py` with torch {torch} and ONNX Runtime {runtime}: random weights, maps before scaling.
 *Error* is the largest difference between the maps of the ONNX file and those of the extractor, on one image, on three,
-for other classes and with an image that is not finite, as a share of the largest contribution to the map. What differs
-by more than 1e-5 is refused.
+for other classes and with an image that is not finite, as a share of the largest sum of contributions |w A| at a
+position. What differs by more than 1e-5 is refused.
 
 | model | layer | method | error |
 |---|---|---|---|

@@ -54,7 +54,7 @@ class Case:
         classes: their classes (N,), where they are an input
         scores: the scores of the model
         cam: the maps (N, *grid)
-        unit: what an error of 1 in each map comes to as a share of the largest contribution to it, (N,)
+        unit: what an error of 1 in each map is, as a share of the largest contribution to it, (N,)
     """
 
     images: Tensor
@@ -115,9 +115,10 @@ def _case(question: Question, images: Tensor) -> Case:
 
 
 def _unit(question: Question, request: Request) -> Tensor:
-    """Return the share of the largest contribution |w A| that an error of 1 in a map is, (N,).
+    r"""Return what an error of 1 in each map is, as a share of the largest :math:`\sum_k |w_k A_k(s)|`, (N,).
 
-    Where maps are scaled, the range of what was scaled is the contribution of an error of 1.
+    So large is what a map sums up: where channels cancel, rounding errors are no smaller. Of maps that are scaled, an
+    error of 1 is the range of what was scaled; the errors of both of its ends add to half of it at most.
     """
     extractor = question.extractor
     of_layers = extractor.base_cam if isinstance(extractor, RefineCAM) else extractor
@@ -125,7 +126,7 @@ def _unit(question: Question, request: Request) -> Tensor:
     try:
         weighted = of_layers._layer_weights(request, **question.options)
         largest = [
-            _largest(weight.reshape(*weight.shape, *[1] * (activation.ndim - weight.ndim)) * activation)
+            _largest((weight.reshape(*weight.shape, *[1] * (activation.ndim - weight.ndim)) * activation).abs().sum(1))
             for weight, activation in weighted
         ]
     except NotImplementedError:  # a map that is no sum of weighted channels
@@ -133,7 +134,7 @@ def _unit(question: Question, request: Request) -> Tensor:
     units = []
     for cam, peak in zip(of_layers._finished(raw, request, normalized=False), largest, strict=True):
         flat = cam.flatten(1)
-        span = flat.amax(1) - flat.amin(1) if question.normalized else torch.ones_like(peak)
+        span = (flat.amax(1) - flat.amin(1)) / 2 if question.normalized else torch.ones_like(peak)
         units.append(torch.where((span > 0) & (peak > 0), span / torch.where(peak > 0, peak, 1.0), 1.0))
     return torch.stack(units).amin(0)
 
