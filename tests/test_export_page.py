@@ -127,11 +127,19 @@ class Page:
         self.page.on("pageerror", lambda error: self.problems.append(str(error)))
         self.page.on("console", lambda line: self.problems.append(line.text) if line.type == "error" else None)
         self.page.goto(file.as_uri())
-        self.page.wait_for_function("torchcam.ready", timeout=60_000)
+        self.wait("globalThis.torchcam?.ready")
+
+    def wait(self, condition: str) -> None:
+        """Wait for a condition; the page's policy allows no function that Playwright would poll with."""
+        for _ in range(600):
+            if self.page.evaluate(f"Boolean({condition})"):
+                return
+            self.page.wait_for_timeout(100)
+        pytest.fail(f"{condition} did not become true: {self.page.inner_text('#status')}")
 
     def found(self, runs: int) -> tuple[Tensor, int, Tensor, Tensor]:
         """The input, the class, the scores and the map, after more runs than there were."""
-        self.page.wait_for_function(f"torchcam.runs > {runs} && !torchcam.busy", timeout=60_000)
+        self.wait(f"torchcam.runs > {runs} && !torchcam.busy")
         state = (
             "({input: Array.from(torchcam.input), shown: torchcam.shown, scores: torchcam.scores, map: torchcam.map})"
         )
@@ -217,7 +225,7 @@ class TestInTheBrowser:
         page = Page(browser, page_file)
         (tmp_path / "text.png").write_text("no picture")
         page.page.set_input_files("#file", tmp_path / "text.png")
-        page.page.wait_for_function("document.querySelector('#status').textContent.includes('not a picture')")
+        page.wait("document.querySelector('#status').textContent.includes('not a picture')")
         assert page.page.title() == "GradCAM of DemoNet"
 
     def test_resize_and_crop_of_a_preset(self, browser: Any, runtime: Path, tmp_path: Path) -> None:
