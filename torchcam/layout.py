@@ -15,6 +15,7 @@ from torch import Tensor
 from ._tensors import map_tensors, tensors_in
 
 __all__ = [
+    "Cells",
     "Layout",
     "find_layout",
     "first_tensor",
@@ -94,6 +95,41 @@ class Layout:
             before = original.permute(order)[..., : self.prefix].expand(*grid.shape[:2], -1)
             grid = torch.cat([before, grid.flatten(2)], -1)
         return grid.permute([order.index(dimension) for dimension in range(len(order))])
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Where the positions of a layer lie on pictures.
+
+    Attributes:
+        boxes: the number of the picture, and top, left, bottom and right as shares of its height and width, of each
+            position: (P, 5). They reach beyond 0 and 1 where the picture was padded; NaN for a position without a
+            place.
+        grid: the shape (height, width) of the grid that the positions form, row by row; None for places of any kind
+    """
+
+    boxes: Tensor
+    grid: tuple[int, int] | None = None
+
+    @classmethod
+    def of_grid(cls, grid: tuple[int, int], view: Sequence[float] = (0.0, 0.0, 1.0, 1.0), picture: int = 0) -> Cells:
+        """Return the cells of a grid that covers a part of a picture.
+
+        Args:
+            grid: the shape (height, width) of the grid
+            view: top, left, bottom and right of that part, by default the whole picture; the other way round where it
+                is mirrored
+            picture: the number of the picture
+        """
+        top, left, bottom, right = view
+        rows = torch.linspace(top, bottom, grid[0] + 1, dtype=torch.float64)
+        columns = torch.linspace(left, right, grid[1] + 1, dtype=torch.float64)
+        sides = [
+            torch.meshgrid(rows[:-1], columns[:-1], indexing="ij"),
+            torch.meshgrid(rows[1:], columns[1:], indexing="ij"),
+        ]
+        places = [side.flatten() for pair in sides for side in pair]
+        return cls(torch.stack([torch.full_like(places[0], picture), *places], 1), grid)
 
 
 def find_layout(shape: Sequence[int], input_shape: Sequence[int] | None, layer: str) -> Layout:

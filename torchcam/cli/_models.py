@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._messages import UserError
+from ._messages import UserError, printable
 from ._options import ARCH
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from torchcam._inputs import Inputs
 
-__all__ = ["RANDOM_WEIGHTS", "SEED", "Classifier", "find_device", "load_classifier", "load_model"]
+__all__ = ["RANDOM_WEIGHTS", "SEED", "Classifier", "check_model", "find_device", "load_classifier", "load_model"]
 
 SEED = 0
 RANDOM_WEIGHTS = "The weights are random: these maps say nothing of what is in an image."
@@ -68,15 +68,26 @@ class Classifier:
     def label(self, index: int) -> str:
         """Return a class's name and number."""
         name = None if self.categories is None else self.categories[index]
-        return f"class {index}" if name in {None, str(index)} else f"{name} ({index})"
+        return f"class {index}" if name in {None, str(index)} else printable(f"{name} ({index})")
 
 
-def load_model(arguments: argparse.Namespace) -> Classifier:
-    """Load the model that the arguments name; a command without `--weights` needs none."""
+def check_model(arguments: argparse.Namespace) -> None:
+    """Check that there is the model that the arguments name, without loading it."""
     ways = {"--arch": arguments.arch, "--timm": arguments.timm, "--hf": arguments.hf}
     given = [way for way, value in {**ways, "--model-factory": arguments.model_factory}.items() if value is not None]
     if len(given) > 1:
         raise UserError(f"give {' or '.join(given)}, not both: each names a model")
+    if arguments.model_factory is not None:
+        _find_function(arguments.model_factory)
+    elif arguments.timm is not None:
+        _known_timm(arguments.timm)
+    elif arguments.hf is None:
+        _known_arch(arguments.arch or ARCH)
+
+
+def load_model(arguments: argparse.Namespace) -> Classifier:
+    """Load the model that the arguments name; a command without `--weights` needs none."""
+    check_model(arguments)
     if arguments.model_factory is not None:
         return load_own(arguments.model_factory, getattr(arguments, "weights", None))
     weights = getattr(arguments, "weights", "none") or "DEFAULT"
@@ -157,17 +168,23 @@ def _find_function(path: str) -> Callable[[], Any]:
     return function
 
 
-def load_timm(name: str, weights: str) -> Classifier:
-    """Load a classification model of timm."""
+def _known_timm(name: str) -> Any:
+    """Check that timm has a model of that name, and return the library."""
     try:
         import timm
     except ImportError as error:
         raise UserError("--timm needs timm: pip install timm") from error
-    import torch
-
     if not timm.is_model(name.partition(".")[0]):
         close = get_close_matches(name, timm.list_models(), n=3, cutoff=0.5) or ["resnet50", "vit_base_patch16_224"]
         raise UserError(f"--timm '{name}' is not a model of timm; try {', '.join(close)}")
+    return timm
+
+
+def load_timm(name: str, weights: str) -> Classifier:
+    """Load a classification model of timm."""
+    import torch
+
+    timm = _known_timm(name)
     is_random, file = weights.lower() == "none", Path(weights)
     pretrained = weights.upper() == "DEFAULT"
     if not (is_random or pretrained or file.is_file()):
@@ -223,9 +240,7 @@ def _hub_errors(what: str) -> Iterator[None]:
         raise UserError(f"{what} could not be loaded: {reason}; --weights none takes random weights") from error
 
 
-def load_classifier(arch: str, weights: str) -> Classifier:
-    """Load a classification model of torchvision."""
-    import torch
+def _known_arch(arch: str) -> str:
     from torchvision import models
 
     known = models.list_models(module=models)
@@ -233,6 +248,15 @@ def load_classifier(arch: str, weights: str) -> Classifier:
     if arch not in known:
         close = get_close_matches(arch, known, n=3, cutoff=0.5) or ["resnet50", "mobilenet_v3_large", "convnext_tiny"]
         raise UserError(f"--arch '{arch}' is not a classification model of torchvision; try {', '.join(close)}")
+    return arch
+
+
+def load_classifier(arch: str, weights: str) -> Classifier:
+    """Load a classification model of torchvision."""
+    import torch
+    from torchvision import models
+
+    arch = _known_arch(arch)
     entries = models.get_model_weights(arch)
     entry = entries.DEFAULT
     is_random = weights.lower() == "none"
