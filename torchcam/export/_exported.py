@@ -209,9 +209,10 @@ def export(
     if example.ndim < 3 or not example.is_floating_point() or not len(example):
         raise ValueError(f"`example` must be images (N, C, *spatial), got {example.dtype} of {tuple(example.shape)}")
     names = as_class_names(class_names)
-    preprocessing = (
-        read_preprocessing(transform, example.shape[1:]) if transform is not None or example.ndim == 4 else None
-    )
+    try:
+        preprocessing = read_preprocessing(transform, example.shape[1:])
+    except ValueError as error:  # a page has to follow it, other files do not
+        preprocessing = {"unknown": str(error)}
     (recipe,) = as_recipes(method, target_layer, method_kwargs, relu)
     _check_method(recipe.method)
     options = dict(recipe.call_options)
