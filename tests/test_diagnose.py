@@ -185,7 +185,7 @@ class ChannelsLast(nn.Module):
 
 @fault
 def wrong_layout() -> Diagnosis:
-    return look(ChannelsLast(), "stage", x=images(size=32))
+    return look(ChannelsLast(), "stage", x=images(size=32), reshape_transform=lambda t: t)
 
 
 @fault
@@ -339,6 +339,18 @@ def inplace_after_layer() -> Diagnosis:
     model = Plain()
     model.stage1[1] = nn.ReLU(inplace=True)
     return look(model, "stage1.0")
+
+
+@fault
+def both_signs() -> Diagnosis:
+    model = Plain()
+    model.stage2[1] = nn.Tanh()
+    return look(model, method=partial(methods.XGradCAM, gradients="plain"))
+
+
+@fault
+def unbalanced() -> Diagnosis:
+    return look(Plain(nn.Softplus()), "stage1", method=partial(methods.HiResCAM, gradients="balanced"))
 
 
 @pytest.mark.parametrize("code", CODES)
@@ -673,14 +685,10 @@ class TestGrid:
         assert "one_position" in diagnosis.codes
         assert "'layer2' has a grid of 4 x 4" in diagnosis[0].advice
 
-    def test_wrong_layout_names_the_permutation(self) -> None:
+    def test_channels_last_are_found(self) -> None:
         (finding,) = wrong_layout()
         assert "(2, 8, 8, 8)" in finding.message
-        assert "`lambda t: t.permute(0, 3, 1, 2)`" in finding.advice
-        assert (
-            look(ChannelsLast(), "stage", x=images(size=32), reshape_transform=lambda t: t.permute(0, 3, 1, 2)).codes
-            == ()
-        )
+        assert look(ChannelsLast(), "stage", x=images(size=32)).codes == ()
 
     @pytest.mark.parametrize("reshape", [lambda t: t.transpose(2, 3), lambda t: t.flip(2)])
     def test_a_wrong_reshape_transform(self, reshape: Callable[[Tensor], Tensor]) -> None:
@@ -823,6 +831,16 @@ class TestArguments:
             assert extractor.diagnose().class_idx == tuple(scores.argmax(1).tolist())
             assert extractor.diagnose(torch.tensor([1, 0])).class_idx == (1, 0)
             assert extractor.diagnose(targets=lambda out: out[0]).class_idx is None
+
+    def test_completeness_is_in_the_report(self) -> None:
+        model = Plain()
+        nn.init.zeros_(model.fc.bias)
+        diagnosis = look(model, class_idx=[1, 0])
+        shares = diagnosis.completeness["stage2"]
+        assert shares == pytest.approx([1.0, 1.0], rel=1e-4)
+        assert "class 1, 0, gradient × activation at 'stage2' 100% to 100% of the score: nothing" in str(diagnosis)
+        assert diagnosis.to_dict()["completeness"] == {"stage2": shares}
+        assert look(model, method=MeanActivation).completeness == {}
 
 
 class TestReport:

@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from torchcam._checks import callable_object, one_of, positive_integer, torch_module
+from torchcam._chunks import run_chunks
 from torchcam._files import append_lines, atomic_write
 from torchcam._passes import model_device
 from torchcam._pictures import to_picture
@@ -32,7 +33,6 @@ from torchcam._tensors import is_finite, min_max, over_channels, resize, to_floa
 from torchcam._timeline import ProbeResult, Timeline
 from torchcam.layers import TargetLayer, layer_names
 from torchcam.methods import GradCAM
-from torchcam.methods._replay import run_chunks
 from torchcam.methods.core import plain_tensors
 from torchcam.targets import ClassIndex, OutputTarget, Selector, check_one_of, class_columns, read_logits
 

@@ -19,7 +19,7 @@ from torchcam._recipes import as_recipes, extractors_on
 from torchcam._replica import replicated
 from torchcam._tensors import is_finite
 from torchcam.layers import TargetLayer
-from torchcam.methods import CAM, KPCACAM, EigenSmoothedCAM, FinerCAM, RandomCAM, RefineCAM, ShapleyCAM
+from torchcam.methods import CAM, KPCACAM, EigenSmoothedCAM, FinerCAM, GradCAMpp, RandomCAM, RefineCAM, ShapleyCAM
 from torchcam.methods.core import _CAM
 from torchcam.methods.gradient import _GradientCAM
 from torchcam.targets import as_class_indices
@@ -51,7 +51,7 @@ EXPORTABLE = (
     "XGradCAM",
 )
 # What these methods have in common: their evidence is what one pass left behind, and their formulas are traced.
-_EVIDENCE = {method._evidence for method in (_CAM, _GradientCAM, CAM, ShapleyCAM)}
+_EVIDENCE = {method._evidence for method in (_CAM, _GradientCAM, CAM, GradCAMpp, ShapleyCAM)}
 _MAPS = {method._raw_maps for method in (_CAM, EigenSmoothedCAM, FinerCAM, RefineCAM)}
 _NOT_TRACED = (KPCACAM, RandomCAM)  # eigenvalues of both signs, random numbers
 
@@ -231,6 +231,8 @@ def export(
             layouts = extractor._recorder.find().layouts
             _check_size(layouts, dynamic_size)
             extractor.remove_hooks()
+            for one in _bases(extractor):
+                one._default = None  # the layer was chosen, and looked at, in the proof's passes
             breaks = not bool(is_finite(cases[2].cam)[-1])
             explained = ExplainedModel(
                 extractor, layouts, options=options, relu=kept, normalized=normalized, checks_input=breaks
