@@ -204,21 +204,23 @@ def load_timm(name: str, weights: str) -> Classifier:
 def load_hf(place: str, weights: str) -> Classifier:
     """Load an image classifier of transformers."""
     try:
-        from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+        import transformers
     except ImportError as error:
         raise UserError("--hf needs transformers: pip install 'torchcam[transformers]'") from error
     import torch
 
+    library: Any = transformers  # but partly typed
+    classifiers = library.AutoModelForImageClassification
     if weights.lower() not in {"none", "default"}:
         raise UserError(f"--weights '{weights}': a model of --hf has the weights of its folder, or none")
     is_random = weights.lower() == "none"
     with torch.random.fork_rng(devices=[]), _hub_errors(f"--hf '{place}'"):
         torch.manual_seed(SEED)
-        processor = AutoImageProcessor.from_pretrained(place)
+        processor = library.AutoImageProcessor.from_pretrained(place)
         if is_random:
-            model = AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(place))
+            model = classifiers.from_config(library.AutoConfig.from_pretrained(place))
         else:
-            model = AutoModelForImageClassification.from_pretrained(place)
+            model = classifiers.from_pretrained(place)
     labels = model.config.id2label
     told = f"random weights (seed {SEED})" if is_random else "its weights"
 

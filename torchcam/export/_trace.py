@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -211,9 +211,8 @@ def _export(module: nn.Module, example: tuple[Tensor, ...], dynamic: Sequence[An
     """Capture forward and backward pass. The public ``torch.export.export`` loses what autograd saves."""
     from torch.export._trace import _export as export_
 
-    shapes = tuple(dynamic)
-    program: ExportedProgram = export_(module, example, dynamic_shapes=shapes, strict=False, pre_dispatch=False)
-    return program
+    shapes, run = tuple(dynamic), cast("Callable[..., ExportedProgram]", export_)
+    return run(module, example, dynamic_shapes=shapes, strict=False, pre_dispatch=False)
 
 
 def _table() -> dict[Any, Any]:
