@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -79,15 +79,20 @@ class DefaultLayer:
             )
         return None
 
-    def check_target(self, call: Call, select: Callable[[Any], Tensor], gradients: Sequence[Tensor]) -> None:
-        """Check once that the explained score depends on the layer, where its gradient is 0.
+    def check_target(self, call: Call, select: Callable[[Any], Tensor], effects: Iterable[Tensor]) -> None:
+        """Check once that the explained score depends on the layer, where no position shows an effect on it.
+
+        Args:
+            call: the recorded call
+            select: the explained score
+            effects: gradients of the score for the positions, or its changes when they are edited
 
         Raises:
             ValueError: if it does not, but does on another layer, which the message names
         """
         if self._is_checked:
             return
-        if any(bool(gradient.any()) for gradient in map(self._of_positions, gradients)):
+        if any(bool(effect.any()) for effect in effects):
             self._is_checked = True
             return
         found = candidates_of(self.model, call, select)
@@ -98,7 +103,7 @@ class DefaultLayer:
                 f"those of '{found.choice}': name that as `target_layer`"
             )
 
-    def _of_positions(self, gradient: Tensor) -> Tensor:
+    def of_positions(self, gradient: Tensor) -> Tensor:
         """Leave out what is before the positions: a class token may be all that a score is read from."""
         prefix = self.layouts.prefix(self.names[0])
         if prefix is None:

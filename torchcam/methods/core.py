@@ -516,7 +516,8 @@ class _CAM:
             balanced = (output, recorded.unbalanced) if self.gradients == "balanced" else None
             gradients = differentiate(score, recorded.rows, request.retain_graph, request.create_graph, balanced)
         if self._default is not None:
-            self._default.check_target(recorded.call, self._selector(request), gradients)
+            effects = map(self._default.of_positions, gradients)
+            self._default.check_target(recorded.call, self._selector(request), effects)
         recorded.gradients, recorded.num_scores = list(gradients), None if score.ndim == 1 else score.shape[1]
         recorded.score = score.detach()
         grids = self._gradient_grids(recorded, gradients, recorded.num_scores, request.create_graph)
