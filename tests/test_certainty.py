@@ -441,6 +441,7 @@ def test_blocks_of_cross_attention_are_refused(method: Any, explicit: bool) -> N
             extractor(0)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler reads it
 def test_rectifiers_in_compiled_parts_are_not_passed_over() -> None:
     compiled = torch.compile(lambda t: t.relu(), backend="aot_eager")
 

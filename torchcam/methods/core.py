@@ -65,6 +65,7 @@ class _CAM:
     class_agnostic = False  # the map is the same for every class: none has to be named
 
     _default: DefaultLayer | None = None
+    _channels: int | None = None  # how many the default layer must have
     _relu = False
     _differentiates = False  # the pass keeps its graph from the target layers on
     _weighs_gradients = False  # gradients of the score for what layers return make the map
@@ -106,7 +107,7 @@ class _CAM:
         self.reshape_transform = reshape_transform
         wanted = input_name if input_index is None else input_index
         layouts = Layouts(model)
-        default = DefaultLayer(model, input_shape, wanted, layouts) if target_layer is None else None
+        default = DefaultLayer(model, input_shape, wanted, layouts, self._channels) if target_layer is None else None
         names = [] if target_layer is None else layer_names(model, target_layer)
         names = names if default is None else default.names
         self._default = default
