@@ -26,6 +26,7 @@ from torch.utils.data.distributed import DistributedSampler
 from torchmetrics import Metric
 
 import torchcam
+from tests.test_files import full_disk
 from torchcam import evaluate
 from torchcam.evaluation import Evaluation, MethodResult, discard_checkpoint
 from torchcam.evaluation._checkpoint import Checkpoint, checksum, describe
@@ -84,6 +85,11 @@ def numbers(result: Evaluation) -> dict[str, Any]:
     """All that has to be the same in every run: everything but the seconds."""
     found = {name: (m.values, m.measured, m.left_out, m.empty, m.nan_maps) for name, m in result.methods.items()}
     return {"methods": found, "num_samples": result.num_samples, "agreement": result.agreement}
+
+
+def saved_state(path: Path) -> dict[str, Any]:
+    """The state in a file of a checkpoint."""
+    return torch.load(io.BytesIO(path.read_bytes().partition(b"\n")[2]), weights_only=True)
 
 
 def make_function(number: int) -> Any:
@@ -453,21 +459,96 @@ class TestGoingOn:
         with pytest.raises(KeyboardInterrupt) as caught:
             run(checkpoint=tmp_path)
         assert caught.value.__notes__[-1] == f"1 of 4 batches were finished, and are kept in '{tmp_path}'"
-        assert torch.load(tmp_path / "process-0-of-1.pt", weights_only=True)["finished"] == 1
+        assert saved_state(tmp_path / "process-0-of-1.pt")["finished"] == 1
         loader = make_loader()
         assert numbers(run(loader, checkpoint=tmp_path)) == numbers(run())
         assert loader.dataset.taken == [*range(SIZE, COUNT)]
 
     def test_files_that_are_no_state(self, tmp_path: Path) -> None:
         path = tmp_path / "process-0-of-1.pt"
-        path.write_bytes(b"half")
-        with pytest.raises(ValueError, match=r"cannot be read .*: name another folder, or remove it"):
+        other = io.BytesIO()
+        torch.save({"finished": 1}, other)
+        for content in (b"", b"half", other.getvalue(), b"torchcam evaluation 3 \n" + other.getvalue()):
+            path.write_bytes(content)
+            with pytest.raises(ValueError, match=r"is damaged, or was not written by this .*: name another folder, or"):
+                run(checkpoint=tmp_path)
+        path.unlink()
+        path.mkdir()
+        with pytest.raises(ValueError, match=r"cannot be read \(IsADirectoryError|cannot be read \(PermissionError"):
             run(checkpoint=tmp_path)
+        path.rmdir()
+        path.write_bytes(b"half")
         with pytest.raises(ValueError, match="is not a folder"):
             run(checkpoint=path)
         path.rename(tmp_path / "process-1-of-3.pt")
         with pytest.raises(ValueError, match="by 3 processes, this one is by one process"):
             run(checkpoint=tmp_path)
+
+    def test_every_flipped_bit_and_every_cut_is_noticed(self, tmp_path: Path) -> None:
+        run(checkpoint=tmp_path, keep_checkpoint=True)
+        path = tmp_path / "process-0-of-1.pt"
+        content = path.read_bytes()
+        checkpoint, settings = Checkpoint(tmp_path), saved_state(path)["settings"]
+        header = content.index(b"\n") + 1
+        for bit in (*range(8 * header), *range(8 * header, 8 * len(content), 997)):
+            flipped = bytearray(content)
+            flipped[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(flipped)
+            with pytest.raises(ValueError, match="is damaged"):
+                checkpoint.load(settings)
+        for length in range(0, len(content), 101):
+            path.write_bytes(content[:length])
+            with pytest.raises(ValueError, match="is damaged"):
+                checkpoint.load(settings)
+        path.write_bytes(content)
+        assert checkpoint.load(settings) is not None
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"finished": 999}, "holds finished=999 of 4 batches, which this evaluation cannot have saved"),
+            ({"finished": -1}, "finished=-1 of 4"),
+            ({"finished": 2.0}, r"finished=2\.0 of 4"),
+            ({"finished": 0}, "an impossible 'tally'"),
+            ({"tally": torch.ones(3, dtype=torch.float64)}, "an impossible 'tally'"),
+            ({"tally": torch.full((8,), math.nan, dtype=torch.float64)}, "an impossible 'tally'"),
+            ({"tally": [7, 7]}, "an impossible 'tally'"),
+            ({"states": []}, "an impossible 'states'"),
+            ({"states": [{name: {} for name in ("ClassificationMetric", "DeletionInsertionMetric")}] * 3}, "'states'"),
+            ({"generators": [{}, {0: torch.zeros(3)}, {}]}, "an impossible 'generators'"),
+        ],
+    )
+    def test_states_that_cannot_be(self, change: dict[str, Any], message: str, tmp_path: Path) -> None:
+        run(checkpoint=tmp_path, keep_checkpoint=True)
+        state = saved_state(tmp_path / "process-0-of-1.pt")
+        Checkpoint(tmp_path).save(state.pop("settings"), **{**state, **change})
+        with pytest.raises(ValueError, match=f"{message}.*: name another folder, or remove it"):
+            run(checkpoint=tmp_path)
+
+    def test_fewer_batches_than_were_finished(self, tmp_path: Path) -> None:
+        def stream(count: int) -> Iterator[Any]:
+            yield from list(make_loader())[:count]
+
+        run(stream(4), checkpoint=tmp_path, keep_checkpoint=True)
+        with pytest.raises(ValueError, match="`loader` gives 2 batches, but the checkpoint is of a run that has fini"):
+            run(stream(2), checkpoint=tmp_path)
+        assert numbers(run(stream(4), checkpoint=tmp_path)) == numbers(run())
+
+    def test_a_full_disk(self, tmp_path: Path) -> None:
+        folder = tmp_path / "state"
+        with pytest.raises(OSError, match=r"free some .*: '.*process-0-of-1.pt'"), full_disk(2000):
+            run(checkpoint=folder)
+        assert not folder.exists(), "no half of a file remains"
+        loader = DataLoader(Stopping(2, ValueError), batch_size=SIZE)
+        with pytest.raises(ValueError):  # noqa: PT011 - raised by the data set
+            run(loader, checkpoint=folder)
+        before = (folder / "process-0-of-1.pt").read_bytes()
+        loader.dataset.at = -1
+        with pytest.raises(OSError, match="free some") as caught, full_disk(2000):
+            run(loader, checkpoint=folder)
+        assert caught.value.__notes__[-1] == f"1 of 4 batches were finished, and are kept in '{folder}'"
+        assert [path.read_bytes() for path in folder.iterdir()] == [before]
+        assert numbers(run(loader, checkpoint=folder)) == numbers(run())
 
     def test_loaders_that_are_different_each_time(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"RandomSampler, which draws its samples at random.*shuffle=False"):
@@ -647,7 +728,7 @@ class TestProcesses:
         message = process.communicate()[1]
         assert process.returncode == -signal.SIGKILL, message
         (state / ".process-0-of-1.pt.7.part").write_bytes(b"half")
-        finished = torch.load(path, weights_only=True)["finished"]
+        finished = saved_state(path)["finished"]
         assert finished in (1, 2)
         loader = make_loader()
         assert numbers(run(loader, checkpoint=state)) == numbers(run())

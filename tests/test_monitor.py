@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from tests.test_files import full_disk
 from torchcam import methods
 from torchcam import monitor as monitor_module
 from torchcam.methods import CAM, EigenCAM, GradCAM, GuidedBackprop, LayerCAM, ScoreCAM, SmoothGradCAMpp
@@ -317,24 +318,26 @@ class TestErrors:
         with pytest.warns(RuntimeWarning, match="ValueError: broken"):
             assert differences(train(watch), unwatched) == []
 
-    def test_a_writer_that_fails_and_a_full_disk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_full_disk_says_so_and_tears_nothing(self, tmp_path: Path) -> None:
         model = make_net()
         monitor = CAMMonitor(model, probes(), 0, target_layer="7", directory=tmp_path, on_error="warn")
         monitor.probe(0)
-        old = (tmp_path / "strip.png").read_bytes()
-
-        def full(self: Image.Image, path: Path, **kwargs: Any) -> None:
-            Path(path).write_bytes(b"half")
-            raise OSError("no space left")
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Image.Image, "save", full)
-            with pytest.warns(RuntimeWarning, match="no space left"):
-                monitor.probe(1)
-        assert (tmp_path / "strip.png").read_bytes() == old
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        assert sorted(before) == ["film.gif", "scalars.csv", "strip.png"]
+        told = r"free some or write elsewhere: '.*scalars\.csv'"
+        with pytest.warns(RuntimeWarning, match=told), full_disk(len(before["scalars.csv"]) + 40):  # one line of three
+            monitor.probe(1)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+        told = r"free some or write elsewhere: '.*strip\.png'"
+        with pytest.warns(RuntimeWarning, match=told), full_disk(len(before["strip.png"])):
+            monitor.probe(2)
+        assert (tmp_path / "strip.png").read_bytes() == before["strip.png"]
+        monitor.probe(3)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["film.gif", "scalars.csv", "strip.png"]
-        monitor.probe(2)
-        assert (tmp_path / "strip.png").read_bytes() != old
+        assert (tmp_path / "strip.png").read_bytes() != before["strip.png"]
+        steps = [line["step"] for line in read_lines(tmp_path / "scalars.csv")]
+        assert steps == [str(step) for step in (0, 2, 3) for _ in range(3)]
+        assert monitor.failures == 2
 
     @pytest.mark.parametrize(
         ("change", "error", "message"),
@@ -367,6 +370,10 @@ class TestErrors:
             ({"masks": {"cue": torch.ones(3, 8, 8)}}, ValueError, r"`masks` must have the shape \(3, 10, 10\)"),
             ({"labels": "abc"}, TypeError, "`labels` must be a sequence of strings"),
             ({"labels": ["a"]}, ValueError, "`labels` has 1 entries for 3 images"),
+            ({"labels": ["a", "b\nc", "d"]}, ValueError, r"`labels` has 'b\\nc', which has no place in a line"),
+            ({"labels": ["a", "b", "c\u2028"]}, ValueError, r"`labels` has 'c\\u2028', which has no place in a line"),
+            ({"labels": ["\ud800", "b", "c"]}, ValueError, r"`labels` has '\\ud800', which has no place in a line"),
+            ({"masks": {"a\r": torch.ones(3, 10, 10)}}, ValueError, r"`masks` has 'a\\r', which has no place in a"),
             ({"pictures": probes(2)}, ValueError, "`pictures` has 2 entries for 3 images"),
             ({"pictures": probes() + 1}, ValueError, r"`pictures`.*in \[0, 1\]"),
             ({"pictures": [1, 2, 3]}, TypeError, "`pictures` must be"),
@@ -843,6 +850,25 @@ class TestPictures:
             for name, values in moment.values.items():
                 assert float(line[name]) == pytest.approx(values[number % 3], rel=1e-4, abs=1e-6, nan_ok=True)
         assert {line["energy_inside_cue"] for line in lines} == {"1"}
+
+    def test_a_torn_last_line_is_mended(self, tmp_path: Path) -> None:
+        path = tmp_path / "scalars.csv"
+        monitor = CAMMonitor(make_net(), probes(), 0, target_layer="7", directory=tmp_path)
+        monitor.probe(1)
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-3])  # as a disk that was full, or a machine without power
+        monitor.probe(2)
+        assert path.read_bytes().startswith(whole[: whole[:-1].rindex(b"\n") + 1] + b"2,0,")
+        assert [line["step"] for line in read_lines(path)] == ["1", "1", "2", "2", "2"]
+        path.write_bytes(path.read_bytes()[:-3])
+        again = CAMMonitor(make_net(), probes(), 0, target_layer="7", directory=tmp_path)
+        again.resume(2)
+        assert [line["step"] for line in read_lines(path)] == ["1", "1", "2", "2"]
+        again.probe(3)
+        assert [line["step"] for line in read_lines(path)] == ["1", "1", "2", "2", "3", "3", "3"]
+        path.unlink()
+        again.probe(4)
+        assert [line["step"] for line in read_lines(path)] == ["4"] * 3
 
     def test_a_new_run_replaces_the_lines_of_an_old_one(self, tmp_path: Path) -> None:
         for _ in range(2):

@@ -96,12 +96,13 @@ class Call:
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], wanted: str | int | None = None) -> None:
-        tensors = list(tensors_in((args, kwargs)))
-        if any(tensor.is_inference() for tensor in tensors):  # no later change to such a tensor could be noticed
+        values = [*args, *kwargs.values()] if kwargs else args
+        tensors = [*values] if set(map(type, values)) == {Tensor} else [*tensors_in(values)]
+        if True in [tensor.is_inference() for tensor in tensors]:  # no later change to such a tensor could be noticed
             args, kwargs = map_tensors(lambda t: t.clone() if t.is_inference() else t, (args, kwargs))
-            tensors = list(tensors_in((args, kwargs)))
+            tensors = [*tensors_in((args, kwargs))]
         self.args = args
-        self.kwargs = dict(kwargs)
+        self.kwargs = kwargs
         self.wanted = wanted
         self.found = find_image(args, kwargs, wanted)
         self.versions = [(tensor, None if tensor.is_inference() else tensor._version) for tensor in tensors]
@@ -195,8 +196,11 @@ def find_image(args: Any, kwargs: dict[str, Any], wanted: str | int | None = Non
                 found = _first_image(mapping[wanted])
                 return found
         raise ValueError(f"`input_name` is {wanted!r}, but the model was called with the keywords {sorted(kwargs)}")
-    found = next((image for image in map(_first_image, (*args, *kwargs.values())) if image is not None), None)
-    return found
+    for value in (*args, *kwargs.values()):
+        found = _first_image(value)
+        if found is not None:
+            return found
+    return None
 
 
 def _first_image(value: Any) -> Any:

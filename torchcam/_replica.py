@@ -20,7 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 __all__ = ["CallWrapper", "ExtractorHook", "has_hooks", "replicate", "replicated"]
 
 _WRAPPED_CALL = nn.Module._wrapped_call_impl.__code__
-_SHARED = frozenset({bool, int, float, str, bytes, NoneType, FunctionType, type, torch.dtype, torch.device, torch.Size})
+_SHARED = frozenset(
+    {bool, int, float, str, bytes, NoneType, FunctionType, type, torch.dtype, torch.device, torch.Size, nn.Parameter}
+)
 _MAPPINGS = frozenset({dict, OrderedDict, defaultdict})
 _EMPTY = frozenset({dict, OrderedDict, list, set, tuple})  # the types whose empty values are copied at once
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -140,6 +142,8 @@ class _Copier:
             return value
         if kind in _EMPTY and not value:
             return kind()
+        if kind is tuple and _SHARED.issuperset(map(type, value)):
+            return value
         known = self._copies.get(id(value))
         if known is not None:
             return known[1]
@@ -153,7 +157,8 @@ class _Copier:
             return copied
         if kind in _MAPPINGS:
             copied = self._keep(value, defaultdict(value.default_factory) if kind is defaultdict else kind())
-            copied.update((self(key), self(item)) for key, item in value.items())
+            for key, item in value.items():
+                copied[key if type(key) is str else self(key)] = self(item)
             return copied
         if kind in {set, tuple}:
             return self._keep(value, kind(map(self, value)))
@@ -178,13 +183,14 @@ class _Copier:
             return self._handing_on(module, "_orig_mod")
         replica: nn.Module = self._keep(module, object.__new__(type(module)))
         attributes = vars(replica)
-        attributes.update(vars(module))
+        for name, value in vars(module).items():
+            kind = type(value)
+            if kind in _SHARED:
+                attributes[name] = value
+            else:  # most of what a module holds is empty
+                attributes[name] = kind() if kind in _EMPTY and not value else self(value)
         attributes.pop("_compiled_call_impl", None)
         attributes["training"] = False
-        for name, value in attributes.items():
-            kind = type(value)
-            if kind not in _SHARED:  # most of what a module holds is empty
-                attributes[name] = kind() if kind in _EMPTY and not value else self(value)
         for hooks in (attributes["_forward_hooks"], attributes["_forward_pre_hooks"]):
             for key in [key for key, hook in hooks.items() if isinstance(hook, ExtractorHook)]:
                 del hooks[key]

@@ -26,6 +26,7 @@ __all__ = [
     "to_float",
 ]
 
+_NO_TENSORS = (str, int, float, NoneType)
 _INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
@@ -35,8 +36,11 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
         yield value
     elif isinstance(value, (tuple, list)):
         for item in value:
-            yield from (item,) if isinstance(item, Tensor) else tensors_in(item)
-    elif isinstance(value, (str, int, float, NoneType)):
+            if isinstance(item, Tensor):
+                yield item
+            elif not isinstance(item, _NO_TENSORS):
+                yield from tensors_in(item)
+    elif isinstance(value, _NO_TENSORS):
         return
     elif isinstance(value, Mapping):
         for item in value.values():
@@ -51,6 +55,8 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
 
     Whatever is not such a structure is handed through as it is. The argument itself is never modified.
     """
+    if isinstance(value, Tensor):
+        return function(value)
     return map_structure(lambda item: function(item) if isinstance(item, Tensor) else NotImplemented, value)
 
 
@@ -128,8 +134,12 @@ def blurred_out(image: Tensor) -> Tensor:
 
 def is_constant(lowest: Tensor, highest: Tensor) -> Tensor:
     """Check where the range from ``lowest`` to ``highest`` is no wider than float rounding makes it."""
-    scale = torch.maximum(highest, -lowest)  # the larger of their sizes
-    return highest - lowest <= scale * (4 * torch.finfo(lowest.dtype).eps)
+    return _is_rounding(highest - lowest, lowest)
+
+
+def _is_rounding(difference: Tensor, value: Tensor) -> Tensor:
+    """Check where a difference from a value is so small that an eighth of it is lost in a sum with the value."""
+    return torch.add(value, difference, alpha=0.125) == value
 
 
 def is_finite(tensor: Tensor) -> Tensor:
@@ -145,9 +155,9 @@ def min_max(maps: Tensor, start_dim: int = 1) -> Tensor:
     """
     flat = maps.flatten(start_dim)
     lowest, highest = torch.aminmax(flat, dim=-1, keepdim=True)
-    constant = is_constant(lowest, highest)
-    scaled = (flat - lowest) / (highest - lowest).masked_fill(constant, 1.0)
-    return scaled.masked_fill(constant, 0.0).reshape(maps.shape)
+    scale = highest - lowest
+    scale = scale.masked_fill_(_is_rounding(scale, lowest), torch.inf)  # by which all finite values become 0
+    return (flat - lowest).div_(scale).reshape(maps.shape)
 
 
 def over_channels(maps: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -39,6 +39,8 @@ def primary_tensors(output: Any) -> dict[str, Tensor]:
     That is one, without a name: the output itself, or the first tensor in a structure. Of a plain dictionary of maps
     of several sizes, as a feature pyramid returns, all are meant.
     """
+    if isinstance(output, Tensor):
+        return {"": output}
     if isinstance(output, dict) and type(output) in {dict, OrderedDict} and len(output) > 1:
         levels = {f"[{key!r}]": item for key, item in output.items() if isinstance(item, Tensor) and item.ndim > 2}
         if len(levels) == len(output) and len({level.shape[2:] for level in levels.values()}) > 1:
@@ -70,10 +72,17 @@ class Layout:
     positions: tuple[int, ...]
     prefix: int = 0
 
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether a tensor of this layout is in grid form as it is."""
+        order = (self.batch, self.channels, *self.positions)
+        return order == tuple(range(len(self.grid) + 2)) and not self.prefix
+
     def to_grid(self, tensor: Tensor) -> Tensor:
         """Lay out a tensor as ``(N, C, *grid)``; tokens before the positions are left out."""
-        order = (self.batch, self.channels, *self.positions)
-        ordered = tensor if order == tuple(range(len(order))) else tensor.permute(order)
+        if self.is_plain:
+            return tensor
+        ordered = tensor.permute(self.batch, self.channels, *self.positions)
         if len(self.positions) == 1 and (self.prefix or len(self.grid) > 1):
             ordered = ordered[..., self.prefix :].reshape(*ordered.shape[:2], *self.grid)
         return ordered

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import csv
 import inspect
+import io
 import math
 import os
 import random
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, Self
+from typing import Any, BinaryIO, Literal, Self
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from torchcam._checks import callable_object, one_of, positive_integer, torch_module
-from torchcam._files import atomic_write
+from torchcam._files import append_lines, atomic_write
 from torchcam._passes import model_device
 from torchcam._pictures import to_picture
 from torchcam._replica import replicated
@@ -407,16 +408,19 @@ class CAMMonitor:
         self._closed = False
         if self.directory is not None:
             self._add_to_table(self.directory / "scalars.csv", result)
-            with atomic_write(self.directory / "strip.png") as path:
-                self.strip().save(path, format="PNG", compress_level=1)  # the training waits
-            with atomic_write(self.directory / "film.gif") as path:
-                self._save_gif(path)
+            # Encoded in memory: Pillow does not say that a disk is full.
+            strip, film = io.BytesIO(), io.BytesIO()
+            self.strip().save(strip, format="PNG", compress_level=1)  # the training waits
+            self._save_gif(film)
+            for name, picture in (("strip.png", strip), ("film.gif", film)):
+                with atomic_write(self.directory / name) as path:
+                    path.write_bytes(picture.getvalue())
         if self._writers:
             frame = self._frame(result)
             for writer in self._writers:
                 writer.send(result.at, result.means, "maps", frame)
 
-    def _save_gif(self, path: Path) -> None:
+    def _save_gif(self, file: BinaryIO) -> None:
         """Write an endless film that pauses on its last picture."""
         # Choosing the colours of a frame takes longer than all else, so it is done once for each.
         old = self._gif_frames
@@ -426,7 +430,7 @@ class CAMMonitor:
         }
         first, *others = self._gif_frames.values()
         durations = [500] * len(others) + [2000] if others else 2000
-        first.save(path, format="GIF", save_all=True, append_images=others, duration=durations, loop=0)
+        first.save(file, format="GIF", save_all=True, append_images=others, duration=durations, loop=0)
 
     def _add_to_table(self, path: Path, result: ProbeResult) -> None:
         classes: Sequence[Any] = self._classes or [""] * len(self._images)
@@ -435,15 +439,14 @@ class CAMMonitor:
             [result.at, image, label, class_idx, *(f"{value:.6g}" for value in values)]
             for image, (label, class_idx, *values) in images
         ]
-        if self._table_started:
-            with path.open("a", encoding="utf-8", newline="") as file:
-                csv.writer(file, lineterminator="\n").writerows(rows)
+        if self._table_started and path.is_file():
+            append_lines(path, _as_csv(rows))
         else:
             self._write_table(path, [[self.unit, "image", "label", "class", *result.values], *rows])
 
-    def _write_table(self, path: Path, rows: Sequence[Sequence[Any]]) -> None:
-        with atomic_write(path) as part, part.open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(rows)
+    def _write_table(self, path: Path, rows: Iterable[Sequence[Any]]) -> None:
+        with atomic_write(path) as part:
+            part.write_text(_as_csv(rows), encoding="utf-8", newline="")
         self._table_started = True
 
     # Resuming.
@@ -497,10 +500,11 @@ class CAMMonitor:
         path = None if self.directory is None else self.directory / "scalars.csv"
         if path is None or not path.is_file():
             return
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.reader(file))
+        # What follows the last line break was torn off. A disk may leave anything there, also half a character.
+        lines = path.read_bytes().rpartition(b"\n")[0].decode(errors="replace").split("\n")
+        rows = [row for line in lines for row in csv.reader([line])]
         if rows and rows[0][:1] == [self.unit]:  # otherwise it is empty, or counts something else
-            kept = [row for row in rows[1:] if len(row) == len(rows[0]) and row[0].isdigit() and int(row[0]) <= last]
+            kept = [row for row in rows[1:] if len(row) == len(rows[0]) and row[0].isdecimal() and int(row[0]) <= last]
             self._write_table(path, [rows[0], *kept])
 
     def __repr__(self) -> str:
@@ -606,6 +610,7 @@ def _check_masks(masks: Any, images: Tensor) -> dict[str, Tensor]:
     shape = (len(images), *images.shape[2:])
     checked = {}
     for name, mask in (masks if isinstance(masks, Mapping) else {"": masks}).items():
+        _check_line("masks", str(name))
         if not isinstance(mask, Tensor):
             raise TypeError(f"`masks` must be a tensor (N, *spatial), or several by name, got {type(mask).__name__}")
         if tuple(mask.shape) != shape:
@@ -625,7 +630,21 @@ def _check_labels(labels: Any, num_images: int) -> list[str] | None:
     if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
         raise TypeError("`labels` must be a sequence of strings, one per image")
     _check_count("labels", labels, num_images)
+    for label in labels:
+        _check_line("labels", label)
     return list(labels)
+
+
+def _check_line(argument: str, text: str) -> None:
+    """Check that a name fits into a line of a file."""
+    if "".join(text.splitlines()) != text or text.encode(errors="ignore").decode() != text:
+        raise ValueError(f"`{argument}` has {text!r}, which has no place in a line of text: leave out what is escaped")
+
+
+def _as_csv(rows: Iterable[Sequence[Any]]) -> str:
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def _check_pictures(images: Tensor, pictures: Any) -> list[Image.Image]:

@@ -175,7 +175,7 @@ class Selector:
         """
         samples = self._samples if samples is None else samples
         score = self.by_target(output, samples) if self.targets else self.by_class(read_logits(output), samples)
-        return self._sign * score
+        return score if self._sign == 1 else -score
 
     def negative(self) -> Selector:
         """Return the selection of the negative scores; of one that is negative already, itself."""
@@ -211,7 +211,7 @@ class Selector:
         return scores.flatten(indices.ndim).sum(-1) if scores.ndim > indices.ndim else scores
 
     def _fits(self, logits: Tensor) -> bool:
-        return len(logits) == self.batch_size
+        return logits.shape[0] == self.batch_size
 
     def indices(self, logits: Tensor) -> Tensor:
         """Return the classes as a ``(N,)`` long tensor, checked against logits ``(B, K, ...)`` or ``(B,)``."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import os
 import re
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import partial
+from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,15 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchcam._files import atomic_write
+from torchcam._files import atomic_write, write_all
 
 __all__ = ["Checkpoint", "checksum", "describe"]
 
-_FORMAT = 2
-
 
 class Checkpoint:
-    """A folder with one file per process, each replaced as a whole.
+    """A folder with one file per process, each replaced as a whole, with a checksum of its content.
 
     Args:
         folder: the folder
@@ -39,7 +40,7 @@ class Checkpoint:
         """Return the state that was saved last, or None if there is none.
 
         Raises:
-            ValueError: if the checkpoint belongs to an evaluation with other settings, or cannot be read
+            ValueError: if the checkpoint belongs to an evaluation with other settings, is damaged, or is no checkpoint
         """
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"`checkpoint` '{self.folder}' is not a folder: name another")
@@ -53,15 +54,17 @@ class Checkpoint:
         if not self.path.exists():
             return None
         try:
-            state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
-            version, before = state["format"], state["settings"]
-        except Exception as error:  # unpickling arbitrary bytes can raise anything
-            raise ValueError(
-                f"`checkpoint` '{self.path}' cannot be read ({type(error).__name__}): name another folder, or remove it"
-            ) from error
-        if version != _FORMAT:
-            raise ValueError(f"`checkpoint` '{self.path}' was written by another version of torchcam: {_WAY_OUT}")
-        differences = list(_differences(before, dict(settings)))
+            content = self.path.read_bytes()
+            payload = content.partition(b"\n")[2]
+            intact = content == _signed(payload)
+            state: dict[str, Any] = (
+                torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True) if intact else {}
+            )
+        except Exception as error:  # unpickling can raise anything
+            raise self.refusal(f"cannot be read ({type(error).__name__}: {error})") from error
+        if not intact:
+            raise self.refusal("is damaged, or was not written by this version of torchcam")
+        differences = list(_differences(state["settings"], dict(settings)))
         if differences:
             raise ValueError(
                 f"`checkpoint` '{self.folder}' belongs to an evaluation with other settings: {'; '.join(differences)}. "
@@ -70,9 +73,22 @@ class Checkpoint:
         return state
 
     def save(self, settings: Mapping[str, Any], **state: Any) -> None:
-        """Replace the state of this process."""
-        with atomic_write(self.path) as part:
-            torch.save({"format": _FORMAT, "settings": dict(settings), **state}, part)
+        """Replace the state of this process.
+
+        Raises:
+            OSError: if the disk is full; the earlier state remains
+        """
+        payload = io.BytesIO()
+        torch.save({"settings": dict(settings), **state}, payload)
+        with atomic_write(self.path) as part, part.open("wb", buffering=0) as file:
+            write_all(file, _signed(payload.getvalue()))
+            os.fsync(
+                file.fileno()
+            )  # a machine that loses its power must not leave an empty file in the old one's place
+
+    def refusal(self, reason: str) -> ValueError:
+        """Return the error for a file that is no state of an evaluation."""
+        return ValueError(f"`checkpoint` '{self.path}' {reason}: name another folder, or remove it")
 
     def files(self) -> list[Path]:
         """Return the files of all processes."""
@@ -84,6 +100,11 @@ class Checkpoint:
             path.unlink(missing_ok=True)
         with suppress(OSError):
             self.folder.rmdir()
+
+
+def _signed(payload: bytes) -> bytes:
+    """Return the content of a file: the format and a checksum in the first line, then the payload."""
+    return b"torchcam evaluation 3 %s\n%s" % (sha256(payload).hexdigest().encode(), payload)
 
 
 _WAY_OUT = "use those settings, name another folder, or remove it to begin anew"

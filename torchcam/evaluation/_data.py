@@ -133,7 +133,11 @@ class Stream:
             )
 
     def after(self, finished: int) -> Iterator[Any]:
-        """Return this process's batches but for the first ``finished``."""
+        """Return this process's batches but for the first ``finished``.
+
+        Raises:
+            ValueError: on iteration, if the loader is found to give fewer
+        """
         start = self.rank + finished * self.size
         loader = self.loader
         if start == 0 and self.size == 1:
@@ -144,7 +148,16 @@ class Stream:
             and not isinstance(loader.dataset, IterableDataset)
         ):
             return iter(_with_batches(loader, list(islice(loader.batch_sampler, start, None, self.size))))
-        return islice(iter(loader), start, None, self.size)
+        return _skipping(loader, max(0, start - self.size + 1), start, self.size)
+
+
+def _skipping(batches: Iterable[Any], finished: int, start: int, step: int) -> Iterator[Any]:
+    """Yield each ``step``-th batch from ``start``; the first ``finished`` must exist."""
+    rest = iter(batches)
+    found = sum(1 for _ in islice(rest, finished))
+    if found < finished:
+        raise ValueError(f"`loader` gives {found} batches, but the checkpoint is of a run that has finished {finished}")
+    yield from islice(rest, start - finished, None, step)
 
 
 def _with_batches(loader: DataLoader[Any], batches: list[list[int]]) -> DataLoader[Any]:

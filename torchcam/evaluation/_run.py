@@ -226,30 +226,46 @@ class _Run:
         """Restore the state that an earlier run has saved."""
         if self.team.size > 1 or self.checkpoint is not None:
             self.stream.check_order()
-        state = None if self.checkpoint is None else self.checkpoint.load(self.settings)
-        if state is None:
+        if self.checkpoint is None or (state := self.checkpoint.load(self.settings)) is None:
             return
+        if (flaw := self._flaw(state)) is not None:
+            raise self.checkpoint.refusal(f"holds {flaw}, which this evaluation cannot have saved")
         self.finished = state["finished"]
         self.tally = state["tally"]
         for one, states, generators in zip(self.contestants, state["states"], state["generators"], strict=True):
             for name, metric in one.metrics.items():
                 to_device = methodcaller("to", metric.device)
                 metric.load_state_dict(map_tensors(to_device, states[name]))
-            for generator, position in zip(one.generators, generators, strict=True):
-                generator.set_state(position)
+            for number, generator in enumerate(one.generators):
+                generator.set_state(generators[number])
+
+    def _flaw(self, state: Mapping[str, Any]) -> str | None:
+        """Return what in a state cannot be that of this evaluation, None if all of it can."""
+        finished, own = state.get("finished"), self.stream.own
+        if type(finished) is not int or finished < 0 or (own is not None and finished > own):
+            return f"finished={finished!r}" + ("" if own is None else f" of {own} batches")
+        flaw = next((key for key, value in self._state(0).items() if not _alike(state.get(key), value)), None)
+        if flaw is None:
+            tally = state["tally"]
+            possible = tally.shape == self.tally.shape and bool((tally >= 0).all()) and (tally[0] > 0) == (finished > 0)
+            flaw = None if possible else "tally"
+        return flaw if flaw is None else f"an impossible '{flaw}'"
 
     def _save(self, finished: int) -> None:
         """Save the state after a number of batches."""
         if self.checkpoint is not None:
-            self.checkpoint.save(
-                self.settings,
-                finished=finished,
-                tally=self.tally,
-                states=[
-                    {name: metric.state_dict() for name, metric in one.metrics.items()} for one in self.contestants
-                ],
-                generators=[[generator.get_state() for generator in one.generators] for one in self.contestants],
-            )
+            self.checkpoint.save(self.settings, **self._state(finished))
+
+    def _state(self, finished: int) -> dict[str, Any]:
+        """Return the state after a number of batches."""
+        return {
+            "finished": finished,
+            "tally": self.tally,
+            "states": [{name: metric.state_dict() for name, metric in one.metrics.items()} for one in self.contestants],
+            "generators": [
+                dict(enumerate(generator.get_state() for generator in one.generators)) for one in self.contestants
+            ],
+        }
 
     # The batches.
 
@@ -402,3 +418,20 @@ def _direction(metric: Metric, key: str) -> bool | None:
     """Check whether a high value is good; None where it is neither."""
     found = getattr(metric, "key_higher_is_better", {}).get(key, metric.higher_is_better)
     return None if found is None else bool(found)
+
+
+def _alike(found: Any, expected: Any) -> bool:
+    """Check whether a structure has the keys, lengths and types of another, whose empty lists stand for any."""
+    if isinstance(expected, dict):
+        return (
+            isinstance(found, dict)
+            and found.keys() == expected.keys()
+            and all(_alike(found[key], value) for key, value in expected.items())
+        )
+    if isinstance(expected, list) and expected:
+        return (
+            isinstance(found, list)
+            and len(found) == len(expected)
+            and all(_alike(one, value) for one, value in zip(found, expected, strict=True))
+        )
+    return type(found) is type(expected)

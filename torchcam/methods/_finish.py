@@ -18,7 +18,7 @@ def weighted_sum(weight: Tensor, activation: Tensor) -> Tensor:
     """Sum the weighted channels: (N, C) or (N, C, *spatial) by (N, C, *spatial) to (N, *spatial)."""
     if weight.ndim > 2:
         return (weight * activation).sum(1)
-    return (weight.unsqueeze(1) @ activation.flatten(2)).reshape(len(activation), *activation.shape[2:])
+    return torch.bmm(weight.unsqueeze(1), activation.flatten(2)).reshape(-1, *activation.shape[2:])
 
 
 def scale_signed(maps: Tensor) -> Tensor:
@@ -29,11 +29,10 @@ def scale_signed(maps: Tensor) -> Tensor:
 
 def all_finite(tensors: Iterable[Tensor | None]) -> bool:
     """Check whether a sum over all values is finite: if one value is not, it is not; if all are, it may overflow."""
-    total: Tensor | float = 0.0
-    for tensor in tensors:
-        if tensor is not None:
-            total = total + tensor.detach().sum()
-    return math.isfinite(float(total))
+    total, *others = [tensor.detach().sum() for tensor in tensors if tensor is not None]
+    for one in others:
+        total += one
+    return math.isfinite(total)
 
 
 def broken_samples(

@@ -7,10 +7,11 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from contextvars import ContextVar
 from functools import partial
-from typing import Any
+from types import FunctionType, NoneType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from torchcam.layout import Layout, find_layout, primary_tensors, replace_tensor
 from ._fused import FusedCall, SharedWrapper, attached, fused_modules
 from ._running import thread
 
-__all__ = ["Pass", "Recorder"]
+__all__ = ["Pass", "Recorder", "Row"]
 
 _numbers = itertools.count()
 
@@ -37,14 +38,38 @@ def _in_event_loop() -> bool:
 class _Key:
     """Held by the contexts that a pass belongs to: threads and asyncio tasks, and copies of their contexts."""
 
-    __slots__ = ("__weakref__", "number", "recorder")
+    __slots__ = ("number", "recorder")
 
-    def __init__(self, recorder: Recorder, number: int) -> None:
-        self.recorder = weakref.ref(recorder)
+    def __init__(self, recorder: weakref.ref[Recorder], number: int) -> None:
+        self.recorder = recorder
         self.number = number
+
+    def __del__(self) -> None:
+        recorder = self.recorder()
+        if recorder is not None:
+            recorder.context_ended(self.number)
 
 
 _own_keys: ContextVar[dict[int, _Key]] = ContextVar("torchcam_passes", default={})  # noqa: B039 - never changed
+
+
+class Row(NamedTuple):
+    """A tensor that a target layer returned.
+
+    Attributes:
+        layer: the name of the layer
+        name: the same, with what tells the tensor apart where the layer returned several
+        values: the tensor; None for a layer that was not reached
+        edge: what to differentiate for
+    """
+
+    layer: str
+    name: str
+    values: Tensor | None
+    edge: Tensor | GradientEdge | None
+
+
+_NOT_REACHED: dict[str, tuple[Any, Any]] = {"": (None, None)}
 
 
 class Pass:
@@ -61,10 +86,20 @@ class Pass:
         returned: weak references to the tensors that the caller got
         private: whether gradients were turned on for this pass alone
         explained: whether maps were computed from it
+        is_held: whether a context that it belongs to lives
+        superseded: whether its context has run the model again
+        layers: of each target layer that was reached, what it returned, by what tells several tensors apart, with what
+            to differentiate for
+        rows: the same in the order of the target layers, with a row without values for one that was not reached
+        names: the names of the rows
+        activations: their values
+        grids: these in grid form, once somebody has asked
         is_partial: whether some use of a layer's output may lie outside of the graph: that output is the caller's input
         owns_input: whether the arguments are copies, which the caller does not use
         gradients: those of the score that was explained last, as the layers returned their outputs
         num_scores: how many scores of each sample were explained last; None for one without a dimension of its own
+        score: the score that was explained last, (N,) or (N, K)
+        unbalanced: the operations on its way to the layers that balanced gradients have no rule for
         attentions: attention probabilities by target layer, for methods that read them
         watch: what notes them while the pass runs
     """
@@ -80,27 +115,27 @@ class Pass:
         self.output: Any = None
         self.returned: list[weakref.ref[Tensor]] = []
         self.explained = False
+        self.is_held = True
         self.superseded = False
         self.is_partial = False
         self.owns_input = recorder.owns_input
         self.gradients: list[Tensor | None] = []
         self.num_scores: int | None = None
+        self.score: Tensor | None = None
+        self.unbalanced: set[str] = set()
         self.target_names = recorder.target_names
         self.attentions: list[list[Tensor] | None] = [None] * len(self.target_names)
         self.watch: Any = None
         self.layouts: dict[str, Layout] = {}
-        self._layers: dict[int, dict[str, tuple[Tensor, Tensor | GradientEdge]]] = {}
-        self._collected: list[list[Any]] | None = None
-        self.grids: list[Tensor | None] | None = None
-
-    def keep(self, index: int, tensors: dict[str, tuple[Tensor, Tensor | GradientEdge]]) -> None:
-        """Keep what a target layer returned: one tensor, or several by what tells them apart, and their edges."""
-        self._layers[index] = tensors
-        self._collected = self.grids = None
+        self.layers: dict[int, dict[str, tuple[Tensor, Tensor | GradientEdge]]] = {}
+        self.rows: list[Row] = []
+        self.names: list[str] = []
+        self.activations: list[Tensor | None] = []
+        self.grids: list[Tensor] | None = None
 
     def has_returned(self, scores: Any) -> bool:
         """Check whether these scores are the one tensor that the model returned."""
-        return len(self.returned) == 1 and scores is not None and self.returned[0]() is scores
+        return scores is not None and len(self.returned) == 1 and self.returned[0]() is scores
 
     def may_be_followed_by(self, other: Pass) -> bool:
         """Check whether a later pass may be meant in the context of this one: it was run for it, say, in a thread.
@@ -111,55 +146,31 @@ class Pass:
             return False
         return other.predecessor == self.number or (_in_event_loop() and not other.in_event_loop)
 
-    def finish(self, output: Any, returned: Any, gone: Callable[[Any], None]) -> None:
-        """Take note of what the model returned, and of what the caller gets; ``gone`` hears of the end of that."""
+    def finish(self, output: Any, returned: Any) -> None:
+        """Take note of what the model returned, and of what the caller gets."""
         self.output = output
-        self.returned = [weakref.ref(tensor, gone) for tensor in tensors_in(returned)]
+        self.returned = [weakref.ref(tensor) for tensor in tensors_in(returned)]
 
     def fail(self) -> None:
         """Forget what the pass has recorded: it was cut short."""
-        self._layers.clear()
-        self._collected = self.grids = None
+        self.layers.clear()
         self.attentions = [None] * len(self.target_names)
         self.output, self.returned = None, []
 
-    def _collect(self, part: int) -> list[Any]:
-        """Return the layers, names, tensors or edges of what was recorded."""
-        if self._collected is None:
-            missing = {"": (None, None)}
-            rows = [
-                (layer, f"{layer}{level}", *pair)
-                for index, layer in enumerate(self.target_names)
-                for level, pair in self._layers.get(index, missing).items()
-            ]
-            self._collected = [list(column) for column in zip(*rows, strict=True)] or [[], [], [], []]
-        return self._collected[part]
-
-    @property
-    def layer_names(self) -> list[str]:
-        """The layer that each activation is from."""
-        return self._collect(0)
-
-    @property
-    def names(self) -> list[str]:
-        """The name of each activation: its layer's, with the level where the layer returned several."""
-        return self._collect(1)
-
-    @property
-    def activations(self) -> list[Tensor | None]:
-        """What the target layers returned, in their order; None for one that was not reached."""
-        return self._collect(2)
-
-    @property
-    def edges(self) -> list[Tensor | GradientEdge | None]:
-        """What to differentiate for, for each activation."""
-        return self._collect(3)
+    def collect(self) -> None:
+        """Take note of what the target layers returned: nothing is recorded any more."""
+        for index, layer in enumerate(self.target_names):
+            for level, (values, edge) in self.layers.get(index, _NOT_REACHED).items():
+                self.rows.append(Row(layer, layer + level, values, edge))
+        self.names = [row.name for row in self.rows]
+        self.activations = [row.values for row in self.rows]
 
     def layout(self, tensor: Tensor, name: str) -> Layout:
         """Return the layout of a layer's output, found for the first tensor that is asked about."""
-        if name not in self.layouts:
-            self.layouts[name] = find_layout(tensor.shape, self.input_shape, name)
-        return self.layouts[name]
+        found = self.layouts.get(name)
+        if found is None:
+            found = self.layouts[name] = find_layout(tensor.shape, self.input_shape, name)
+        return found
 
 
 class Recorder:
@@ -212,8 +223,9 @@ class Recorder:
         self.around = around
         self.ended = ended
         self._lock = threading.RLock()
-        self._passes: dict[int, tuple[weakref.ref[_Key], Pass]] = {}
+        self._passes: dict[int, Pass] = {}
         self._last_ended: Pass | None = None
+        self._reference = weakref.ref(self)
         self._leave: list[Callable[[], None]] = []
         weakref.finalize(self, _remove_all, self.handles, self._leave).atexit = False
         try:
@@ -272,19 +284,19 @@ class Recorder:
 
     def end(self, ended: Pass) -> None:
         """Make a pass the one that its context means, now that the model has returned or raised."""
+        ended.collect()
         keys = _own_keys.get()
         before = keys.get(id(self))
-        own = _Key(self, ended.number)
         with self._lock:
-            if before is not None and before.recorder() is self:
+            if before is not None and before.recorder is self._reference:
                 ended.predecessor = before.number
                 if before.number in self._passes:
-                    self._passes[before.number][1].superseded = True
-            reference = weakref.ref(own, partial(_no_longer_held, weakref.ref(self), ended.number))
-            self._passes[ended.number] = reference, ended
+                    self._passes[before.number].superseded = True
+            self._passes[ended.number] = ended
             self._last_ended = None  # there is a later one
         alive = {identity: key for identity, key in keys.items() if key.recorder() is not None}
-        _own_keys.set({**alive, id(self): own})
+        alive[id(self)] = _Key(self._reference, ended.number)
+        _own_keys.set(alive)
 
     def find(self, scores: Any = None) -> Pass:
         """Return the pass that is meant: the one with these scores, else that of this thread or task.
@@ -294,12 +306,11 @@ class Recorder:
             RuntimeError: if it cannot be told which one is meant
         """
         key = _own_keys.get().get(id(self))
-        with self._lock:
-            passes = {number: one for number, (_, one) in self._passes.items()}
-            ended = self._last_ended
-        own = passes.get(key.number) if key is not None and key.recorder() is self else None
-        if own is not None and (own.has_returned(scores) or (scores is None and len(passes) == 1)):
+        own = self._passes.get(key.number) if key is not None and key.recorder is self._reference else None
+        if own is not None and (own.has_returned(scores) or (scores is None and len(self._passes) == 1)):
             return own
+        with self._lock:
+            passes, ended = dict(self._passes), self._last_ended
         candidates = [one for one in (own, *passes.values(), ended) if one is not None]
         if scores is not None:
             given = list(tensors_in(scores))
@@ -339,30 +350,40 @@ class Recorder:
             self._last_ended = None
             if every:
                 self._passes.clear()
-            elif key is not None and key.recorder() is self:
+            elif key is not None and key.recorder is self._reference:
                 self._passes.pop(key.number, None)
 
-    def no_longer_held(self, number: int) -> None:
-        """Forget a pass when its context has ended and its output is gone; of such passes, the last one is kept."""
+    def context_ended(self, number: int) -> None:
+        """Take note that nobody means a pass any more but by its output, and forget it when that is gone."""
         with self._lock:
-            key, ended = self._passes.get(number, (None, None))
-            if key is None or ended is None or key() is not None:
+            ended = self._passes.get(number)
+            if ended is None:
                 return
             if ended.superseded:  # by the next pass of the same context
                 del self._passes[number]
                 return
             if not ended.private:
                 ended.output = None  # who asks for its maps hands it over, with its graph
-            if all(reference() is None for reference in ended.returned):
-                self._passes.pop(number, None)  # the line above may have brought it here before
+            ended.is_held = False
+            alive = [tensor for tensor in (known() for known in ended.returned) if tensor is not None]
+            ended.returned = [weakref.ref(one, partial(_output_gone, self._reference, number)) for one in alive]
+            if not alive:
+                self.output_gone(number)
+
+    def output_gone(self, number: int) -> None:
+        """Forget a pass whose context has ended, now that its output is gone; of such passes, the last one is kept."""
+        with self._lock:
+            ended = self._passes.get(number)
+            if ended is not None and all(known() is None for known in ended.returned):
+                del self._passes[number]
                 if self._last_ended is None or self._last_ended.number < number:
                     self._last_ended = ended
 
 
-def _no_longer_held(recorder: weakref.ref[Recorder], number: int, _reference: Any) -> None:
+def _output_gone(recorder: weakref.ref[Recorder], number: int, _reference: Any) -> None:
     found = recorder()
     if found is not None:
-        found.no_longer_held(number)
+        found.output_gone(number)
 
 
 def _remove_all(handles: list[RemovableHandle], leave: list[Callable[[], None]]) -> None:
@@ -388,18 +409,20 @@ class _ModelCall(SharedWrapper):
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the model."""
-        found = [reference() for reference in self.members]
-        recorders = [one for one in found if one is not None and one.enabled and id(one) not in thread.passes]
+        recorders: list[Recorder] = []
+        differentiates = False
+        for reference in self.members:
+            recorder = reference()
+            if recorder is not None and recorder.enabled and id(recorder) not in thread.passes:
+                recorders.append(recorder)
+                differentiates |= recorder.differentiates
         if not recorders or torch._C._get_tracing_state() is not None:
             return self.run(module, args, kwargs)
         for recorder in recorders:
             recorder.prepare(args, kwargs)
-        if thread.private or not any(one.differentiates for one in recorders):
+        if thread.private or not differentiates or (torch.is_grad_enabled() and not torch.is_inference_mode_enabled()):
             return self._recorded(module, recorders, args, kwargs)
-        enabled, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        if enabled and not inference:
-            return self._recorded(module, recorders, args, kwargs)
-        if not inference:
+        if not torch.is_inference_mode_enabled():
             return self._recorded_privately(module, recorders, args, kwargs)
         with torch.inference_mode(False):  # a graph may use none of its tensors
             args, kwargs = map_tensors(lambda t: t.clone() if t.is_inference() else t, (args, kwargs))
@@ -420,51 +443,52 @@ class _ModelCall(SharedWrapper):
     def _recorded(
         self, module: nn.Module, recorders: list[Recorder], args: Any, kwargs: Any, *, detached: bool = False
     ) -> Any:
-        passes: list[tuple[Recorder, Pass]] = []
+        passes: list[Pass] = []
         try:
-            passes += [(recorder, recorder.begin(args, kwargs, thread.private)) for recorder in recorders]
-            with ExitStack() if any(one.around is not None for one in recorders) else nullcontext() as stack:
-                for recorder, started in passes:
-                    if recorder.around is not None and stack is not None:
-                        stack.enter_context(recorder.around(started))
+            for recorder in recorders:  # one after the other: those that have begun have to end
+                passes += [recorder.begin(args, kwargs, thread.private)]
+            if all(one.around is None for one in recorders):
                 output = self.run(module, args, kwargs)
+            else:
+                with ExitStack() as stack:
+                    for recorder, started in zip(recorders, passes, strict=True):
+                        if recorder.around is not None:
+                            stack.enter_context(recorder.around(started))
+                    output = self.run(module, args, kwargs)
         except BaseException:
-            for _, started in passes:
+            for started in passes:
                 started.fail()
             raise
         else:
             returned = map_tensors(Tensor.detach, output) if detached else output
-            for recorder, started in passes:
-                gone = partial(_no_longer_held, weakref.ref(recorder), started.number)
-                started.finish(
-                    output if recorder.differentiates else map_tensors(Tensor.detach, output), returned, gone
-                )
+            for recorder, started in zip(recorders, passes, strict=True):
+                started.finish(output if recorder.differentiates else map_tensors(Tensor.detach, output), returned)
                 if recorder.ended is not None:
                     recorder.ended(started)
             return returned
         finally:
             for recorder in recorders:
                 thread.passes.pop(id(recorder), None)
-            for recorder, started in passes:
+            for recorder, started in zip(recorders, passes, strict=False):
                 recorder.end(started)
 
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_PLAIN = frozenset({bool, int, float, str, NoneType, FunctionType, torch.dtype, torch.device})
 
 
 def _drop_graphs(model: nn.Module) -> None:
     """Detach what modules keep in buffers and attributes, as the caller has turned gradients off."""
     for module in model.modules():
-        buffers = module._buffers
-        for name, buffer in buffers.items():
-            if buffer is not None and buffer.grad_fn is not None:
-                buffers[name] = buffer.detach()
-        attributes = vars(module)
-        for name, value in attributes.items():
-            if name in _OF_EVERY_MODULE or not isinstance(value, (Tensor, list, tuple, dict)):
-                continue
-            if any(tensor.grad_fn is not None for tensor in tensors_in(value)):
-                attributes[name] = map_tensors(lambda t: t if t.grad_fn is None else t.detach(), value)
+        buffers, attributes = module._buffers, vars(module)
+        for fields, names in ((buffers, list(buffers.keys())), (attributes, attributes.keys() - _OF_EVERY_MODULE)):
+            for name in names:
+                value = fields[name]
+                kind = type(value)
+                if kind in _PLAIN or (isinstance(value, tuple) and _PLAIN.issuperset(map(type, value))):
+                    continue
+                if any(tensor.grad_fn is not None for tensor in tensors_in(value)):
+                    fields[name] = map_tensors(lambda t: t if t.grad_fn is None else t.detach(), value)
 
 
 class _LayerHook(ExtractorHook):
@@ -484,6 +508,7 @@ class _LayerHook(ExtractorHook):
         if running is None or module is not self._layer():
             return None
         kept: dict[str, tuple[Tensor, Tensor | GradientEdge]] = {}
+        running.layers[self._index] = kept
         replaced = []
         for level, tensor in primary_tensors(output).items():
             if not self._differentiates or not tensor.is_floating_point():
@@ -499,7 +524,6 @@ class _LayerHook(ExtractorHook):
             kept[level] = leaf, leaf
             if handed is not tensor:
                 replaced.append((tensor, handed))
-        running.keep(self._index, kept)
         return replace_tensors(output, replaced) if replaced else None
 
 

@@ -21,8 +21,8 @@ from torchcam.layers import TargetLayer
 from torchcam.layout import patch_grid
 
 from ._fused import with_graph_of
-from ._gradients import differentiate
-from ._recorder import Pass, Recorder
+from ._gradients import differentiate, with_graph
+from ._recorder import Pass, Recorder, Row
 from ._running import thread
 from .core import _CAM, Request
 
@@ -282,6 +282,7 @@ class LeGrad(_AttentionCAM):
         prefix_tokens: number of tokens before the patches
         grid_shape: the patches' (height, width); by default the grid with the input's aspect ratio
         enable_hooks: whether forward passes are recorded from the start
+        gradients: None; there so that the error for methods without a choice says what exists
 
     Raises:
         TypeError: if an argument has the wrong type
@@ -308,6 +309,7 @@ class LeGrad(_AttentionCAM):
         prefix_tokens: int = 1,
         grid_shape: tuple[int, int] | None = None,
         enable_hooks: bool = True,
+        gradients: None = None,
     ) -> None:
         if target_layer is None:
             raise TypeError("`target_layer` must name the transformer block(s) that LeGrad reads, got None")
@@ -316,7 +318,7 @@ class LeGrad(_AttentionCAM):
         if score_projection is None:
             _read_out(model)
         self.score_projection = score_projection
-        super().__init__(model, target_layer, prefix_tokens, grid_shape, enable_hooks=enable_hooks)
+        super().__init__(model, target_layer, prefix_tokens, grid_shape, enable_hooks=enable_hooks, gradients=gradients)
 
     @staticmethod
     def map(activation: Tensor, gradient: Tensor, to_grid: Callable[[Tensor], Tensor]) -> Tensor:
@@ -347,10 +349,10 @@ class LeGrad(_AttentionCAM):
                     f"`target_layer` '{name}' computes attention of shapes {[tuple(a.shape) for a in noted]}, where "
                     f"LeGrad reads blocks with one, between all tokens of {len(tokens)} samples"
                 )
-            with torch.inference_mode(False), torch.enable_grad():
+            with with_graph():
                 score = select(self._scores_of(tokens))
-            wanted = [(name, name, noted[0], noted[0])]
-            (gradient,) = differentiate(score, wanted, request.retain_graph, request.create_graph)
+                wanted = [Row(name, name, noted[0], noted[0])]
+                (gradient,) = differentiate(score, wanted, request.retain_graph, request.create_graph)
             evidence.append((grid, to_float(gradient), partial(self._on_grid, recorded)))
         return evidence
 
@@ -407,6 +409,7 @@ class _RolledOut(_AttentionCAM):
         enable_hooks: bool = True,
         input_name: str | None = None,
         input_index: int | None = None,
+        gradients: None = None,
     ) -> None:
         super().__init__(
             model,
@@ -417,6 +420,7 @@ class _RolledOut(_AttentionCAM):
             enable_hooks=enable_hooks,
             input_name=input_name,
             input_index=input_index,
+            gradients=gradients,
         )
 
     _keeps_outputs = False
@@ -426,7 +430,7 @@ class _RolledOut(_AttentionCAM):
         for index, noted in enumerate(ended.attentions):
             if noted is not None:
                 what = "" if ended.target_names[index] else "attention"
-                ended.keep(index, {f"{what}[{number}]": (one, one) for number, one in enumerate(noted)})
+                ended.layers[index] = {f"{what}[{number}]": (one, one) for number, one in enumerate(noted)}
 
     def _to_grid(self, recorded: Pass, tensor: Tensor, name: str) -> Tensor:
         return to_float(self._on_grid(recorded, tensor[..., 0, :] if self.prefix_tokens else tensor.mean(-2)))

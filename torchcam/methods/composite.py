@@ -46,6 +46,7 @@ class _Wrapper(_CAM):
         self.base_cam: _CAM = base_method(*base_args, **base_kwargs)
         self._recorder = self.base_cam._recorder
         self.reshape_transform = self.base_cam.reshape_transform
+        self.gradients = self.base_cam.gradients
         self.class_agnostic = self.base_cam.class_agnostic
         self._relu = self.base_cam._relu
         self._differentiates = self.base_cam._differentiates
@@ -81,7 +82,8 @@ class _Wrapper(_CAM):
         return self.base_cam.fuse_cams(cams, target_shape)
 
     def __repr__(self) -> str:
-        values = "".join(f", {option}={getattr(self, option)}" for option in self._options)
+        options = (*self._options, "gradients") if self.gradients == "balanced" else self._options
+        values = "".join(f", {option}={getattr(self, option)}" for option in options)
         base = type(self.base_cam).__name__
         return f"{type(self).__name__}(base_method={base}, target_layer={self.target_names}{values})"
 
@@ -121,6 +123,7 @@ class _Wrapper(_CAM):
                     base._recorder.find(), relu=request.relu, num_classes=request.num_classes, quiet=True, **asked
                 )
                 maps: list[Tensor] = base._finished(base._raw_maps(of_rows, **options), of_rows, normalized=True)
+                request.recorded.unbalanced |= of_rows.recorded.unbalanced
                 return maps
 
             chunks = run_chunks(explain, len(samples), batch_size)

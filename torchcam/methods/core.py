@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from torchcam._checks import torch_module
+from torchcam._checks import one_of, torch_module
 from torchcam._passes import Call
 from torchcam._tensors import map_tensors, min_max, tensors_in, to_float
 from torchcam.layers import TargetLayer, layer_names
@@ -23,7 +23,7 @@ from torchcam.targets import ClassIndex, OutputTarget, Selector, check_one_of, c
 from ._default_layer import DefaultLayer
 from ._diagnose import Diagnosis, diagnose
 from ._finish import all_finite, broken_samples, scale_signed, to_one_shape, weighted_sum
-from ._gradients import differentiate
+from ._gradients import differentiate, share_of_score, with_graph
 from ._recorder import Pass, Recorder
 from ._replicas import on_replica
 from ._request import Request
@@ -51,19 +51,28 @@ class _CAM:
         input_name: name of the image-like input among the model's keyword arguments, or in one that is a mapping
         input_index: position of the image-like input among the model's positional arguments; by default it is the
             first floating-point tensor with positions
+        gradients: of gradient methods, how the gradient of the score is taken: ``"plain"``, the default, or
+            ``"balanced"``, for layers behind which there are norms, gates, attention or smooth activation functions
+            (Mehri et al. 2025, arXiv:2411.16760; ``docs/guides/transformers.md``)
 
     Raises:
         TypeError: if a target layer is neither a module nor a string
-        ValueError: if a target layer is not part of the model, or none can be found
+        ValueError: if a target layer is not part of the model, or none can be found; if ``gradients`` is neither of the
+            two, or given to a method that takes none at a layer
     """
 
     class_agnostic = False  # the map is the same for every class: none has to be named
 
     _relu = False
     _differentiates = False  # the pass keeps its graph from the target layers on
+    _weighs_gradients = False  # gradients of the score for what layers return make the map
     _runs_model = False  # the model runs again when maps are computed
     _explains_many = False  # several classes of a sample are explained at once
     _options: tuple[str, ...] = ("target_layer",)  # what `repr` shows
+    _sums_activations = True  # a map is the weighted sum of the activations
+
+    def __init_subclass__(cls) -> None:
+        cls._sums_activations = cls.map is _CAM.map and cls._raw_maps is _CAM._raw_maps
 
     def __init__(
         self,
@@ -75,8 +84,15 @@ class _CAM:
         *,
         input_name: str | None = None,
         input_index: int | None = None,
+        gradients: Literal["plain", "balanced"] | None = None,
     ) -> None:
         torch_module("model", model)
+        if gradients is not None and not self._weighs_gradients:
+            raise ValueError(
+                f"{type(self).__name__} takes no gradients at a layer, so there is no `gradients`, got {gradients!r}: "
+                "GradCAM, HiResCAM, LayerCAM and the other gradient methods do"
+            )
+        self.gradients = one_of("gradients", gradients or "plain", ("plain", "balanced"))
         if reshape_transform is not None and not callable(reshape_transform):
             raise TypeError(f"`reshape_transform` must be callable, got {reshape_transform!r}")
         if input_name is not None and input_index is not None:
@@ -191,6 +207,33 @@ class _CAM:
             return [None] * len(self.target_names)
         return self._gradient_grids(recorded, recorded.gradients or [None] * len(recorded.names), recorded.num_scores)
 
+    @property
+    def unbalanced(self) -> list[str]:
+        """The operations that the last explained score went through, and that balanced gradients have no rule for.
+
+        By the names of torch's functions, or of the node in the graph for others; empty with plain gradients.
+        """
+        try:
+            return sorted(self._recorder.find().unbalanced)
+        except AssertionError:
+            return []
+
+    @property
+    def completeness(self) -> list[Tensor]:
+        """The share of the last explained score that gradient × activation at each target layer's positions sums to.
+
+        One tensor for each layer, (N,) or (N, K): 1 if the positions of the map account for all of the score. What
+        biases, class tokens and paths around the layer add is missing. Empty before a gradient method was called.
+        """
+        try:
+            recorded = self._recorder.find()
+        except AssertionError:
+            return []
+        if recorded.score is None:
+            return []
+        found = zip(self.hook_a, self.hook_g, strict=True)
+        return [share_of_score(a, g, recorded.score) for a, g in found if a is not None and g is not None]
+
     def _grids(self, recorded: Pass, tensors: Sequence[Tensor | None], graph: bool = False) -> list[Tensor | None]:
         return [
             None if tensor is None else self._to_grid(recorded, tensor if graph else tensor.detach(), name)
@@ -227,18 +270,20 @@ class _CAM:
 
     def _activations(self, request: Request) -> list[Tensor]:
         """Return the recorded activations: (N, C, *spatial), or (N * K, C, *spatial) for K classes of each sample."""
-        recorded = request.recorded
+        recorded, count = request.recorded, request.num_classes
         if request.create_graph:
-            grids = self._grids(recorded, recorded.activations, graph=True)
+            found = self._complete_grids(recorded, graph=True)
+        elif recorded.grids is None:
+            found = recorded.grids = self._complete_grids(recorded)
         else:
-            if recorded.grids is None:
-                recorded.grids = self._grids(recorded, recorded.activations)
-            grids = recorded.grids
-        found = [grid for grid in grids if grid is not None]
-        if len(found) < max(len(grids), 1):
-            raise AssertionError(self._recorder.nothing_recorded(recorded))
-        count = request.num_classes
+            found = recorded.grids
         return found if count == 1 else [grid.repeat_interleave(count, 0) for grid in found]
+
+    def _complete_grids(self, recorded: Pass, graph: bool = False) -> list[Tensor]:
+        grids = [grid for grid in self._grids(recorded, recorded.activations, graph) if grid is not None]
+        if len(grids) < max(len(recorded.rows), 1):
+            raise AssertionError(self._recorder.nothing_recorded(recorded))
+        return grids
 
     # What a method defines: pure functions of a layer's activation (N, C, *spatial) and of what else it looks at.
 
@@ -332,8 +377,11 @@ class _CAM:
     ) -> None:
         if not self.class_agnostic:
             check_one_of(class_idx, targets)
-        batch_size = len(self._activations(Request(self._recorder.find(scores)))[0])
-        if scores is not None and isinstance(scores, Tensor) and scores.ndim and len(scores) != batch_size:
+        recorded = self._recorder.find(scores)
+        if recorded.has_returned(scores):
+            return
+        batch_size = self._activations(Request(recorded))[0].shape[0]
+        if isinstance(scores, Tensor) and scores.ndim and scores.shape[0] != batch_size:
             raise ValueError(
                 f"`scores` has shape {tuple(scores.shape)}, but the recorded pass had a batch of {batch_size}"
             )
@@ -411,7 +459,8 @@ class _CAM:
     def _mark_broken(self, maps: list[Tensor], request: Request) -> list[Tensor]:
         """Set the maps of samples with values that are not finite to NaN, and warn of them."""
         recorded = request.recorded
-        if all_finite([*maps, *recorded.activations, *recorded.gradients]):
+        seen = () if type(self)._sums_activations else recorded.activations  # a sum is no more finite than its parts
+        if all_finite([*maps, *seen, *recorded.gradients]):
             return maps
         activations = self._grids(recorded, recorded.activations)
         gradients: list[Tensor | None] = [None] * len(activations)
@@ -455,10 +504,14 @@ class _CAM:
         recorded = request.recorded
         if recorded.is_partial:
             return self._gradients_of_copies(request)
-        with _with_graph():
-            score = self._selector(request)(self._attached(request))
-        gradients = self._differentiate(score, recorded, recorded.edges, request)
+        with with_graph():
+            output = self._attached(request)
+            score = self._selector(request)(output)
+            recorded.unbalanced = set()
+            balanced = (output, recorded.unbalanced) if self.gradients == "balanced" else None
+            gradients = differentiate(score, recorded.rows, request.retain_graph, request.create_graph, balanced)
         recorded.gradients, recorded.num_scores = list(gradients), None if score.ndim == 1 else score.shape[1]
+        recorded.score = score.detach()
         grids = self._gradient_grids(recorded, gradients, recorded.num_scores, request.create_graph)
         return [grid for grid in grids if grid is not None]
 
@@ -472,32 +525,25 @@ class _CAM:
             again = replace(request, recorded=repeated._recorder.find(), scores=None)
             grids: list[Tensor] = repeated._gradients(again)
         recorded.gradients, recorded.num_scores = again.recorded.gradients, again.recorded.num_scores
+        recorded.score, recorded.unbalanced = again.recorded.score, again.recorded.unbalanced
         return grids
-
-    def _differentiate(self, score: Tensor, recorded: Pass, edges: Sequence[Any], request: Request) -> list[Tensor]:
-        return differentiate(
-            score,
-            list(zip(recorded.layer_names, recorded.names, recorded.activations, edges, strict=True)),
-            request.retain_graph,
-            request.create_graph,
-        )
 
     def _selector(self, request: Request) -> Selector:
         return request.selector(self._batch_size(request))
 
     def _batch_size(self, request: Request) -> int:
-        return len(self._activations(request)[0]) // request.num_classes
+        return self._activations(request)[0].shape[0] // request.num_classes
 
     def _attached(self, request: Request) -> Any:
         """Return the output with its graph: the one handed over, or else the one of the recorded pass."""
         recorded, scores = request.recorded, request.scores
-        given = list(tensors_in(scores))
-        if any(tensor.requires_grad for tensor in given):
+        if recorded.output is not None and (scores is None or recorded.has_returned(scores)):
+            return recorded.output
+        if any(tensor.requires_grad for tensor in tensors_in(scores)):
             return scores
         if recorded.output is None:
             raise RuntimeError("no output of the model was recorded: call the model itself, or pass `scores`")
-        if given:
-            self._check_recorded(request)
+        self._check_recorded(request)
         return recorded.output
 
     def _check_recorded(self, request: Request) -> None:
@@ -518,9 +564,10 @@ class _CAM:
 
     def _check_scores(self, request: Request) -> None:
         """Check that scores that were handed over are the recorded output, or carry a graph that is differentiated."""
-        given = list(tensors_in(request.scores))
-        has_graph = any(tensor.requires_grad for tensor in given)
-        if given and not (has_graph and self._differentiates and not self._runs_model):
+        if request.scores is None or request.recorded.has_returned(request.scores):
+            return
+        has_graph = any(tensor.requires_grad for tensor in tensors_in(request.scores))
+        if not (has_graph and self._differentiates and not self._runs_model):
             self._check_recorded(request)
 
     def _recorded_call(self, request: Request) -> Call:
@@ -624,23 +671,26 @@ class _CAM:
         values = {
             option: self.target_names if option == "target_layer" else getattr(self, option) for option in self._options
         }
+        if self.gradients == "balanced":
+            values["gradients"] = self.gradients
         return f"{type(self).__name__}({', '.join(f'{option}={value}' for option, value in values.items())})"
 
 
 def plain_tensors() -> AbstractContextManager[Any]:
     """Return a context without a graph, and without the restrictions that tensors made in inference mode keep."""
-    return _left_inference_mode(False) if torch.is_inference_mode_enabled() else torch.no_grad()
+    return _LeftInferenceMode() if torch.is_inference_mode_enabled() else torch.no_grad()
 
 
-def _with_graph() -> AbstractContextManager[Any]:
-    """Return a context in which graphs are recorded."""
-    return _left_inference_mode(True) if torch.is_inference_mode_enabled() else torch.enable_grad()
+class _LeftInferenceMode:
+    """A context outside of inference mode, without a graph."""
 
+    def __enter__(self) -> None:
+        self._left = torch.inference_mode(False)
+        self._left.__enter__()
+        torch.set_grad_enabled(False)  # until the mode is entered again
 
-@contextmanager
-def _left_inference_mode(grad_enabled: bool) -> Iterator[None]:
-    with torch.inference_mode(False), torch.set_grad_enabled(grad_enabled):
-        yield
+    def __exit__(self, *raised: object) -> None:
+        self._left.__exit__(*raised)
 
 
 @contextmanager

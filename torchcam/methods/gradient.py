@@ -51,6 +51,7 @@ class _GradientCAM(_CAM):
 
     _relu = True
     _differentiates = True
+    _weighs_gradients = True
     _explains_many = True
 
     def _evidence(self, request: Request) -> list[tuple[Any, ...]]:
@@ -79,7 +80,7 @@ class GradCAM(_GradientCAM):
     @staticmethod
     def weights(activation: Tensor, gradient: Tensor) -> Tensor:
         """Return the mean gradient of each channel, (N, C)."""
-        return gradient.flatten(2).mean(-1)
+        return gradient.mean(tuple(range(2, gradient.ndim)))
 
 
 class GradCAMpp(_GradientCAM):
@@ -192,6 +193,7 @@ class SmoothGradCAMpp(_GradientCAM):
                         moment[power - 1].index_add_(0, rows, gradient**power)
 
             run_chunks(accumulate, len(samples), self.batch_size, progress=self.progress, description="SmoothGradCAMpp")
+            request.recorded.unbalanced = noisy._recorder.find().unbalanced
         return [moment / self.num_samples for moment in moments]
 
 
@@ -284,7 +286,8 @@ class ShapleyCAM(_GradientCAM):
     explains the target :math:`y_c + \log p_c`.
 
     If an operation behind the target layer has no second derivative, as fused attention, a call is a ``RuntimeError``;
-    a function marked ``once_differentiable`` counts as linear.
+    a function marked ``once_differentiable`` counts as linear. Balanced gradients are those of a linear function,
+    without curvature to correct for: with them, the map is that of Grad-CAM.
 
     Cost: the user's forward pass, a backward pass to the target layers and one more for each of them.
     """
@@ -297,6 +300,8 @@ class ShapleyCAM(_GradientCAM):
         return (gradient - product / 2).flatten(2).mean(-1)
 
     def _evidence(self, request: Request) -> list[tuple[Any, ...]]:
+        if self.gradients == "balanced":
+            return [(*of_layer, torch.zeros_like(of_layer[1])) for of_layer in super()._evidence(request)]
         recorded = request.recorded
         twice = replace(request, create_graph=True)
         activations, gradients = self._activations(request), self._gradients(twice)
@@ -305,11 +310,12 @@ class ShapleyCAM(_GradientCAM):
             recorded.gradients = [gradient.detach() for gradient in attached]
             gradients = [gradient.detach() for gradient in gradients]
         evidence = []
-        found = zip(activations, gradients, attached, recorded.edges, recorded.activations, recorded.names, strict=True)
-        for index, (activation, gradient, graph, edge, tensor, name) in enumerate(found):
+        for index, (activation, gradient, graph, row) in enumerate(
+            zip(activations, gradients, attached, recorded.rows, strict=True)
+        ):
             keep = request.retain_graph or index < len(attached) - 1
-            product = _hessian_product(graph, edge, tensor, keep, request.create_graph)
-            evidence.append((activation, gradient, self._to_grid(recorded, product, name)))
+            product = _hessian_product(graph, row.edge, row.values, keep, request.create_graph)
+            evidence.append((activation, gradient, self._to_grid(recorded, product, row.name)))
         return evidence
 
 

@@ -246,6 +246,7 @@ class GroupCAM(_ReplayCAM):
     """
 
     _differentiates = True
+    _weighs_gradients = True
     _options = ("batch_size", "groups", "percentile")
 
     def __init__(

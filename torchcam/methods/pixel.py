@@ -58,7 +58,7 @@ def _keep_image(ended: Pass) -> None:
     if ended.call.found is not None:
         found = ended.call.found
         image = found if isinstance(found, Tensor) else torch.stack(found)
-        ended.keep(0, {"input": (image, image)})
+        ended.layers[0] = {"input": (image, image)}
 
 
 class GuidedBackprop(_PixelCAM):

@@ -65,7 +65,7 @@ class ExtractorView:
         self.uses_gradients: bool = recorder.differentiates
         self.grad_enabled = self.uses_gradients and found is not None and not found.private
         self.names: list[str] = self.target_names if found is None else found.names
-        self.layers: list[str] = self.target_names if found is None else found.layer_names
+        self.layers: list[str] = self.target_names if found is None else [row.layer for row in found.rows]
         self.activations: list[Tensor | None] = [] if found is None else found.activations
         first = next((activation for activation in self.activations if activation is not None), None)
         shape = None if found is None else found.input_shape
