@@ -241,8 +241,12 @@ class _Recipe:
 _RECIPES = {
     "vgg": _Recipe(SmallVGG, ("stage1.", "stage2."), 0.02, (_Stage(12_288, 6, 3e-3),)),
     "vit": _Recipe(SmallViT, ("stem.",), 0.05, (_Stage(12_288, 6, 2e-3),)),
-    "swin": _Recipe(SmallSwin, (), 0.05, (_Stage(16_384, 4, 2e-3, crops=True), _Stage(6_144, 2, 1e-3)), 32, muon=True),
-    "convnext": _Recipe(SmallConvNeXt, (), 0.05, (_Stage(16_384, 4, 3e-3, crops=True), _Stage(6_144, 3, 1e-3)), 32),
+    "swin": _Recipe(
+        SmallSwin, (), 0.05, (_Stage(16_384, 4, 2e-3, crops=True), _Stage(6_144, 5, 1.5e-3)), 32, muon=True
+    ),
+    "convnext": _Recipe(
+        SmallConvNeXt, (), 0.05, (_Stage(16_384, 4, 3e-3, crops=True), _Stage(6_144, 3, 1e-3)), batch_size=32
+    ),
     "shortcut": _Recipe(ShortcutNet, (), 0.02, (_Stage(3_072, 12, 4e-3),)),
 }
 MODELS = ("cnn", *_RECIPES)

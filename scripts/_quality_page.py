@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 from _quality_contest import BASELINES
 from _quality_scores import FAITH, TRUTH, Board, Column, Entry, mean, precisions, ranked_by, tasks_of
-from _quality_stats import Values, interval, rank_agreement
+from _quality_stats import Values, interval, interval_of_mean, rank_agreement
 from scipy.stats import rankdata  # type: ignore[import-untyped]
 
 RESAMPLES = 2000
+PLACES = ("ap", "pointing")  # the scores that rank: no increasing change of a map can move them
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def percent(values: Values) -> str:
     """Write a mean and its interval in percent."""
-    middle, low, high = interval(values, RESAMPLES, 0)
-    if np.isnan(middle):
-        return "–"
-    return f"{_whole(middle)} ({_whole(low)} to {_whole(high)})"
+    return _percent(*interval(values, RESAMPLES, 0))
+
+
+def _percent(middle: float, low: float, high: float) -> str:
+    return "–" if np.isnan(middle) else f"{_whole(middle)} ({_whole(low)} to {_whole(high)})"
 
 
 def _whole(share: float) -> str:
@@ -93,14 +95,27 @@ def summary_table(boards: Mapping[str, Board]) -> str:
     for one, place in places.items():
         found = {name: board[one] for name, board in boards.items() if one in board}
         cells = [
-            " / ".join(_whole(mean(found[name], f"{letter} {score}")) for score in ("ap", "pointing"))
-            if name in found
-            else ""
+            " / ".join(_whole(mean(found[name], f"{letter} {score}")) for score in PLACES) if name in found else ""
             for name, letter in columns
         ]
         entry = next(iter(found.values()))
         rows.append([shown(one, entry), *cells, f"{100 * place:.0f} %" if one != "truth" else "–"])
     return table(header, rows)
+
+
+def settings_tables(boards: Mapping[str, Board]) -> str:
+    """Make the two tables of settings: the mean precision over a model's tasks, and what it is made of."""
+    header = ["method, gradients, layers", *boards]
+    means, parts = [], []
+    for one in next(iter(boards.values())):
+        means.append([one])
+        parts.append([one])
+        for name, board in boards.items():
+            several = [board[one].values[key] for key in precisions(name)]
+            means[-1].append(_percent(*interval_of_mean(several, RESAMPLES, 0)))
+            both = [[_whole(mean(board[one], f"{letter} {score}")) for letter in tasks_of(name)] for score in PLACES]
+            parts[-1].append(" · ".join(" / ".join(found) for found in both))
+    return f"{table(header, means)}\n\n{table(header, parts)}"
 
 
 def model_tables(name: str, board: Board) -> str:
