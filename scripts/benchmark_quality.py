@@ -265,7 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few pictures and methods; nothing is written")
     parser.add_argument("--pictures", type=int, help="pictures of each task (default: 80; 12 if quick)")
-    parser.add_argument("--faith", type=int, help="pictures for the metrics without truth (default: 24; 4 if quick)")
+    parser.add_argument("--faith", type=int, help="pictures for the metrics without truth (default: 16; 4 if quick)")
     parser.add_argument("--models", type=Path, default=WEIGHTS, help="folder of the weights (default: %(default)s)")
     parser.add_argument("--train", action="store_true", help="train the models again, into that folder")
     parser.add_argument(
@@ -283,7 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     options = parser.parse_args(arguments)
     num_pictures = options.pictures or (12 if options.quick else 80)
-    num_faith = options.faith or (4 if options.quick else 24)
+    num_faith = options.faith or (4 if options.quick else 16)
     only = options.methods or (QUICK if options.quick else None)
 
     torch.set_num_threads(options.threads)
@@ -300,7 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         boards[name], seen[name] = run(name, model, num_pictures, num_faith, only, path)
     candidates = [one for one in settings() if not options.quick or one.method in ("GradCAM", "HiResCAM", "gated")]
     asked = {name: models[name] for name in LAYERS if name in models}
-    tried = run_settings(asked, num_pictures // 2, candidates, CHOICE, options.numbers)
+    tried = run_settings(asked, num_pictures // 4, candidates, CHOICE, options.numbers)
     chosen = choose(tried)
     wanted = [next(one for one in candidates if str(one) == title) for title in chosen]
     reported = run_settings(asked, num_pictures, wanted, 0, options.numbers)
