@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from torchcam import methods
 from torchcam.demo import load_model, sample_images
-from torchcam.utils import overlay_mask
+from torchcam.utils import overlay_map
 
 SKIPPED = {
     "DeepFeatureFactorization": "explains no score",
@@ -52,7 +51,7 @@ def maps_of(name: str, model: Any, batch: Tensor, classes: tuple[int, ...]) -> t
 def draw(columns: int) -> Figure:
     """Draw the picture and all maps: two rows, one for each digit, as often as the methods need it."""
     model, sample = load_model(), sample_images()[0]
-    overlay = partial(overlay_mask, sample.image.convert("L"), colormap="inferno", alpha=0.3)
+    picture = sample.image.resize((384, 384), Image.Resampling.BICUBIC)
     names = [n for n in methods.__all__ if isinstance(getattr(methods, n), type) and n not in SKIPPED]
     bands = -(-(len(names) + 1) // columns)
     figure = Figure(figsize=(1.55 * columns, 3.55 * bands), dpi=110, layout="constrained")
@@ -66,8 +65,7 @@ def draw(columns: int) -> Figure:
         layers, cams = maps_of(name, model, sample.to_tensor(), sample.labels)
         band, column = divmod(place, columns)
         for row, cam in enumerate(cams):
-            mask = Image.fromarray(cam.detach().clamp(0, 1).numpy())
-            axes[2 * band + row, column].imshow(overlay(mask))
+            axes[2 * band + row, column].imshow(overlay_map(picture, cam.detach()))
         axes[2 * band, column].set_title(f"{name}\n{layers}", fontsize=8)
     return figure
 

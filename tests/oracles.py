@@ -11,9 +11,12 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
+from matplotlib import colormaps
+from PIL import Image
 from torch import Tensor, nn
 
 Half = Callable[[Tensor], Tensor]
@@ -749,3 +752,17 @@ def shapley_cam(images: Tensor, body: Half, head: Half, scores: Sequence[Score])
         slopes = (g.detach() - product / 2)[0]
         maps.append(_positive(_weighted_sum([slope.sum() / slope.numel() for slope in slopes], activation)))
     return torch.stack(maps)
+
+
+def faded(base: Image.Image, values: Any, colormap: str = "viridis", alpha: float = 0.25, signed: bool = False) -> Any:
+    """A map over an image, (height, width, 3) in [0, 255]: as opaque as it is strong, all of it from 2/3 on."""
+    strength = np.asarray(Image.fromarray(np.float32(values)).resize(base.size, Image.Resampling.BICUBIC))
+    strength = np.clip(strength, -1 if signed else 0, 1)
+    colors = colormaps[colormap]((strength + 1) / 2 if signed else strength)[..., :3]
+    opacity = (1 - alpha) * np.minimum(1, 1.5 * np.abs(strength))[..., None]
+    return (1 - opacity) * np.asarray(base.convert("RGB"), dtype=float) + opacity * 255 * colors
+
+
+def looks_like(picture: Image.Image, expected: Any) -> bool:
+    """Whether no pixel is off by more than what 255 steps of a colormap and 8 bits make of it."""
+    return picture.size == expected.shape[1::-1] and bool(np.abs(np.asarray(picture, dtype=float) - expected).max() < 4)

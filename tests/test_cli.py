@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import subprocess
@@ -313,7 +314,7 @@ class TestExplain:
         ]
         assert cli.main(["explain", str(photo), *SMALL, *arguments, "--class-idx", "3,5", "--class-idx", "1"]) == 0
         ((explanation, options),) = drawn
-        assert (options["alpha"], options["colormap"]) == (0.5, "jet")
+        assert (options["alpha"], options["colormap"]) == (0.25, None)
         assert "LayerCAM of features.3, features.8, features.11" in options["title"]
 
         classifier = load_classifier("mobilenet_v3_small", "none")
@@ -332,7 +333,7 @@ class TestExplain:
 
     def test_alpha_and_colormap_are_used(self, photo: Path, place: Path) -> None:
         pictures = []
-        for options in ([], ["--alpha", "0.9"], ["--colormap", "viridis"]):
+        for options in ([], ["--alpha", "0.9"], ["--colormap", "magma"]):
             assert cli.main(["explain", str(photo), *SMALL, *options, "--overwrite"]) == 0
             pictures.append((place / "photo-GradCAM.png").read_bytes())
         assert len(set(pictures)) == 3
@@ -414,7 +415,7 @@ class TestRefusals:
             ),
             (["photo.png", "--class-idx", "1000"], "--class-idx must lie between 0 and 999 for the 1000 classes"),
             (["photo.png", "--class-idx", "-1"], "--class-idx must lie between 0 and 999"),
-            (["photo.png", "--class-idx", "dog"], "--class-idx must be the number of a class"),
+            (["photo.png", "--class-idx", "dog"], "--class-idx is 'dog', and no class has that name"),
             (["photo.png", "--top-k", "0"], "--top-k must be at least 1 without --class-idx, got 0"),
             (["photo.png", "--top-k", "1001"], "--top-k must lie between 1 and 1000"),
             (["photo.png", "--method", "LeGrad"], "name them with --target-layer"),
@@ -433,7 +434,7 @@ class TestRefusals:
             (["photo.png", "--device", "meta"], "--device 'meta' cannot be used here"),
             (
                 ["photo.png", "--output", "text.png"],
-                "--output 'text.png' cannot be made: 'text.png' is not a directory",
+                "'text.png' exists: pass --overwrite",
             ),
             (["photo.png", "--output", "text.png/maps"], "'text.png' is not a directory"),
             (["photo.png", "photo.png"], "several images would be written to 'photo-GradCAM.png'"),
@@ -627,3 +628,63 @@ class TestLayers:
     )
     def test_bad_input(self, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert message in fails(capsys, "layers", *arguments)
+
+
+class TestFilesAndNames:
+    def test_the_file_of_one_picture(self, photo: Path, place: Path) -> None:
+        assert cli.main(["explain", str(photo), *SMALL, "--output", "maps/cam.png"]) == 0
+        with Image.open(place / "maps" / "cam.png") as picture:
+            assert picture.format == "PNG"
+        assert [path.name for path in (place / "maps").iterdir()] == ["cam.png"]
+
+    @pytest.mark.parametrize(
+        ("images", "output", "message"),
+        [
+            (2, "cam.png", "--output 'cam.png' is one file for 2 images: name a folder"),
+            (1, "cam.jpg", "--output 'cam.jpg': pictures are written as .png"),
+        ],
+    )
+    def test_files_that_cannot_be(
+        self, images: int, output: str, message: str, photo: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert cli.main(["explain", *[str(photo)] * images, *SMALL, "--output", output]) == 2
+        assert message in capsys.readouterr().err
+
+    @pytest.mark.parametrize("wrong", [["--model-factory", "nope:x"], ["--arch", "resnet19"]])
+    def test_a_file_that_is_there_hides_no_error(
+        self, wrong: list[str], photo: Path, place: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (place / "photo-GradCAM.png").write_bytes(b"")
+        assert cli.main(["explain", str(photo), *wrong]) == 2
+        assert wrong[1].split(":")[0] in (error := capsys.readouterr().err)
+        assert "exists" not in error
+
+    def test_classes_by_name(self, photo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main(["explain", str(photo), *SMALL, "--class-idx", "Tench,3", "--json"]) == 0
+        (image,) = json.loads(capsys.readouterr().out)["images"]
+        assert [entry["class_idx"] for entry in image["classes"]] == [0, 3]
+        assert cli.main(["explain", str(photo), *SMALL, "--class-idx", "tensch", "--overwrite"]) == 2
+        assert "--class-idx is 'tensch', and no class has that name: did you mean 'tench'" in capsys.readouterr().err
+
+    def test_names_of_files_do_not_move_the_cursor(self, photo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        strange = photo.rename(photo.with_name("a\x1b[2Jb.png"))
+        assert cli.main(["explain", str(strange), *SMALL]) == 0
+        assert cli.main(["explain", str(strange) + "\x1b[2J", *SMALL]) == 2
+        printed = capsys.readouterr()
+        assert "\x1b" not in printed.out + printed.err
+        assert "\\x1b[2Jb.png" in printed.out
+
+
+@pytest.mark.parametrize("command", ["", "explain", "compare", "diagnose", "trust", "evaluate", "layers", "demo"])
+def test_help_fits_a_terminal(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        cli.main([*command.split(), "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 79
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        cli.main([*command.split(), "--help"])
+    assert "".join("".join(lines).split()) == "".join(capsys.readouterr().out.split())  # no word is broken or lost

@@ -255,3 +255,12 @@ def test_import_needs_neither_scikit_learn_nor_matplotlib() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_scenes_of_any_size_have_digits_that_fit() -> None:
+    """The default of `digit_size` grows with the images, and is 28 to 42 pixels for those of 96."""
+    for size in (24, 48, 64, 128):
+        scenes = make_scenes(3, size=size, seed=1)
+        assert scenes.images.shape == (3, 3, size, size)
+        assert scenes.masks.flatten(1).any(1).all()
+    assert torch.equal(make_scenes(3, seed=1).images, make_scenes(3, seed=1, digit_size=(28.0, 42.0)).images)

@@ -185,7 +185,7 @@ class ChannelsLast(nn.Module):
 
 @fault
 def wrong_layout() -> Diagnosis:
-    return look(ChannelsLast(), "stage", x=images(size=32))
+    return look(ChannelsLast(), "stage", x=images(size=32), reshape_transform=lambda t: t)
 
 
 @fault
@@ -673,14 +673,10 @@ class TestGrid:
         assert "one_position" in diagnosis.codes
         assert "'layer2' has a grid of 4 x 4" in diagnosis[0].advice
 
-    def test_wrong_layout_names_the_permutation(self) -> None:
+    def test_channels_last_are_found(self) -> None:
         (finding,) = wrong_layout()
         assert "(2, 8, 8, 8)" in finding.message
-        assert "`lambda t: t.permute(0, 3, 1, 2)`" in finding.advice
-        assert (
-            look(ChannelsLast(), "stage", x=images(size=32), reshape_transform=lambda t: t.permute(0, 3, 1, 2)).codes
-            == ()
-        )
+        assert look(ChannelsLast(), "stage", x=images(size=32)).codes == ()
 
     @pytest.mark.parametrize("reshape", [lambda t: t.transpose(2, 3), lambda t: t.flip(2)])
     def test_a_wrong_reshape_transform(self, reshape: Callable[[Tensor], Tensor]) -> None:

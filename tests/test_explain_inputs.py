@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from torchvision.models import ResNet18_Weights, resnet18
 from torchvision.transforms import v2
 
 from tests.methods_under_test import make_model
+from torchcam._inputs import _weights_named, read_picture
 from torchcam.explain import Explanations, PredictionExplanation, explain
 
 CPU = torch.device("cpu")
@@ -194,12 +196,12 @@ class TestShown:
         assert np.abs(self.shown(tensor) - expected[..., None].numpy()).max() <= 1
 
     def test_an_image_that_is_given(self, picture: Image.Image, net: nn.Module) -> None:
-        x = torch.rand(1, 3, 12, 12)
+        x = torch.rand(1, 3, 20, 14)
         result = explain(net, x, target_layer="block2", image=picture)
         assert np.array_equal(np.asarray(result.image), np.asarray(picture))
-        assert result.overlay().size == (14 * 12, 20 * 12)  # enlarged, as it is tiny
-        both = explain(net, torch.rand(2, 3, 12, 12), target_layer="block2", image=[picture, np.zeros((5, 5, 3))])
-        assert [one.image.size for one in both] == [(14, 20), (5, 5)]
+        assert result.overlay().size == (14 * 26, 20 * 26)  # enlarged, as it is tiny
+        both = explain(net, torch.rand(2, 3, 20, 14), target_layer="block2", image=[picture, np.zeros((10, 7, 3))])
+        assert [one.image.size for one in both] == [(14, 20), (7, 10)]
         with pytest.raises(ValueError, match="`image` must hold a picture for each of the 2 inputs, got 1"):
             explain(net, torch.rand(2, 3, 12, 12), target_layer="block2", image=picture)
 
@@ -333,3 +335,86 @@ class TestErrors:
     def test_a_transform_that_makes_no_tensor(self, picture: Image.Image, net: nn.Module) -> None:
         with pytest.raises(TypeError, match="`transform` must make a tensor of an image, got ndarray"):
             explain(net, picture, transform=np.asarray, target_layer="block2")
+
+
+class TestNames:
+    NAMES = ("cat", "dog", "Dog")
+
+    @pytest.mark.parametrize(("given", "expected"), [("cat", [0]), ("CAT", [0]), (["dog", 2], [1, 2])])
+    def test_classes_by_name(self, given: Any, expected: list[int], net: nn.Module) -> None:
+        x = torch.rand(1, 3, 12, 12)
+        result = explain(net, x, target_layer="block2", class_idx=given, class_names=self.NAMES)
+        assert list(result.cams) == expected
+
+    def test_of_a_batch_and_what_was_expected(self, net: nn.Module) -> None:
+        x = torch.rand(2, 3, 12, 12)
+        both = explain(
+            net, x, target_layer="block2", class_idx=["cat", "dog"], expected_class_idx="Dog", class_names=self.NAMES
+        )
+        assert [list(one.cams) for one in both] == [[0, 2], [1, 2]]
+
+    @pytest.mark.parametrize(
+        ("name", "names", "message"),
+        [
+            ("cta", NAMES, "`class_idx` is 'cta', and no class has that name: did you mean 'cat'"),
+            ("DOG", NAMES, r"which is the name of the classes \[1, 2\]"),
+            ("cat", None, "the names of the classes are not known: pass `class_names`"),
+        ],
+    )
+    def test_no_such_name(self, name: str, names: Any, message: str, net: nn.Module) -> None:
+        with pytest.raises(ValueError, match=message):
+            explain(net, torch.rand(1, 3, 12, 12), target_layer="block2", class_idx=name, class_names=names)
+
+
+class TestWeights:
+    @pytest.mark.parametrize(("arch", "name"), [("resnet18", "DEFAULT"), ("resnet34", "imagenet1k_v1")])
+    def test_of_the_models_own_architecture(self, arch: str, name: str) -> None:
+        from torchvision.models import get_model, get_model_weights
+
+        found = _weights_named(name, get_model(arch))
+        assert found is get_model_weights(arch)["IMAGENET1K_V1"]
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("ResNet18_Weights.NO", "`weights` 'ResNet18_Weights.NO' are none of torchvision's"),
+            ("DEFAULT", "`weights` 'DEFAULT' are of no architecture, and .* pass their whole name"),
+        ],
+    )
+    def test_of_no_architecture(self, name: str, message: str, net: nn.Module) -> None:
+        with pytest.raises(ValueError, match=message):
+            explain(net, torch.rand(1, 3, 12, 12), weights=name)
+
+
+class TestWrongTensors:
+    def test_bytes(self, net: nn.Module) -> None:
+        with pytest.raises(TypeError, match="holds bytes, models take floats"):
+            explain(net, torch.zeros(1, 3, 12, 12, dtype=torch.uint8))
+
+    def test_channels(self, net: nn.Module) -> None:
+        with pytest.raises(ValueError, match="has 4 channels, the model's first convolution takes 3"):
+            explain(net, torch.rand(1, 4, 12, 12), target_layer="block2")
+
+
+class TestFiles:
+    """What is no picture: one error, at once."""
+
+    def test_a_pipe_is_not_read(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(FileNotFoundError, match="is no regular file"):
+            read_picture(tmp_path / "pipe")
+        with pytest.raises(FileNotFoundError, match="is no regular file"):
+            read_picture("/dev/zero")
+
+    @pytest.mark.parametrize("name", ["a\0b.png", "n" * 5000, "there is none.png"])
+    def test_names(self, name: str) -> None:
+        with pytest.raises(FileNotFoundError, match="there is no file") as raised:
+            read_picture(name)
+        assert len(str(raised.value)) < 300
+        assert "\0" not in str(raised.value)
+
+    def test_a_bomb(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        Image.new("L", (64, 64)).save(tmp_path / "large.png")
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+        with pytest.raises(ValueError, match="DecompressionBombError"):
+            read_picture(tmp_path / "large.png")

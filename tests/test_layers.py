@@ -114,7 +114,8 @@ class TwoInputs(nn.Module):
     ("make", "args", "kwargs", "expected"),
     [
         (KeywordOnly, (), {"pixel_values": image(64, 96)}, "net.layer4"),
-        (TwoInputs, (image(16, 16), image(16, 16)), {}, "right"),
+        # The layer has the positions of the input that is meant: the first.
+        (TwoInputs, (image(16, 16), image(16, 16)), {}, "left"),
         (TwoInputs, (), {"right": image(16, 16), "left": image(16, 16)}, "right"),
     ],
 )
@@ -148,22 +149,48 @@ def test_the_choice_waits_for_the_first_input(
     assert torch.is_grad_enabled()
 
 
-def test_the_first_input_corrects_the_choice() -> None:
+def test_the_choice_stays_where_one_position_is_left() -> None:
     model = resnet()
     with LayerCAM(model) as extractor:
         assert extractor.target_names == ["layer4"]
-        model(image(32, 32))  # one position is left in layer4
-        assert extractor.target_names == ["layer3"]
-        assert extractor(0)[0].shape == (1, 2, 2)
-        assert repr(extractor) == "LayerCAM(target_layer=['layer3'])"
+        with pytest.warns(UserWarning, match=r"'layer4' has a single position .* \(3, 32, 32\).* such as 'layer3'"):
+            model(image(32, 32))
+        assert extractor.target_names == ["layer4"]
+        assert extractor(0, retain_graph=True)[0].tolist() == [[[0.0]]]
+        assert extractor(0, normalized=False, relu=False)[0].abs().sum() > 0
         model(image(64, 64))  # the choice is made once
-        assert extractor.target_names == ["layer3"]
-        assert extractor(0)[0].shape == (1, 4, 4)
+        assert extractor.target_names == ["layer4"]
+        assert extractor(0)[0].shape == (1, 2, 2)
     assert count_hooks(model) == 0
     with LayerCAM(model) as extractor:
         model(image(64, 96))
         assert extractor.target_names == ["layer4"]
         assert extractor(0)[0].shape == (1, 2, 3)
+
+
+class SizeDecides(nn.Module):
+    """Small inputs take another way: the layer that large ones go through last does not run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.late = nn.Conv2d(4, 4, 3, padding=1)
+        self.fc = nn.Linear(4, 5)
+        shuffled(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.stem(x)
+        features = self.late(features) if x.shape[-1] > 16 else features
+        return self.fc(features.relu().mean((2, 3)))
+
+
+def test_the_first_input_corrects_the_choice() -> None:
+    model = seeded(SizeDecides)
+    with LayerCAM(model, input_shape=(3, 24, 24)) as extractor:
+        assert extractor.target_names == ["late"]
+        model(image(12, 12))
+        assert extractor.target_names == ["stem"]
+        assert extractor(0)[0].shape == (1, 12, 12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -323,9 +350,9 @@ def test_no_layer_with_positions(model: nn.Module) -> None:
 
 
 def test_no_layer_with_positions_in_the_first_input() -> None:
-    model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)))
-    with GradCAM(model) as extractor:
-        assert extractor.target_names == ["0"]
+    model = seeded(lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 5)))
+    with GradCAM(model) as extractor:  # does not take the probe
+        assert extractor.target_names == []
         with pytest.raises(ValueError, match=r"shape \(3, 8, 8\): name a `target_layer`"):
             model(image(8, 8))
     assert torch.is_grad_enabled()

@@ -8,7 +8,7 @@ import math
 from rich.text import Text
 
 from torchcam._numbers import finite, to_json
-from torchcam._tables import as_text, make_table
+from torchcam._tables import as_csv, as_text, make_table, printable
 
 
 def test_json_has_no_nan() -> None:
@@ -31,3 +31,14 @@ def test_long_cells_are_folded() -> None:
     lines = as_text(make_table(("name", "layers"), [("a", "x" * 30)]), width=20).splitlines()
     assert max(map(len, lines)) <= 20
     assert "".join(lines).count("x") == 30
+
+
+def test_a_terminal_obeys_no_name() -> None:
+    assert printable("a\x1b[2Jb\u202ec\r") == "a\\x1b[2Jb\\u202ec\\r"
+    assert printable("ñandú 🙂\nnext") == "ñandú 🙂\nnext"
+    assert "\x1b" not in as_text(make_table(("name",), [("\x1b[31mred",)]), width=80)
+
+
+def test_a_spreadsheet_computes_no_name() -> None:
+    rows = [["=1+1", "+a", "@b", "-c", "plain"], ["-0.5", "+1e-3", -2, "=", ""]]
+    assert as_csv(rows) == "'=1+1,'+a,'@b,'-c,plain\n-0.5,+1e-3,-2,'=,\n"

@@ -6,6 +6,7 @@ import torch
 from matplotlib.colors import ListedColormap
 from PIL import Image
 
+from tests.oracles import faded, looks_like
 from torchcam.utils import colormap_of, overlay_map, overlay_mask
 
 # Matplotlib's jet at its ends and in the middle (entry 128 of 256).
@@ -208,16 +209,15 @@ class TestArguments:
 
 
 class TestOverlayMap:
-    def test_numbers_of_any_kind_are_drawn_as_a_mask_is(self) -> None:
+    def test_numbers_of_any_kind_are_as_opaque_as_they_are_strong(self) -> None:
         image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8))
         values = np.random.default_rng(1).random((3, 4))
-        expected = overlay_mask(image, Image.fromarray(values.astype(np.float32)), "jet", 0.3)
         for given in (values, values.tolist(), torch.from_numpy(values)):
-            assert np.array_equal(np.array(overlay_map(image, given, "jet", 0.3)), np.array(expected))
+            assert looks_like(overlay_map(image, given, "jet", 0.3), faded(image, values, "jet", 0.3))
 
     def test_signed_maps_have_their_middle_at_zero(self) -> None:
-        row = pixels(overlay_map(Image.new("L", (3, 1)), [[-1.0, 0.0, 1.0]], "gray", 0, signed=True))[0]
-        assert row == [(0, 0, 0), (128, 128, 128), (255, 255, 255)]
+        row = pixels(overlay_map(Image.new("L", (3, 1), 9), [[-1.0, 0.0, 1.0]], "gray", 0, signed=True))[0]
+        assert row == [(0, 0, 0), (9, 9, 9), (255, 255, 255)]
 
     def test_the_signed_default_leaves_the_image_alone_at_zero(self) -> None:
         image = Image.new("RGB", (3, 1), (10, 20, 30))
@@ -227,7 +227,10 @@ class TestOverlayMap:
         assert for_it == (180, 4, 38)
 
     def test_defaults(self) -> None:
-        assert pixels(overlay_map(Image.new("L", (2, 1)), [[0.0, 1.0]], alpha=0))[0] == [(68, 1, 84), (253, 231, 37)]
+        assert pixels(overlay_map(Image.new("L", (2, 1), 7), [[0.0, 1.0]], alpha=0))[0] == [(7, 7, 7), (253, 231, 37)]
+        image = Image.new("RGB", (40, 30), "white")
+        values = np.linspace(0, 1, 12).reshape(3, 4)
+        assert looks_like(overlay_map(image, values), faded(image, values))
         assert colormap_of("jet", signed=True).name == "jet"
 
     @pytest.mark.parametrize("shape", [(3,), (1, 2, 2), (0, 2)])

@@ -6,10 +6,11 @@ import gc
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
-from torchcam.methods import GradCAM
+from torchcam.methods import FullGrad, GradCAM
 
 
 def test_an_extractor_that_is_collected_while_another_is_made() -> None:
@@ -35,3 +36,13 @@ def test_an_extractor_that_is_collected_while_another_is_made() -> None:
     with GradCAM(model, "0") as extractor, torch.no_grad():
         model(torch.rand(1, 3, 8, 8))
         assert extractor(0)[0].shape == (1, 6, 6)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated")  # and still in use
+@pytest.mark.parametrize("make", [torch.jit.script, lambda net: torch.jit.trace(net, torch.rand(1, 3, 8, 8))])
+@pytest.mark.parametrize("method", [GradCAM, FullGrad])
+def test_a_model_of_torchscript(make: Any, method: Any) -> None:
+    """Its layers run no hooks: maps of what was recorded around it would be silently wrong."""
+    model = make(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 2)).eval())
+    with pytest.raises(TypeError, match="`model` is one of TorchScript"):
+        method(model)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from torch import Tensor
 
 from .targets import OutputTarget
 
-__all__ = ["Choice", "as_class_names"]
+__all__ = ["Choice", "as_class_names", "find_class"]
 
 
 class Choice:
@@ -37,8 +38,8 @@ class Choice:
         class_names: tuple[str, ...] | None,
     ) -> None:
         self.class_names = class_names
-        self.expected = _per_input("expected_class_idx", expected_class_idx, count)
-        self.classes = _classes_per_input(class_idx, count, is_batch)
+        self.expected = _per_input("expected_class_idx", named(expected_class_idx, class_names), count)
+        self.classes = _classes_per_input(named(class_idx, class_names), count, is_batch)
         self.top_k = top_k if top_k is not None else int(class_idx is None)
         self.targets = None if targets is None else _targets_per_input(targets, count, is_batch)
         if targets is not None:
@@ -72,6 +73,38 @@ class Choice:
             extra = [] if expected is None else [expected]
             chosen.append(list(dict.fromkeys([*best[: self.top_k], *named, *extra])))
         return chosen
+
+
+def named(given: Any, class_names: Sequence[str] | None) -> Any:
+    """Replace the names of classes by their numbers, in lists as well.
+
+    Raises:
+        ValueError: if there is no class of that name, or several, or the names are not known
+    """
+    if isinstance(given, (list, tuple)):
+        return [named(one, class_names) for one in given]
+    return find_class(given, class_names) if isinstance(given, str) else given
+
+
+def find_class(name: str, class_names: Sequence[str] | None) -> int:
+    """Return the number of a class; capital letters make no difference where one class alone is meant.
+
+    Raises:
+        ValueError: if there is no class of that name, or several, or the names are not known
+    """
+    if class_names is None:
+        raise ValueError(f"`class_idx` is {name!r}, but the names of the classes are not known: pass `class_names`")
+    found = [index for index, one in enumerate(class_names) if one == name]
+    found = found or [index for index, one in enumerate(class_names) if one.casefold() == name.casefold()]
+    if len(found) > 1:
+        raise ValueError(
+            f"`class_idx` is {name!r}, which is the name of the classes {found}: pass one of these numbers"
+        )
+    if not found:
+        close = get_close_matches(name, class_names, n=3, cutoff=0.5)
+        hint = f": did you mean {' or '.join(map(repr, close))}?" if close else ""
+        raise ValueError(f"`class_idx` is {name!r}, and no class has that name{hint}")
+    return found[0]
 
 
 def _per_input(argument: str, given: Any, count: int) -> list[int | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -20,8 +21,10 @@ from ._figures import Cell, Row, Sheet
 from ._files import atomic_write
 from ._inputs import as_rgb, read_picture
 from ._method_maps import MethodMaps, fuse_layers, save_maps
-from ._pictures import enlarged, fitted
-from .utils import overlay_map
+from ._pictures import enlarged, fitted, fitted_size
+from ._views import FULL, View, Views
+from .layout import Cells
+from .utils import ALPHA, on_picture
 
 if TYPE_CHECKING:
     from matplotlib.colors import Colormap
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["Explanations", "PredictionExplanation"]
 
 SHOWN = 8  # inputs of a batch that a notebook shows
-TINY = 112  # pictures with less on their longest side are enlarged, so that maps over them are smooth
+SMALLEST = 256  # pictures with less on their longest side are enlarged, to 512 at least: maps over them are smooth
 
 
 class _Pictures:
@@ -50,8 +53,8 @@ class _Pictures:
         self,
         *,
         colormap: str | Colormap | None = None,
-        alpha: float = 0.5,
-        grey: bool = True,
+        alpha: float = ALPHA,
+        grey: bool = False,
         dark: bool | None = None,
         title: str | None = None,
     ) -> Figure:
@@ -63,7 +66,7 @@ class _Pictures:
 
         Args:
             colormap: as for `overlay`
-            alpha: the opacity of the image, in [0, 1)
+            alpha: the opacity of the image under the strongest values, in [0, 1)
             grey: whether the image below a map is drawn in grey
             dark: light text on dark paper, or the other way round; None for the style that matplotlib is set to
             title: the figure's title, by default the prediction
@@ -79,7 +82,7 @@ class _Pictures:
         path: str | Path | None = None,
         *,
         colormap: str | Colormap | None = None,
-        alpha: float = 0.5,
+        alpha: float = ALPHA,
         title: str | None = None,
     ) -> str:
         """Write a page to look at the maps with: opacity, class, method, and two maps side by side.
@@ -150,9 +153,10 @@ class PredictionExplanation(_Pictures):
         class_names: the names of the classes, if they are known
         method_kwargs: the arguments of the first method, as plain values
         results: the maps of every method, by its name
-        image: the model's view of the input, RGB; None where that is no picture
+        image: the picture below the maps, RGB: the model's view, or what was given to show; None where there is none
         probabilities: the probabilities of the classes, (1, classes); None where there are none
         scores: the scores of the targets, by their names
+        view: where the model's view lies on ``image``: top, left, bottom and right, as shares of its height and width
     """
 
     logits: Tensor
@@ -170,7 +174,9 @@ class PredictionExplanation(_Pictures):
     image: Image.Image | None = None
     probabilities: Tensor | None = None
     scores: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    view: View = FULL
     _try_out: Callable[..., Any] | None = None  # holds on to the input, but not to the model
+    _views: Views | None = None  # tells the view on other pictures
 
     def __post_init__(self) -> None:
         if not self.results:
@@ -264,17 +270,18 @@ class PredictionExplanation(_Pictures):
         method: str | None = None,
         *,
         image: Any = None,
-        alpha: float = 0.5,
+        alpha: float = ALPHA,
         colormap: str | Colormap | None = None,
-        grey: bool = True,
+        grey: bool = False,
     ) -> Image.Image:
         """Draw one map over the image.
 
         Args:
             class_idx: which class (or the name of a target), by default the first one explained
             method: the name of the method, by default the first
-            image: what to draw over, by default what the model sees
-            alpha: the opacity of the image, in [0, 1)
+            image: what to draw over, by default ``image``: the picture that was explained, before or after the
+                transform. Where the model saw a part of it, the map is drawn there.
+            alpha: the opacity of the image under the strongest values, in [0, 1)
             colormap: a matplotlib colormap, or the name of one such as "jet"; by default one whose steps look equal,
                 and a diverging one for signed maps
             grey: whether the image is drawn in grey, so that all colour is the map's
@@ -287,8 +294,10 @@ class PredictionExplanation(_Pictures):
         if key not in result.cams:
             raise ValueError(f"`class_idx` {key!r} was not explained; there are maps of {list(result.cams)}")
         values = result.values(key)
-        base = as_rgb(read_picture(image)) if image is not None else self._picture(values)
-        return overlay_map(base.convert("L") if grey else base, values, colormap, alpha, signed=result.signed)
+        base, view = self._picture(values), self.view
+        if image is not None:
+            base, view = self._on_other(as_rgb(read_picture(image)))
+        return _drawn(base, result, key, view, colormap, alpha, grey)
 
     def _drawable(self) -> bool:
         """Check whether all maps have height and width."""
@@ -306,24 +315,32 @@ class PredictionExplanation(_Pictures):
         return self.results[str(method)]
 
     def _picture(self, values: NDArray[np.float32]) -> Image.Image:
-        """Return the image below a map: the model's view, or else plain grey."""
-        if self.image is None:
-            return enlarged(Image.new("RGB", values.shape[::-1], "grey"), TINY)
-        return enlarged(self.image, TINY)
+        """Return the image below a map, or else plain grey."""
+        return enlarged(Image.new("RGB", values.shape[::-1], "grey") if self.image is None else self.image, SMALLEST)
 
-    def _sheet(self, alpha: float = 0.5, colormap: str | Colormap | None = None, grey: bool = True) -> Sheet:
+    def _on_other(self, picture: Image.Image) -> tuple[Image.Image, View]:
+        """Return a picture to draw over in place of one's own, and where the model's view lies on it."""
+        if len(self.input_shape) != 4:
+            return picture, FULL
+        height, width = self.input_shape[2:]
+        views = self._views or Views((width, height))
+        found = views.on(picture.size)
+        if found is not None or self.image is None:
+            return picture, found or FULL
+        warnings.warn(views.unknown(picture.size), UserWarning, stacklevel=3)
+        return self.image, self.view
+
+    def _sheet(self, alpha: float = ALPHA, colormap: str | Colormap | None = None, grey: bool = False) -> Sheet:
         """Draw the image and all maps, no larger than a figure shows them."""
         rows = []
         for name, result in self.results.items():
             cells = []
             for key in result.cams:
                 base = fitted(self._picture(result.values(key)), 512)
-                base = base.convert("L") if grey else base
-                drawn = overlay_map(base, result.values(key), colormap, alpha, signed=result.signed)
-                cells.append(Cell(drawn, result.note(key)))
+                cells.append(Cell(_drawn(base, result, key, self.view, colormap, alpha, grey), result.note(key)))
             rows.append(Row(name, ", ".join(result.target_layers), result.signed, cells))
         captions = [(self.name_of(key), self.value_of(key)) for key in self.cams]
-        image = None if self.image is None else fitted(enlarged(self.image, TINY), 512)
+        image = None if self.image is None else fitted(enlarged(self.image, SMALLEST), 512)
         return Sheet(self.title, image, captions, rows)
 
     def _page_item(self, name: str) -> _page.PageItem:
@@ -332,7 +349,7 @@ class PredictionExplanation(_Pictures):
                 label,
                 ", ".join(result.target_layers),
                 result.signed,
-                [result.values(key) for key in result.cams],
+                [_in_place(result.values(key), self.view, self.image) for key in result.cams],
                 [result.note(key) for key in result.cams],
             )
             for label, result in self.results.items()
@@ -362,9 +379,9 @@ class PredictionExplanation(_Pictures):
         self,
         directory: str | Path,
         image: Image.Image | None = None,
-        alpha: float = 0.5,
+        alpha: float = ALPHA,
         *,
-        colormap: str | Colormap = "jet",
+        colormap: str | Colormap | None = None,
     ) -> Path:
         """Write the explanation into a directory of its own, all of it or nothing.
 
@@ -375,9 +392,8 @@ class PredictionExplanation(_Pictures):
 
         Args:
             directory: where to write; made if needed, with its parents
-            image: the image that was explained, cut as it was for the model: maps are stretched to its full size. By
-                default what the model sees.
-            alpha: the opacity of the image in the overlays, in [0, 1)
+            image: the picture to keep and to draw over, as for `overlay`
+            alpha: the opacity of the image under the strongest values, in [0, 1)
             colormap: a matplotlib colormap, or the name of one
 
         Returns:
@@ -389,9 +405,10 @@ class PredictionExplanation(_Pictures):
             ValueError: if the maps are not two-dimensional, ``alpha`` is out of range, or the image's mode unsupported
         """
         directory = _free(directory)
-        image = self.image if image is None else image
-        if not isinstance(image, Image.Image):
-            raise TypeError(f"`image` must be a PIL image, got {type(image).__name__}")
+        given = self.image if image is None else image
+        if not isinstance(given, Image.Image):
+            raise TypeError(f"`image` must be a PIL image, got {type(given).__name__}")
+        picture, view = (given, self.view) if image is None else self._on_other(given)
         shapes = {tuple(cam.shape) for result in self.results.values() for maps in result.cams.values() for cam in maps}
         if any(len(shape) != 2 for shape in shapes):
             raise ValueError(
@@ -400,8 +417,9 @@ class PredictionExplanation(_Pictures):
 
         with atomic_write(directory) as folder:
             folder.mkdir()
-            picture = "image.tiff" if image.mode == "F" else "image.png"  # PNG has no floating-point pixels
-            image.save(folder / picture)
+            name_of_picture = "image.tiff" if picture.mode == "F" else "image.png"  # PNG has no floating-point pixels
+            picture.save(folder / name_of_picture)
+            below = enlarged(picture, SMALLEST)
             methods = {}
             for number, (name, result) in enumerate(self.results.items()):
                 place = f"method-{number}/" if number else ""
@@ -412,7 +430,9 @@ class PredictionExplanation(_Pictures):
                     "target_layers": list(result.target_layers),
                     "signed": result.signed,
                     "classes": {
-                        str(key): self._class_entry(key, save_maps(result, key, folder, place, image, alpha, colormap))
+                        str(key): self._class_entry(
+                            key, save_maps(result, key, folder, place, below, alpha, colormap, view)
+                        )
                         for key in result.cams
                     },
                 }
@@ -429,8 +449,9 @@ class PredictionExplanation(_Pictures):
                 "model": self.model,
                 "input_shape": list(self.input_shape),
                 "versions": dict(self.versions),
-                "image": picture,
-                "image_size": list(image.size),
+                "image": name_of_picture,
+                "image_size": list(picture.size),
+                "view": list(view),
                 "alpha": alpha,
                 "methods": methods,
             }
@@ -500,13 +521,13 @@ class Explanations(_Pictures, Sequence[PredictionExplanation]):
         """Draw one map over each image: see `PredictionExplanation.overlay`."""
         return [item.overlay(class_idx, method, **options) for item in self._items]
 
-    def save(self, directory: str | Path, images: Sequence[Image.Image] | None = None, alpha: float = 0.5) -> Path:
+    def save(self, directory: str | Path, images: Sequence[Image.Image] | None = None, alpha: float = ALPHA) -> Path:
         """Write each explanation into a directory `input-<number>` of its own: see `PredictionExplanation.save`.
 
         Args:
             directory: where to write; made if needed, with its parents
             images: the images that were explained, by default what the model sees
-            alpha: the opacity of the image in the overlays, in [0, 1)
+            alpha: the opacity of the image under the strongest values, in [0, 1)
 
         Returns:
             the directory
@@ -521,6 +542,27 @@ class Explanations(_Pictures, Sequence[PredictionExplanation]):
             for number, (item, picture) in enumerate(zip(self._items, pictures, strict=True)):
                 item.save(folder / f"input-{number:0{digits}}", picture, alpha)
         return directory
+
+
+def _drawn(
+    base: Image.Image,
+    result: MethodMaps,
+    key: int | str,
+    view: View,
+    colormap: str | Colormap | None,
+    alpha: float,
+    grey: bool,
+) -> Image.Image:
+    """Draw one map over a picture."""
+    base = enlarged(base.convert("L") if grey else base, SMALLEST)
+    return result.over(base, result.values(key), view, colormap, alpha)
+
+
+def _in_place(values: NDArray[np.float32], view: View, picture: Image.Image | None) -> NDArray[np.float32]:
+    """Return a map that covers the whole picture: undefined where the model saw nothing of it."""
+    if picture is None or view == FULL:
+        return values
+    return on_picture(values, Cells.of_grid(values.shape, view), fitted_size(picture.size, 512))
 
 
 def _free(directory: str | Path) -> Path:

@@ -248,7 +248,10 @@ def to_html(sheets: Sequence[Sheet], title: str, colormap: str | Colormap | None
         f'<div style="font:14px/1.4 system-ui,sans-serif;color:inherit"><div><strong>{_escaped(title)}</strong></div>'
     ]
     omitted = 0
-    for sheet in sheets:
+    for number, sheet in enumerate(sheets):
+        if number and sheet.panels > left:  # no input is cut in two
+            more += len(sheets) - number
+            break
         if len(sheets) > 1:
             parts.append(f'<div style="margin-top:.8em">{_escaped(sheet.title)}</div>')
         panels = _html_panels(sheet, min(edge, 256 if total > 1 else 512))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import stat
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ from torch import Tensor, nn
 from ._passes import find_image, model_device
 from ._pictures import from_unit_range, to_picture
 from ._tensors import map_tensors
+from ._views import FULL, View, Views
 
 __all__ = ["Inputs", "as_rgb", "read_inputs", "read_picture"]
 
@@ -32,7 +37,10 @@ class Inputs:
         tensor: the image-like input, (N, C, *spatial)
         kwargs: the model's keyword arguments, that input among them; None if it is the only argument
         is_batch: whether a batch was given, if only of one
-        pictures: the model's view of each sample, RGB; None where that is no picture
+        pictures: what is shown of each sample, RGB: the model's view, or what was given; None where that is no picture
+        shown: where the model's view lies on that picture
+        views: tells where it lies on other pictures of the sample
+        channels: the number of channels that the model's first convolution takes; None without one
         class_names: the names of the classes, as far as the weights or the model know them
     """
 
@@ -40,7 +48,23 @@ class Inputs:
     kwargs: Mapping[str, Any] | None
     is_batch: bool
     pictures: tuple[Image.Image | None, ...]
+    shown: tuple[View, ...]
+    views: tuple[Views | None, ...]
+    channels: int | None
     class_names: tuple[str, ...] | None
+
+    @contextmanager
+    def named_errors(self) -> Iterator[None]:
+        """Say so where a model fails because its input has another number of channels than its first convolution."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.channels in {None, self.tensor.shape[1]}:
+                raise
+            raise ValueError(
+                f"`input_tensor` of shape {tuple(self.tensor.shape)} has {self.tensor.shape[1]} channels, the model's "
+                f"first convolution takes {self.channels} ({error})"
+            ) from error
 
     def call(self, model: nn.Module, samples: slice) -> Any:
         """Run a model on some of the samples; on all of them where there are other arguments."""
@@ -63,9 +87,7 @@ def read_inputs(model: nn.Module, given: Any, transform: Any = None, weights: An
         ValueError: if it is not a batch of inputs, or an image without a known transform
     """
     if isinstance(weights, str):
-        from torchvision.models import get_weight
-
-        weights = get_weight(weights)
+        weights = _weights_named(weights, model)
     if transform is not None and not callable(transform):
         raise TypeError(f"`transform` must be callable, got {transform!r}")
     if weights is not None and not (hasattr(weights, "transforms") and hasattr(weights, "meta")):
@@ -74,6 +96,8 @@ def read_inputs(model: nn.Module, given: Any, transform: Any = None, weights: An
         transform = weights.transforms()
 
     kwargs: Mapping[str, Any] | None = None
+    images: list[Image.Image] = []
+    channels = _input_channels(model)
     is_batch = isinstance(given, (list, tuple)) or (isinstance(given, np.ndarray) and given.ndim == 4)
     if isinstance(given, Tensor):
         tensor = _check_tensor(given, model)
@@ -88,15 +112,25 @@ def read_inputs(model: nn.Module, given: Any, transform: Any = None, weights: An
         if all(isinstance(item, Tensor) for item in items):
             tensor = _stack([item[0] if item.ndim > 3 and len(item) == 1 else item for item in items])
         else:
-            images = [_for_model(read_picture(item), _input_channels(model)) for item in items]
+            images = [_for_model(read_picture(item), channels) for item in items]
             transform = transform or _own_transform(model)
             kwargs, tensor = _transformed(transform, images)
             kwargs, tensor = _moved(model, kwargs, tensor)
+    views: tuple[Views | None, ...] = (None,) * len(tensor)
+    if tensor.ndim == 4:
+        seen = (tensor.shape[3], tensor.shape[2])
+        to_tensor = None if transform is None else partial(_one_transformed, transform, channels)
+        sources: list[tuple[int, int] | None] = [picture.size for picture in images] or [None] * len(tensor)
+        views = tuple(Views(seen, source, to_tensor) for source in sources)
+    pictures, shown = _pictures(tensor, _normalisation(transform) or _normalisation(_pretrained(model)), image, views)
     return Inputs(
         tensor,
         kwargs if (kwargs is not None and len(kwargs) > 1) or isinstance(given, Mapping) else None,
         is_batch,
-        _pictures(tensor, _normalisation(transform) or _normalisation(_pretrained(model)), image),
+        pictures,
+        shown,
+        views,
+        channels,
         _class_names(model, weights),
     )
 
@@ -106,6 +140,11 @@ def read_inputs(model: nn.Module, given: Any, transform: Any = None, weights: An
 
 def _check_tensor(tensor: Tensor, model: nn.Module) -> Tensor:
     shape = tuple(tensor.shape)
+    if tensor.dtype == torch.uint8:
+        raise TypeError(
+            f"`input_tensor` of shape {shape} holds bytes, models take floats: convert it as the model was trained, or "
+            "pass the image itself (a path, a PIL image or an array) with `transform=` or `weights=`"
+        )
     lacks_batch = tensor.ndim == 3 and len(tensor) in {3, 4} and _input_channels(model) is not None
     if tensor.ndim < 3 or not len(tensor) or lacks_batch:
         raise ValueError(
@@ -144,6 +183,11 @@ def _transformed(transform: Any, images: list[Image.Image]) -> tuple[Mapping[str
         if not isinstance(tensor, Tensor):
             raise TypeError(f"`transform` must make a tensor of an image, got {type(tensor).__name__}")
     return None, _stack([t[0] if t.ndim > 3 and len(t) == 1 else t for t in tensors])
+
+
+def _one_transformed(transform: Any, channels: int | None, image: Image.Image) -> Tensor:
+    """Return a transformed image, (C, *spatial)."""
+    return _transformed(transform, [_for_model(image, channels)])[1][0]
 
 
 def _moved(model: nn.Module, kwargs: Mapping[str, Any] | None, tensor: Tensor) -> tuple[Any, Tensor]:
@@ -209,8 +253,12 @@ def read_picture(given: Any) -> Image.Image:
             "`input_tensor` must be a tensor, a path, a PIL image, an array, a mapping of the model's arguments, or a "
             f"list of images, got {type(given).__name__}"
         )
-    if not Path(given).is_file():
-        raise FileNotFoundError(f"there is no file '{given}' to read an image from")
+    try:
+        mode = Path(given).stat().st_mode
+    except (OSError, ValueError) as error:  # a name may be too long, or hold what no name may hold
+        raise FileNotFoundError(f"there is no file {str(given)[:200]!r} to read an image from") from error
+    if not stat.S_ISREG(mode):  # a pipe or a device may have no end
+        raise FileNotFoundError(f"{str(given)!r} is no regular file to read an image from")
     try:
         with Image.open(given) as opened:
             image = ImageOps.exif_transpose(opened)
@@ -261,15 +309,27 @@ def _for_model(image: Image.Image, channels: int | None) -> Image.Image:
 # The model's view, as a picture.
 
 
-def _pictures(tensor: Tensor, normalisation: Normalisation | None, image: Any) -> tuple[Image.Image | None, ...]:
+def _pictures(
+    tensor: Tensor, normalisation: Normalisation | None, image: Any, views: Sequence[Views | None]
+) -> tuple[tuple[Image.Image | None, ...], tuple[View, ...]]:
+    """Return what is shown of each sample, and where the model's view lies on that."""
+    own: list[Image.Image | None] = [None] * len(tensor)
+    if tensor.ndim == 4 and tensor.is_floating_point():
+        own = [to_picture(sample, normalisation) for sample in tensor]
     if image is None:
-        if tensor.ndim != 4 or not tensor.is_floating_point():
-            return (None,) * len(tensor)
-        return tuple(to_picture(sample, normalisation) for sample in tensor)
+        return tuple(own), (FULL,) * len(tensor)
     images = list(image) if isinstance(image, (list, tuple)) else [image]
     if len(images) != len(tensor):
         raise ValueError(f"`image` must hold a picture for each of the {len(tensor)} inputs, got {len(images)}")
-    return tuple(as_rgb(read_picture(one)) for one in images)
+    given = [as_rgb(read_picture(one)) for one in images]
+    shown = [FULL if known is None else known.on(one.size) for known, one in zip(views, given, strict=True)]
+    for place, (known, view) in enumerate(zip(views, shown, strict=True)):
+        if view is None and known is not None:
+            warnings.warn(known.unknown(given[place].size), UserWarning, stacklevel=4)
+    return (
+        tuple(mine if view is None else one for mine, view, one in zip(own, shown, given, strict=True)),
+        tuple(view or FULL for view in shown),
+    )
 
 
 def _normalisation(source: Any) -> Normalisation | None:
@@ -294,6 +354,27 @@ def _are_numbers(values: Any) -> bool:
 
 
 # The names of the classes.
+
+
+def _weights_named(name: str, model: nn.Module) -> Any:
+    """Return weights of torchvision by their name, with that of their architecture or for a model that it built."""
+    from torchvision import models
+
+    try:
+        if "." in name:
+            return models.get_weight(name)
+        sizes = sum(parameter.numel() for parameter in model.parameters())
+        for arch in models.list_models(module=models):
+            entries = models.get_model_weights(arch)
+            own = models.get_model_builder(arch).__module__ == type(model).__module__
+            if own and entries.DEFAULT.meta["num_params"] == sizes:
+                return entries[name.upper()]
+    except (AttributeError, KeyError, ValueError) as error:
+        raise ValueError(f"`weights` {name!r} are none of torchvision's: {error}") from error
+    raise ValueError(
+        f"`weights` {name!r} are of no architecture, and {type(model).__name__} is not built as torchvision "
+        'builds its own: pass their whole name, such as "ResNet18_Weights.DEFAULT"'
+    )
 
 
 def _class_names(model: nn.Module, weights: Any) -> tuple[str, ...] | None:

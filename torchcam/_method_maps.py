@@ -13,6 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from ._tensors import resize
+from ._views import View
+from .layout import Cells
 from .utils import overlay_map
 
 if TYPE_CHECKING:
@@ -56,6 +58,18 @@ class MethodMaps:
             raise ValueError(f"only maps (height, width) can be drawn over an image, these have shapes {shapes}")
         return np.asarray(cam.cpu().numpy(), dtype=np.float32)
 
+    def over(
+        self,
+        picture: Image.Image,
+        values: NDArray[np.float32],
+        view: View,
+        colormap: str | Colormap | None,
+        alpha: float,
+    ) -> Image.Image:
+        """Draw a map over the part of a picture that is the model's view."""
+        cells = Cells.of_grid((values.shape[0], values.shape[1]), view)
+        return overlay_map(picture, values, colormap, alpha, signed=self.signed, cells=cells)
+
     def note(self, key: int | str) -> str:
         """Return a remark on a map whose picture looks empty: it is blank, or undefined."""
         cam = self.fused[key]
@@ -71,7 +85,8 @@ def save_maps(
     place: str,
     image: Image.Image,
     alpha: float,
-    colormap: str | Colormap,
+    colormap: str | Colormap | None,
+    view: View,
 ) -> list[dict[str, Any]]:
     """Write the maps of a class to ``place`` within ``folder``, and return the names of the files."""
     entries = []
@@ -83,7 +98,7 @@ def save_maps(
         grey = (255 * np.nan_to_num(shares)).round().astype(np.uint8)
         np.save(folder / f"{stem}.npy", cam.numpy(), allow_pickle=False)
         Image.fromarray(grey).save(folder / f"{stem}-heatmap.png")
-        drawn = overlay_map(image, values, None if result.signed else colormap, alpha, signed=result.signed)
+        drawn = result.over(image, values, view, None if result.signed else colormap, alpha)
         drawn.save(folder / f"{stem}-overlay.png")
         entries.append(
             {

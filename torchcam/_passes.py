@@ -93,6 +93,7 @@ class Call:
         versions: every tensor among the arguments with its version at the time of the call
         found: the image-like argument as it was given; None if there is none
         autocast: the type of device, whether autocast was on for it, and its type
+        shared: the inputs that all samples share although they have as many rows, by identity; None until it is proven
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], wanted: str | int | None = None) -> None:
@@ -109,6 +110,7 @@ class Call:
         device_type = tensors[0].device.type if tensors else "cpu"
         enabled = torch.is_autocast_enabled(device_type)
         self.autocast = device_type, enabled, torch.get_autocast_dtype(device_type) if enabled else None
+        self.shared: set[int] | None = None
 
     def check_unchanged(self) -> None:
         """Raise a ``RuntimeError`` if an argument was modified in place since the call."""
@@ -151,18 +153,73 @@ class Call:
             image: variants of the input, (B, C, *spatial)
             samples: the sample of the recorded batch that each variant belongs to, (B,)
         """
-        original = self._image()
+        return self._with(self._image(), image, samples)
+
+    @property
+    def signal(self) -> Tensor | list[Tensor] | None:
+        """The image-like input or, where there is none, the first of floating-point numbers (N, L)."""
+        if self.found is not None:
+            return self.found
+        tensors = (tensor for tensor, _ in self.versions)
+        return next((t for t in tensors if t.is_floating_point() and t.ndim == 2), None)
+
+    def with_signal(self, signal: Tensor, samples: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments with ``signal`` in the place of the image-like input or the signal (N, L)."""
+        original = self.signal
+        return self._with(self._image() if original is None else original, signal, samples)
+
+    def _with(
+        self, original: Tensor | list[Tensor], replacement: Tensor, samples: Tensor
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         batch_size = len(original)
 
         def substitute(value: Any) -> Any:
             if value is original:
-                return image if isinstance(original, Tensor) else type(original)(image.unbind(0))
+                return replacement if isinstance(original, Tensor) else type(original)(replacement.unbind(0))
             if isinstance(value, Tensor):
-                return value[samples] if value.ndim and value.shape[0] == batch_size else value
+                follows = value.ndim and value.shape[0] == batch_size and id(value) not in (self.shared or ())
+                return value[samples] if follows else value
             return NotImplemented
 
         arguments: tuple[tuple[Any, ...], dict[str, Any]] = map_structure(substitute, (self.args, self.kwargs))
         return arguments
+
+    def prove_rows(self, model: nn.Module) -> None:
+        """Find out which inputs with as many rows as there are samples have a row for each: prompts need not.
+
+        The first row of such an input is replaced by the second, and the model runs once more with the same random
+        numbers: where what it returns of other samples changes, all samples share that input. One whose rows are the
+        same, a mask say, is shared if another one is.
+
+        Args:
+            model: a replica of the model
+        """
+        if self.shared is not None:
+            return
+        self.shared = set()
+        images = {id(image) for image in tensors_in(self.found)}
+        count = 0 if self.found is None else len(self.found)
+        suspects = [t for t, _ in self.versions if t.ndim and len(t) == count > 1 and id(t) not in images]
+        if not suspects:
+            return
+        state = torch.get_rng_state()
+
+        def rows_of(changed: Tensor | None) -> list[Tensor]:
+            torch.set_rng_state(state)
+            other = None if changed is None else torch.cat([changed[1:2], changed[1:]])
+            args, kwargs = map_tensors(lambda t: other if t is changed else t.clone(), (self.args, self.kwargs))
+            found = tensors_in(model(*args, **kwargs))
+            return [t.float() for t in found if t.is_floating_point() and t.ndim and len(t) == count]
+
+        with torch.no_grad(), self.as_recorded():
+            base = rows_of(None)
+            alike = [t for t in suspects if torch.equal(t[0], t[1])]
+            for tensor in suspects:
+                found = [] if any(tensor is one for one in alike) else rows_of(tensor)
+                if not all(_others_are_close(new, old) for new, old in zip(found, base, strict=False)):
+                    self.shared.add(id(tensor))
+        if self.shared:
+            self.shared.update(map(id, alike))
 
     def as_recorded(self) -> AbstractContextManager[Any]:
         """Return a context with the autocast state of the call."""
@@ -170,6 +227,11 @@ class Call:
         if not enabled and not torch.is_autocast_enabled(device_type):
             return nullcontext()
         return torch.autocast(device_type, dtype=dtype, enabled=enabled)
+
+
+def _others_are_close(new: Tensor, old: Tensor) -> bool:
+    """Check whether the rows but the first are the same, to rounding."""
+    return new.shape == old.shape and torch.allclose(new[1:], old[1:], rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 def find_image(args: Any, kwargs: dict[str, Any], wanted: str | int | None = None) -> Tensor | list[Tensor] | None:

@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 TOLERANCE = 0.02  # by which rounding may carry an input out of [0, 1]
+TINY = 112  # of pictures whose longest side is shorter, the pixels can be seen
 LOSSLESS_PIXELS = 128 * 128  # pictures with more pixels are encoded as JPEG
 
 
@@ -96,8 +97,11 @@ def enlarged_size(size: tuple[int, int], edge: int) -> tuple[int, int]:
 
 
 def enlarged(picture: Image.Image, edge: int) -> Image.Image:
-    """Enlarge a picture pixel by pixel if its longer side is shorter than ``edge``."""
-    return picture.resize(enlarged_size(picture.size, edge), Image.Resampling.NEAREST)
+    """Enlarge a picture by an integer if its longer side is shorter than ``edge``: tiny ones pixel by pixel."""
+    is_tiny = max(picture.size) < TINY or picture.mode not in {"L", "RGB"}
+    resample = Image.Resampling.NEAREST if is_tiny else Image.Resampling.BICUBIC
+    size = enlarged_size(picture.size, edge)
+    return picture if size == picture.size else picture.resize(size, resample)
 
 
 def data_uri(picture: Image.Image) -> str:

@@ -89,13 +89,13 @@ class Timeline:
         self._height = max(picture.height for picture in self.pictures)
         self._text = max(10, round(thumbnail / 9))
         self._line = self._text + 3
-        self._bar = overlay_map(Image.new("L", (120, self._text)), np.linspace(0, 1, 120)[None], colormap, alpha=0.0)
+        self._bar = overlay_map(Image.new("L", (120, self._text), 255), np.linspace(0, 1, 120)[None], colormap)
 
     def draw_thumbnails(self, cams: np.ndarray, stamps: list[str]) -> tuple[Image.Image, ...]:
-        """Draw each map over its picture in grey, so that colours belong to the map only; stamp undefined maps."""
+        """Draw each map over its picture; stamp undefined maps."""
         thumbnails = []
         for picture, cam, stamp in zip(self.pictures, cams, stamps, strict=True):
-            drawn = overlay_map(picture.convert("L"), as_plane(cam), self._colormap, alpha=0.4)
+            drawn = overlay_map(picture, as_plane(cam), self._colormap)
             if stamp:
                 center = (drawn.width / 2, drawn.height / 2)
                 pen = ImageDraw.Draw(drawn)

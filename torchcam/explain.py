@@ -131,8 +131,8 @@ def explain(
             ``comparison_idx``, ``eps``, ``target_shape``); of several methods, a mapping from methods to arguments
         top_k: how many classes with the highest scores are explained, the predicted one first; 1, or 0 with
             ``class_idx``
-        class_idx: the class to explain, or a list of several. Of a batch one for all, a list of one for each input, or
-            a list of as many for each.
+        class_idx: the class to explain, or a list of several; by number, or by name where the names are known. Of a
+            batch one for all, a list of one for each input, or a list of as many for each.
         targets: in place of classes, what to explain of any output: a callable from one sample's output to a scalar
             (see :mod:`torchcam.targets`), several in a mapping from their names, or in a list: of one input's several
             targets, of a batch's one for each input
@@ -140,8 +140,10 @@ def explain(
             maps; None for what each method does by itself
         transform: function from a PIL image to a tensor (C, *spatial), or an image processor of transformers. The image
             that is shown is the model's view, with the transform's normalisation undone where it can be found.
-        weights: weights of torchvision, or their name: their transform is taken, and the names of the classes
-        image: what to show in place of the model's view: an image as above, or a list of one for each input
+        weights: weights of torchvision, or their name, such as "ResNet18_Weights.DEFAULT" or, for a model as
+            torchvision builds it, "DEFAULT": their transform is taken, and the names of the classes
+        image: what to show in place of the model's view: an image as above, or a list of one for each input. If it is
+            the original of an image that was cropped or padded, each map is drawn where the model saw it.
         to_probabilities: function from the scores (N, classes) to the probabilities that are shown: softmax by default;
             ``torch.sigmoid`` where classes do not exclude each other. A single score is shown as it is.
         batch_size: largest number of inputs in one forward pass
@@ -206,7 +208,9 @@ def explain(
                         image=picture,
                         probabilities=_probabilities(answer.logits, to_probabilities),
                         scores=MappingProxyType(answer.scores),
+                        view=inputs.shown[number],
                         _try_out=request,
+                        _views=inputs.views[number],
                     )
                 )
     return Explanations(explanations) if inputs.is_batch else explanations[0]
@@ -283,7 +287,8 @@ def _explain_samples(
 ) -> list[tuple[_Answer, dict[str, MethodMaps]]]:
     """Run the model once, and return its answer for each input with the maps of all methods."""
     count = samples.stop - samples.start
-    output = inputs.call(replica, samples)
+    with inputs.named_errors():
+        output = inputs.call(replica, samples)
     if choice.targets is None:
         logits = _class_scores(output, count)
         keys: list[list[Any]] = list(choice.keys(logits, samples))

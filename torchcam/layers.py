@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -14,13 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._passes import find_image, image_shape, model_device
+from ._certainty import Certainty, Verdict
+from ._passes import Call, model_device
 from ._replica import replicated
 from ._tensors import map_tensors, tensors_in
-from .layout import Layout, find_layout, first_tensor, has_consistent_stride, replace_tensors
+from .layout import Layout, first_tensor, replace_tensors
 from .targets import read_logits
 
-__all__ = ["Candidate", "Candidates", "TargetLayer", "automatic_layer", "candidates", "layer_name", "layer_names"]
+__all__ = [
+    "Candidate",
+    "Candidates",
+    "TargetLayer",
+    "automatic_layer",
+    "candidates",
+    "candidates_of",
+    "layer_name",
+    "layer_names",
+]
 
 TargetLayer = nn.Module | str
 
@@ -76,6 +86,8 @@ class Candidate:
         calls: how often it was called in one forward pass (its last output counts)
         fits: whether the grid divides the input at a consistent stride
         is_stage: whether it is more than a projection within a layer, or the layer that makes the scores
+        is_proven: whether its positions are those of the input, by what the module and the model show or by an
+            experiment; None where nothing tells
     """
 
     name: str
@@ -86,6 +98,7 @@ class Candidate:
     calls: int
     fits: bool
     is_stage: bool
+    is_proven: bool | None = True
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -103,7 +116,7 @@ class Candidates(Sequence[Candidate]):
 
     _HEAD = ("layer", "type", "grid", "channels", "influence", "calls")
 
-    def __init__(self, items: Sequence[Candidate]) -> None:
+    def __init__(self, items: Iterable[Candidate]) -> None:
         self._items = tuple(items)
 
     def __getitem__(self, index: Any) -> Any:
@@ -115,7 +128,7 @@ class Candidates(Sequence[Candidate]):
     @property
     def choice(self) -> str | None:
         """The layer that extractors take by default: the last of the best kind there is."""
-        wanted = [c for c in self if c.depends and math.prod(c.grid) > 1]
+        wanted = [c for c in self if c.depends and math.prod(c.grid) > 1 and c.is_proven is not False]
         for kind in (
             [c for c in wanted if c.fits and c.is_stage],
             [c for c in wanted if c.fits],
@@ -166,7 +179,17 @@ def candidates(model: nn.Module, *inputs: Any, **kwargs: Any) -> Candidates:
         >>> candidates(resnet18(), torch.rand(1, 3, 64, 64)).choice
         'layer4'
     """
-    shape = image_shape(find_image(inputs, kwargs))
+    return candidates_of(model, Call(inputs, kwargs))
+
+
+def candidates_of(model: nn.Module, call: Call, select: Callable[[Any], Tensor] | None = None) -> Candidates:
+    """List the modules that a map can be made from in a call of a model, as :func:`candidates` does.
+
+    Args:
+        model: the model
+        call: how it is called
+        select: function from its output to the scores that count, in place of a random sum of all
+    """
     outputs: dict[str, Tensor] = {}
     calls: Counter[str] = Counter()
 
@@ -187,29 +210,40 @@ def candidates(model: nn.Module, *inputs: Any, **kwargs: Any) -> Candidates:
         for name, module in modules.items():
             module.register_forward_hook(partial(inspect, name))
         _fill_zeros(replica, generator)
-        result = _call_probed(replica, inputs, kwargs)
-        gradients = _influences(result, list(outputs.values()), generator)
+        result = _call_probed(replica, call.args, call.kwargs)
+        explained = result if select is None else select(result)
+        gradients = dict(zip(outputs, _influences(explained, list(outputs.values()), generator), strict=True))
     scores = _dense_scores(result)
-    found = []
-    for (name, tensor), gradient in zip(outputs.items(), gradients, strict=True):
-        try:
-            layout = find_layout(tuple(tensor.shape), shape, name)
-        except ValueError:
-            continue
-        grid = layout.to_grid(tensor.detach())
-        found.append(
-            Candidate(
-                name,
-                type(modules[name]).__name__,
-                layout,
-                grid.shape[1],
-                _share(layout, gradient),
-                calls[name],
-                shape is None or has_consistent_stride(layout.grid, shape[2:]),
-                not isinstance(modules[name], nn.Linear) and (scores is None or grid.shape[1] != scores.shape[1]),
-            )
+    certainty = Certainty(model, call)
+
+    def candidate(name: str, verdict: Verdict) -> Candidate | None:
+        possible = verdict.others if verdict.reading is None else (verdict.reading,)
+        if not possible:
+            return None
+        reading = possible[0]
+        num_channels = outputs[name].shape[reading.layout.channels]
+        return Candidate(
+            name,
+            type(modules[name]).__name__,
+            reading.layout,
+            num_channels,
+            max(_share(one.layout, gradients[name]) for one in possible),
+            calls[name],
+            reading.fits,
+            not isinstance(modules[name], nn.Linear) and (scores is None or num_channels != scores.shape[1]),
+            verdict.holds,
         )
-    return Candidates(found)
+
+    shapes = {name: tuple(tensor.shape) for name, tensor in outputs.items()}
+    certain = {name: certainty.certain(shape, name) for name, shape in shapes.items()}
+    doubtful = [name for name, verdict in certain.items() if verdict is None]
+    open_ = {name: Verdict(None, None, certainty.readings(shapes[name], name)) for name in doubtful}
+    found = Candidates(filter(None, (candidate(name, verdict or open_[name]) for name, verdict in certain.items())))
+    if found.choice is None or found.choice in open_:  # it rests on a doubt
+        certainty.try_out([name for name in doubtful if len(shapes[name]) > 2])
+        verdicts = {name: verdict or certainty.tried(shapes[name], name) for name, verdict in certain.items()}
+        found = Candidates(filter(None, (candidate(name, verdict) for name, verdict in verdicts.items())))
+    return found
 
 
 def _call_probed(replica: nn.Module, inputs: Any, kwargs: Any) -> Any:
@@ -281,7 +315,12 @@ def automatic_layer(model: nn.Module, input_shape: Sequence[int]) -> str | None:
     Returns:
         the name of the layer, or None if there is none
     """
+    return candidates_of(model, probe(model, input_shape)).choice
+
+
+def probe(model: nn.Module, input_shape: Sequence[int]) -> Call:
+    """Return a call of a model with one image of noise, of a shape without the batch dimension."""
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     dtype = torch.get_default_dtype() if parameter is None else parameter.dtype
     noise = torch.randn((1, *input_shape), generator=torch.Generator().manual_seed(0))
-    return candidates(model, noise.to(model_device(model), dtype)).choice
+    return Call((noise.to(model_device(model), dtype),), {})

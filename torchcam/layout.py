@@ -7,24 +7,38 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
+from itertools import permutations, product
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ._architecture import Kind, Shown
 from ._tensors import map_tensors, tensors_in
 
 __all__ = [
+    "AmbiguousLayoutError",
+    "Cells",
     "Layout",
+    "Reading",
     "find_layout",
     "first_tensor",
     "has_consistent_stride",
+    "no_reading",
     "patch_grid",
     "primary_tensors",
+    "readings",
     "replace_tensors",
 ]
 
+
+class AmbiguousLayoutError(ValueError):
+    """The output of a layer can be read in several ways."""
+
+
 _MOST_PREFIX_TOKENS = 8
+_LARGEST_ANISOTROPY = 2.5  # of a grid that counts although it does not divide the input into squares
+_FEW = 9  # channels that may count as positions by chance
 _USUAL_PREFIX_TOKENS = 5  # a class token and four registers
 
 
@@ -64,6 +78,8 @@ class Layout:
         channels: the dimension of the channels
         positions: the dimension(s) of the positions: as many as the grid has, or one that holds them all in a row
         prefix: the number of tokens before the positions (class, distillation, registers), 0 for maps
+        fold: the dimensions of the grid in the order in which a row goes through them, the slowest first; by default
+            the grid's own
     """
 
     grid: tuple[int, ...]
@@ -71,6 +87,11 @@ class Layout:
     channels: int
     positions: tuple[int, ...]
     prefix: int = 0
+    fold: tuple[int, ...] = ()
+
+    @property
+    def _is_row(self) -> bool:
+        return len(self.positions) == 1 and (self.prefix > 0 or len(self.grid) > 1)
 
     @cached_property
     def is_plain(self) -> bool:
@@ -83,25 +104,111 @@ class Layout:
         if self.is_plain:
             return tensor
         ordered = tensor.permute(self.batch, self.channels, *self.positions)
-        if len(self.positions) == 1 and (self.prefix or len(self.grid) > 1):
-            ordered = ordered[..., self.prefix :].reshape(*ordered.shape[:2], *self.grid)
-        return ordered
+        if not self._is_row:
+            return ordered
+        row = ordered[..., self.prefix :]
+        if not self.fold:
+            return row.reshape(*row.shape[:2], *self.grid)
+        folded = row.reshape(*row.shape[:2], *(self.grid[side] for side in self.fold))
+        return folded.permute(0, 1, *(2 + self.fold.index(side) for side in range(len(self.grid))))
 
     def from_grid(self, grid: Tensor, original: Tensor) -> Tensor:
         """Lay out ``(N, C, *grid)`` as the tensor it came from; tokens before the grid are those of ``original``."""
         order = (self.batch, self.channels, *self.positions)
-        if len(self.positions) == 1 and (self.prefix or len(self.grid) > 1):
+        if self._is_row:
             before = original.permute(order)[..., : self.prefix].expand(*grid.shape[:2], -1)
-            grid = torch.cat([before, grid.flatten(2)], -1)
+            folded = grid.permute(0, 1, *(2 + side for side in self.fold)) if self.fold else grid
+            grid = torch.cat([before, folded.flatten(2)], -1)
         return grid.permute([order.index(dimension) for dimension in range(len(order))])
+
+    def is_like(self, other: Layout) -> bool:
+        """Check whether this layout is another one's for another size."""
+        same = (self.batch, self.channels, self.positions, self.prefix, self.fold, len(self.grid))
+        return same == (other.batch, other.channels, other.positions, other.prefix, other.fold, len(other.grid))
+
+    @property
+    def source(self) -> str:
+        """The source of a function from such a tensor to ``(N, C, *grid)``."""
+        order = (self.batch, self.channels, *self.positions)
+        code = "t" if order == tuple(range(len(order))) else f"t.permute({', '.join(map(str, order))})"
+        if self.prefix:
+            code += f"[..., {self.prefix}:]"
+        if len(self.grid) > len(self.positions):
+            fold = self.fold or range(len(self.grid))
+            code += f".unflatten(-1, ({', '.join(str(self.grid[side]) for side in fold)}))"
+            if self.fold:
+                code += f".permute(0, 1, {', '.join(str(2 + fold.index(side)) for side in range(len(self.grid)))})"
+        return f"lambda t: {code}"
+
+    def __str__(self) -> str:
+        named = {self.batch: "N", self.channels: "C"}
+        row = f"{self.prefix} + " if self.prefix else ""
+        row += " * ".join(str(self.grid[side]) for side in self.fold or range(len(self.grid)))
+        for number, position in enumerate(self.positions):
+            named[position] = f"positions {row}" if len(self.positions) == 1 else str(self.grid[number])
+        return f"({', '.join(named[dimension] for dimension in range(len(named)))})"
+
+
+class Reading(NamedTuple):
+    """A way to read the output of a layer.
+
+    Attributes:
+        layout: where the positions are
+        axes: the dimension of the input that each side of the grid follows
+        fits: whether the grid divides the input at a consistent stride
+        is_shown: whether the model shows a grid of this shape: its patches, after tokens that it has parameters for
+        is_plausible: whether the grid could divide the input if borders are padded, or strides differ somewhat
+    """
+
+    layout: Layout
+    axes: tuple[int, ...]
+    fits: bool = True
+    is_shown: bool = False
+    is_plausible: bool = True
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Where the positions of a layer lie on pictures.
+
+    Attributes:
+        boxes: the number of the picture, and top, left, bottom and right as shares of its height and width, of each
+            position: (P, 5). They reach beyond 0 and 1 where the picture was padded; NaN for a position without a
+            place.
+        grid: the shape (height, width) of the grid that the positions form, row by row; None for places of any kind
+    """
+
+    boxes: Tensor
+    grid: tuple[int, int] | None = None
+
+    @classmethod
+    def of_grid(cls, grid: tuple[int, int], view: Sequence[float] = (0.0, 0.0, 1.0, 1.0), picture: int = 0) -> Cells:
+        """Return the cells of a grid that covers a part of a picture.
+
+        Args:
+            grid: the shape (height, width) of the grid
+            view: top, left, bottom and right of that part, by default the whole picture; the other way round where it
+                is mirrored
+            picture: the number of the picture
+        """
+        top, left, bottom, right = view
+        rows = torch.linspace(top, bottom, grid[0] + 1, dtype=torch.float64)
+        columns = torch.linspace(left, right, grid[1] + 1, dtype=torch.float64)
+        sides = [
+            torch.meshgrid(rows[:-1], columns[:-1], indexing="ij"),
+            torch.meshgrid(rows[1:], columns[1:], indexing="ij"),
+        ]
+        places = [side.flatten() for pair in sides for side in pair]
+        return cls(torch.stack([torch.full_like(places[0], picture), *places], 1), grid)
 
 
 def find_layout(shape: Sequence[int], input_shape: Sequence[int] | None, layer: str) -> Layout:
-    """Find the grid in the output of a layer, by geometry: it has the input's aspect ratio at a consistent stride.
+    """Find the grid in the output of a layer, by geometry alone: it divides the input at a consistent stride.
 
     Maps may have their channels first, ``(N, C, *S)``, or last, ``(N, *S, C)``; sequences of tokens may have the batch
     first, ``(N, T, D)``, or second, ``(T, N, D)``, and up to eight tokens before those of the patches. Unless the other
-    reading of a map fits better, channels come first.
+    reading of a map fits better, channels come first. An extractor asks for more than geometry: what the module is,
+    what the model shows, and where that leaves a doubt, an experiment.
 
     Args:
         shape: the shape of the layer's output
@@ -115,23 +222,28 @@ def find_layout(shape: Sequence[int], input_shape: Sequence[int] | None, layer: 
     if input_shape is None:
         layout = Layout(shape[2:], 0, 1, tuple(range(2, len(shape)))) if len(shape) > 2 else None
     else:
-        layout = _reading(shape, tuple(input_shape))
+        layout = _by_geometry(shape, tuple(input_shape))
     if layout is None:
-        given = "" if input_shape is None else f" for an input of shape {tuple(input_shape)}"
-        lacks = "has no spatial extent" if len(shape) < 3 else "forms no grid that fits the input"
-        raise ValueError(
-            f"the output of `target_layer` '{layer}', of shape {shape}{given}, {lacks}: pass `reshape_transform`, a "
-            "function from that output to a tensor (N, C, *spatial), or another `target_layer`"
-        )
+        raise ValueError(no_reading(shape, input_shape, layer))
     return layout
 
 
+def no_reading(shape: Sequence[int], input_shape: Sequence[int] | None, layer: str) -> str:
+    """Return the message for the output of a layer that has no positions, or none that are those of the input."""
+    given = "" if input_shape is None else f" for an input of shape {tuple(input_shape)}"
+    lacks = "has no spatial extent" if len(shape) < 3 else "forms no grid that fits the input"
+    return (
+        f"the output of `target_layer` '{layer}', of shape {tuple(shape)}{given}, {lacks}: pass `reshape_transform`, a "
+        "function from that output to a tensor (N, C, *spatial), or another `target_layer`"
+    )
+
+
 @lru_cache(maxsize=1024)
-def _reading(shape: tuple[int, ...], input_shape: tuple[int, ...]) -> Layout | None:
+def _by_geometry(shape: tuple[int, ...], input_shape: tuple[int, ...]) -> Layout | None:
     """Return the reading of a shape that fits the input best, None if none does."""
     batch_size, spatial = input_shape[0], input_shape[2:]
     if len(shape) == len(input_shape) and shape[0] == batch_size:
-        return _map_reading(shape, spatial)
+        return _maps(shape, tuple(range(2, len(shape))), input_shape, None)[0].layout
     if len(shape) == 3 and batch_size in shape[:2]:
         batch = 0 if shape[0] == batch_size else 1
         found = _token_grid(shape[1 - batch], spatial)
@@ -141,18 +253,145 @@ def _reading(shape: tuple[int, ...], input_shape: tuple[int, ...]) -> Layout | N
     return None
 
 
-def _map_reading(shape: tuple[int, ...], spatial: tuple[int, ...]) -> Layout:
+@lru_cache(maxsize=4096)
+def readings(
+    shape: tuple[int, ...], input_shape: tuple[int, ...], kind: Kind, shown: Shown, *, wide: bool = False
+) -> tuple[Reading, ...]:
+    """Return every way to read the output of a layer that its type and the model leave possible, the best fit first.
+
+    Args:
+        shape: the shape of the output
+        input_shape: the shape of the input, whose first dimension is the batch
+        kind: what the type of the layer says
+        shown: what the model shows of its tokens
+        wide: whether readings count that nothing speaks for, for an experiment to find the right one among them
+    """
+    found: list[Reading] = []
+    for axes in _input_axes(input_shape):
+        if kind.spatial is not None and kind.spatial != len(shape) - 2:
+            continue
+        if len(shape) == len(axes) + 2:
+            found += _maps(shape, axes, input_shape, kind.channels)
+            found += _one_row(shape, axes, input_shape, kind, shown) if len(axes) == 1 else []
+        elif len(shape) == 3:
+            found += _folded(shape, axes, input_shape, kind, shown, wide)
+    found = [one for one in found if kind.batch in (None, one.layout.batch) or len(one.layout.positions) > 1]
+    if any(one.is_shown for one in found) and not wide:
+        found = [one for one in found if one.is_shown]
+    return tuple(dict.fromkeys(found))
+
+
+def _input_axes(input_shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Return the dimensions of an input that its positions may be in: (N, C, *spatial) by convention."""
+    few = {1, 2, 3, 4}
+    if len(input_shape) == 2:
+        return [(1,)]
+    if len(input_shape) == 3:
+        return [(2,), (1,), (1, 2)]
+    if len(input_shape) == 4:
+        return [(1, 2)] if input_shape[3] in few and input_shape[1] not in few else [(2, 3)]
+    if len(input_shape) == 5:
+        volume, video = (2, 3, 4), (1, 3, 4)
+        return [volume] if input_shape[2] not in few else [volume, video] if input_shape[1] in few else [video]
+    return []
+
+
+def _maps(
+    shape: tuple[int, ...], axes: tuple[int, ...], input_shape: tuple[int, ...], channels: int | None
+) -> list[Reading]:
+    """Return the readings of a map, channels first and last."""
+    if shape[0] != input_shape[0]:
+        return []
+    spatial = [input_shape[axis] for axis in axes]
     dimensions = tuple(range(len(shape)))
-    first = Layout(shape[2:], batch=0, channels=1, positions=dimensions[2:])
-    last = Layout(shape[1:-1], batch=0, channels=dimensions[-1], positions=dimensions[1:-1])
-    if len(spatial) == 1:  # one dimension has no aspect ratio: channels come first unless there are too many of them
-        return last if shape[2] > spatial[0] >= shape[1] else first
-    return last if _fit(last.grid, spatial) > _fit(first.grid, spatial) else first
+    first = Layout(shape[2:], 0, 1, dimensions[2:])
+    last = Layout(shape[1:-1], 0, dimensions[-1], dimensions[1:-1])
+    if len(axes) == 1:  # one dimension has no aspect ratio: channels come first unless there are too many of them
+        swapped = shape[2] > spatial[0] >= shape[1]
+    else:
+        swapped = _fit(last.grid, spatial) > _fit(first.grid, spatial)
+    ordered = [last, first] if swapped else [first, last]
+    if channels is not None:
+        ordered = [first if channels == 1 else last]
+    found = [
+        Reading(
+            layout,
+            axes,
+            has_consistent_stride(layout.grid, spatial),
+            is_plausible=_anisotropy(layout.grid, spatial) < _LARGEST_ANISOTROPY,
+        )
+        for layout in ordered
+    ]
+    if (
+        len(input_shape) == 3 and len(axes) == 2
+    ):  # no dimension of the input is the channels: the grid may lie across it
+        across = [
+            Layout(layout.grid[::-1], layout.batch, layout.channels, layout.positions[::-1]) for layout in ordered
+        ]
+        found += [Reading(layout, axes, has_consistent_stride(layout.grid, spatial)) for layout in across]
+    return found
 
 
-def _fit(grid: tuple[int, ...], spatial: tuple[int, ...]) -> tuple[bool, bool]:
+def _fit(grid: tuple[int, ...], spatial: Sequence[int]) -> tuple[bool, bool]:
     """Check whether a grid divides an input into squares, give or take a position, and whether nothing is left over."""
     return has_consistent_stride(grid, spatial), _is_whole(grid, spatial)
+
+
+def _rows(shape: tuple[int, ...], batch_size: int, kind: Kind) -> Iterator[tuple[int, int, int]]:
+    """Yield the dimensions of batch, channels and positions that a row of tokens may have."""
+    for batch, channels in ((0, 2), (1, 2), (0, 1)):
+        if shape[batch] == batch_size and kind.channels in (None, channels if channels == 1 else -1):
+            yield batch, channels, 3 - batch - channels
+
+
+def _one_row(
+    shape: tuple[int, ...], axes: tuple[int, ...], input_shape: tuple[int, ...], kind: Kind, shown: Shown
+) -> list[Reading]:
+    """Return the readings of a sequence along one axis with the batch second, or with tokens before it."""
+    found = []
+    grids = shown.grids(input_shape, axes)
+    for batch, channels, positions in _rows(shape, input_shape[0], kind):
+        if batch == 1 and shape[0] == input_shape[0] and kind.batch is None and input_shape[0] == 1:
+            continue
+        for prefix in shown.prefixes:
+            count = shape[positions] - prefix
+            if count > 0 and (batch or prefix):
+                is_shown = prefix > 0 and (count,) in grids and count >= _FEW
+                layout = Layout((count,), batch, channels, (positions,), prefix)
+                found.append(Reading(layout, axes, count <= input_shape[axes[0]], is_shown))
+    return found
+
+
+def _folded(
+    shape: tuple[int, ...], axes: tuple[int, ...], input_shape: tuple[int, ...], kind: Kind, shown: Shown, wide: bool
+) -> list[Reading]:
+    """Return the readings of a row of tokens that a grid is folded in."""
+    spatial = tuple(input_shape[axis] for axis in axes)
+    is_picture = len(input_shape) == 4
+    orders = [()] if is_picture and not wide else [(), *[one for one in permutations(range(len(axes))) if one[0]]]
+    shown_grids = shown.grids(input_shape, axes)
+    if not is_picture:  # whose convolutions may see it turned round
+        turned = shown.grids((*input_shape[:1], *input_shape[:0:-1]), axes) if len(input_shape) == 3 else set()
+        shown_grids |= {grid[::-1] for grid in turned}
+    prefixes = sorted({*shown.prefixes, *range(_MOST_PREFIX_TOKENS + 1)}) if wide else shown.prefixes
+    found = []
+    for batch, channels, positions in _rows(shape, input_shape[0], kind):
+        if batch == 1 and shape[0] == input_shape[0] == 1:
+            continue
+        for prefix in prefixes:
+            count = shape[positions] - prefix
+            known = {grid for grid in shown_grids if math.prod(grid) == count and prefix in shown.prefixes}
+            grids = [*known]
+            if len(input_shape) > 3:
+                grids += _patch_grids_of(count, spatial)
+            if wide and len(axes) == 2:
+                grids += [(side, count // side) for side in range(2, count // 2 + 1) if count % side == 0]
+            for grid, order in product(dict.fromkeys(grids), orders):
+                if channels == 1 and kind.channels is None and not wide and (grid not in known or count < _FEW):
+                    continue
+                layout = Layout(grid, batch, channels, (positions,), prefix, order)
+                found.append(Reading(layout, axes, has_consistent_stride(grid, spatial), grid in known))
+    return sorted(found, key=lambda one: (not one.is_shown, not _divides(one.layout.grid, spatial), one.layout.prefix))
 
 
 def has_consistent_stride(grid: Sequence[int], spatial: Sequence[int]) -> bool:
@@ -209,9 +448,19 @@ def _divides(grid: tuple[int, ...], spatial: tuple[int, ...]) -> bool:
     return _anisotropy(grid, spatial) == 1 and _is_whole(grid, spatial)
 
 
-def _is_whole(grid: tuple[int, ...], spatial: tuple[int, ...]) -> bool:
+def _is_whole(grid: tuple[int, ...], spatial: Sequence[int]) -> bool:
     """Check whether the sides of a grid divide those of an input with nothing left over."""
     return all(pixels % side == 0 for side, pixels in zip(grid, spatial, strict=True))
+
+
+@lru_cache(maxsize=4096)
+def _patch_grids_of(count: int, spatial: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """Return the grids of a number of square patches on an input, those that are closest to square first.
+
+    A video keeps as many frames as it can.
+    """
+    grids = {grid for grid in _patch_grids(spatial) if math.prod(grid) == count}
+    return tuple(sorted(grids, key=lambda grid: -grid[0] if len(grid) == 3 else _anisotropy(grid, spatial)))
 
 
 def _patch_grids(spatial: tuple[int, ...]) -> Iterator[tuple[int, ...]]:

@@ -23,15 +23,16 @@ from PIL import Image
 from torch import Tensor, nn
 
 from torchcam._checks import callable_object, one_of, positive_integer, torch_module
+from torchcam._chunks import run_chunks
 from torchcam._files import append_lines, atomic_write
 from torchcam._passes import model_device
 from torchcam._pictures import to_picture
 from torchcam._replica import replicated
+from torchcam._tables import as_csv
 from torchcam._tensors import is_finite, min_max, over_channels, resize, to_float
 from torchcam._timeline import ProbeResult, Timeline
 from torchcam.layers import TargetLayer, layer_names
 from torchcam.methods import GradCAM
-from torchcam.methods._replay import run_chunks
 from torchcam.methods.core import plain_tensors
 from torchcam.targets import ClassIndex, OutputTarget, Selector, check_one_of, class_columns, read_logits
 
@@ -121,7 +122,7 @@ class CAMMonitor:
         batch_size: largest number of images in one pass
         max_columns: largest number of probes in the strip and the film, 2 or more
         thumbnail: the longer side of a thumbnail, in pixels
-        colormap: a matplotlib colormap, or the name of one
+        colormap: a matplotlib colormap, or the name of one; by default that of all pictures here
         on_error: what to do if a probe fails: ``"raise"``, or ``"warn"`` and go on without it (``failures`` counts
             them). The model is unchanged in both cases.
 
@@ -159,7 +160,7 @@ class CAMMonitor:
         batch_size: int = 32,
         max_columns: int = 12,
         thumbnail: int = 96,
-        colormap: Any = "inferno",
+        colormap: Any = None,
         on_error: Literal["raise", "warn"] = "raise",
     ) -> None:
         self.model = _check_model(model)
@@ -440,13 +441,13 @@ class CAMMonitor:
             for image, (label, class_idx, *values) in images
         ]
         if self._table_started and path.is_file():
-            append_lines(path, _as_csv(rows))
+            append_lines(path, as_csv(rows))
         else:
             self._write_table(path, [[self.unit, "image", "label", "class", *result.values], *rows])
 
     def _write_table(self, path: Path, rows: Iterable[Sequence[Any]]) -> None:
         with atomic_write(path) as part:
-            part.write_text(_as_csv(rows), encoding="utf-8", newline="")
+            part.write_text(as_csv(rows), encoding="utf-8", newline="")
         self._table_started = True
 
     # Resuming.
@@ -639,12 +640,6 @@ def _check_line(argument: str, text: str) -> None:
     """Check that a name fits into a line of a file."""
     if "".join(text.splitlines()) != text or text.encode(errors="ignore").decode() != text:
         raise ValueError(f"`{argument}` has {text!r}, which has no place in a line of text: leave out what is escaped")
-
-
-def _as_csv(rows: Iterable[Sequence[Any]]) -> str:
-    text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
 
 
 def _check_pictures(images: Tensor, pictures: Any) -> list[Image.Image]:

@@ -40,7 +40,7 @@ def read_logits(output: Any) -> Tensor:
 
     A tensor is taken as it is. Of an output class or a mapping the entry ``logits``, else ``logits_per_image`` (CLIP),
     else ``out`` (torchvision's segmentation models), else the first floating-point tensor is meant; of a tuple or list
-    the first such tensor.
+    the first such tensor. One without dimensions, such as a loss, counts only if there is no other.
 
     Raises:
         TypeError: if the output holds no floating-point tensor
@@ -51,7 +51,8 @@ def read_logits(output: Any) -> Tensor:
         entry = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
         if isinstance(entry, Tensor):
             return entry
-    logits = next((tensor for tensor in tensors_in(output) if tensor.is_floating_point()), None)
+    found = [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
+    logits = next((tensor for tensor in found if tensor.ndim), found[0] if found else None)
     if logits is None:
         raise TypeError(
             f"no class scores found in an output of type {type(output).__name__}: "

@@ -14,13 +14,18 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["COLORMAP", "SIGNED_COLORMAP", "overlay_map", "overlay_mask"]
+    from .layout import Cells
+
+__all__ = ["ALPHA", "COLORMAP", "SIGNED_COLORMAP", "on_picture", "overlay_map", "overlay_mask"]
 
 COLORMAP = "viridis"
 """The default colormap of maps in [0, 1]: equal steps look equal, also in grey and to colour-blind eyes."""
 
+ALPHA = 0.25
+"""The opacity of the image under the strongest values of a map, by default."""
+
 SIGNED_COLORMAP = "coolwarm"
-"""The colormap of signed maps: blue is against, red is for; what is near zero is left transparent."""
+"""The colormap of signed maps: blue is against, red is for."""
 
 # The value of full intensity, for each greyscale mode of Pillow that has one meaning.
 _FULL_SCALE = {"1": 1, "L": 255, "F": 1, "I;16": 65535, "I;16L": 65535, "I;16B": 65535, "I;16N": 65535}
@@ -80,11 +85,14 @@ def overlay_map(
     img: Image.Image,
     values: ArrayLike,
     colormap: str | Colormap | None = None,
-    alpha: float = 0.5,
+    alpha: float = ALPHA,
     *,
     signed: bool = False,
+    cells: Cells | None = None,
 ) -> Image.Image:
-    """Draw a map of numbers over an image, as :func:`overlay_mask` does.
+    """Draw a map of numbers over an image. All pictures of explanations are drawn by this function.
+
+    The opacity of the map follows its values: where it is 0, the image is as it was.
 
     Example:
         >>> from PIL import Image
@@ -98,9 +106,11 @@ def overlay_map(
         values: the map (height, width): an array, a tensor on the CPU, or lists of numbers. In [0, 1]; in [-1, 1] if it
             is `signed`. Values outside take the nearest end.
         colormap: a matplotlib colormap, or the name of one; by default :data:`COLORMAP`, and for signed maps
-            :data:`SIGNED_COLORMAP`, transparent at zero. A diverging one has its middle at zero.
-        alpha: the opacity of `img`, in [0, 1).
+            :data:`SIGNED_COLORMAP`. A diverging one has its middle at zero.
+        alpha: the opacity of `img` under the strongest values, in [0, 1).
         signed: whether the map has negative values.
+        cells: where the positions of the map are on the image; by default they form a grid that covers it. What is not
+            covered is left as it is.
 
     Returns:
         An RGB image of the size of `img`.
@@ -110,6 +120,8 @@ def overlay_map(
         ValueError: if `values` is not two-dimensional; and see :func:`overlay_mask`.
     """
     numbers = np.asarray(values, dtype=np.float32)
+    if cells is not None:
+        numbers = on_picture(numbers, cells, img.size)
     if numbers.ndim != 2 or not numbers.size:
         raise ValueError(f"`values` must be a map (height, width), got shape {numbers.shape}")
     mask = Image.fromarray((numbers + 1) / 2 if signed else numbers)
@@ -117,15 +129,16 @@ def overlay_map(
 
 
 def colormap_of(colormap: str | Colormap | None, signed: bool) -> Colormap:
-    """Look up a colormap; None is the default of maps in [0, 1], or of signed maps, which is transparent at 0."""
-    if colormap is not None or not signed:
-        return find_colormap(COLORMAP if colormap is None else colormap)
+    """Look up a colormap, and make it transparent where the map is 0; None is the default of such maps."""
     from matplotlib.colors import ListedColormap
 
-    steps = np.linspace(-1, 1, 255)  # an odd number: zero has an entry of its own
-    colors = find_colormap(SIGNED_COLORMAP)((steps + 1) / 2)
-    colors[:, 3] = np.minimum(1, 1.5 * np.abs(steps))
-    return ListedColormap(colors, name=f"{SIGNED_COLORMAP}, transparent at 0")
+    if colormap is None:
+        colormap = SIGNED_COLORMAP if signed else COLORMAP
+    found = find_colormap(colormap)
+    shares = np.linspace(0, 1, 255)  # an odd number: the middle has an entry of its own
+    colors = found(shares)
+    colors[:, 3] *= np.minimum(1, 1.5 * np.abs(2 * shares - 1 if signed else shares))
+    return ListedColormap(colors, name=found.name).with_extremes(bad=tuple(found.get_bad()))
 
 
 def find_colormap(colormap: str | Colormap) -> Colormap:
@@ -175,13 +188,75 @@ def _read_mask(mask: Image.Image) -> NDArray[np.float32]:
     return np.asarray(mask, dtype=np.float32) / np.float32(_FULL_SCALE[mask.mode])
 
 
+def on_picture(values: ArrayLike, cells: Cells, size: tuple[int, int], picture: int = 0) -> NDArray[np.float32]:
+    """Lay out the values of a layer's positions on a picture.
+
+    Example:
+        >>> from torchcam.layout import Cells
+        >>> from torchcam.utils import on_picture
+        >>> left_half = Cells.of_grid((1, 1), view=(0, 0, 1, 0.5))
+        >>> on_picture([[1.0]], left_half, (4, 1))
+        array([[ 1.,  1., nan, nan]], dtype=float32)
+
+    Args:
+        values: a value of each position, (P,) or (height, width) of a grid; NaN where there is none
+        cells: where the positions are
+        size: the size of the picture, (width, height)
+        picture: the number of the picture
+
+    Returns:
+        a value of each pixel, (height, width): interpolated within a grid (bicubic), the mean of the cells that a pixel
+        lies in otherwise; NaN where there is no cell
+
+    Raises:
+        ValueError: if there is not one value of each position
+    """
+    numbers = np.asarray(values, dtype=np.float32)
+    boxes = np.asarray(cells.boxes, dtype=np.float64)
+    if numbers.size != len(boxes) or (numbers.ndim > 1 and numbers.shape != cells.grid):
+        raise ValueError(f"`values` of shape {numbers.shape} do not fit {len(boxes)} cells of the grid {cells.grid}")
+    width, height = size
+    found = np.full((height, width), np.nan, dtype=np.float32)
+    if cells.grid is not None:
+        if boxes[0, 0] == picture:
+            (top, left), (bottom, right) = boxes[0, 1:3], boxes[-1, 3:5]
+            numbers = numbers.reshape(cells.grid)[:: 1 if top <= bottom else -1, :: 1 if left <= right else -1]
+            rows, source_rows = _pixels((top, bottom), height, cells.grid[0])
+            columns, source_columns = _pixels((left, right), width, cells.grid[1])
+            part = (columns.stop - columns.start, rows.stop - rows.start)
+            if min(part) > 0:
+                box = (source_columns[0], source_rows[0], source_columns[1], source_rows[1])
+                found[rows, columns] = resize_map(np.ascontiguousarray(numbers), part, box=box)
+        return found
+    total, count = np.zeros((height, width)), np.zeros((height, width))
+    for value, (number, top, left, bottom, right) in zip(numbers.flatten(), boxes, strict=True):
+        if number == picture and np.isfinite([value, top, left, bottom, right]).all():
+            rows, _ = _pixels((top, bottom), height, 1)
+            columns, _ = _pixels((left, right), width, 1)
+            total[rows, columns] += value
+            count[rows, columns] += 1
+    np.divide(total, count, out=found, where=count > 0, casting="same_kind")
+    return found
+
+
+def _pixels(ends: tuple[float, float], pixels: int, count: int) -> tuple[slice, tuple[float, float]]:
+    """Return the pixels whose centres lie in a part of an axis, and where they begin and end among its positions."""
+    start, stop = min(ends), max(ends)
+    first, last = (min(max(round(end * pixels), 0), pixels) for end in (start, stop))
+    begin, end = (min(max(count * (edge / pixels - start) / (stop - start), 0.0), count) for edge in (first, last))
+    return slice(first, last), (begin, end)
+
+
 def resize_map(
-    values: NDArray[np.float32], size: tuple[int, int], resample: Image.Resampling = Image.Resampling.BICUBIC
+    values: NDArray[np.float32],
+    size: tuple[int, int],
+    resample: Image.Resampling = Image.Resampling.BICUBIC,
+    box: tuple[float, float, float, float] | None = None,
 ) -> NDArray[np.float32]:
-    """Resize a map to `size` (width, height); undefined values stay undefined and do not spread."""
+    """Resize a map, or a box of it, to `size` (width, height); undefined values stay undefined and do not spread."""
 
     def resize(array: NDArray[np.generic]) -> NDArray[np.float32]:
-        return np.asarray(Image.fromarray(array.astype(np.float32)).resize(size, resample))
+        return np.asarray(Image.fromarray(array.astype(np.float32)).resize(size, resample, box))
 
     defined = np.isfinite(values)
     resized = resize(np.where(defined, values, 0))

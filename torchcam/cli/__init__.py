@@ -5,14 +5,13 @@ No module imports more than the standard library at its top, so that `--help` is
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from torchcam import __version__
 
 from . import compare, demo, diagnose, evaluate, explain, layers, trust
-from ._messages import Parser, UserError, one_line, plain_messages
+from ._messages import HelpFormatter, Parser, UserError, one_line, plain_messages
 
 __all__ = ["main"]
 
@@ -66,7 +65,7 @@ def make_parser() -> Parser:
         prog="torchcam",
         description=DESCRIPTION,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"torchcam {__version__}")
     parser.set_defaults(run=None)

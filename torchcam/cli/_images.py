@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torchcam import __version__
 
 from ._messages import UserError, library_errors
-from ._models import Classifier, find_device, load_model
+from ._models import Classifier, check_model, find_device, load_model
 
 if TYPE_CHECKING:
     import argparse
@@ -20,7 +20,18 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import nn
 
-__all__ = ["check_layers", "check_output", "prepare", "read_image", "save_figure", "save_reports", "target_layer"]
+__all__ = [
+    "check_layers",
+    "check_output",
+    "picture_paths",
+    "prepare",
+    "read_image",
+    "save_figure",
+    "save_reports",
+    "target_layer",
+]
+
+FILES = {".png", ".jpg", ".jpeg", ".gif", ".webp", ".tif", ".tiff", ".bmp", ".pdf", ".svg"}
 
 
 def prepare(
@@ -36,15 +47,21 @@ def prepare(
     Returns:
         the model on its device, and the target layers as a method takes them
     """
+    from torchcam._choice import named
+
     layers = check_layers(arguments, methods)
-    if outputs:
-        check_output(outputs, arguments.images, arguments.overwrite)
     for path in arguments.images:
         read_image(path)
+    check_model(arguments)
+    if outputs:
+        check_output(outputs, arguments.images, arguments.overwrite)
     if hasattr(arguments, "colormap"):
         _check_colours(arguments.alpha, arguments.colormap)
     device = find_device(arguments.device)
     classifier = load_model(arguments)
+    if arguments.class_idx:
+        with library_errors():
+            arguments.class_idx = named(arguments.class_idx, classifier.categories)
     return classifier, target_layer(classifier.model.to(device), layers)
 
 
@@ -81,12 +98,24 @@ def read_image(path: str | Path) -> Image.Image:
     try:
         image = read_picture(path)
     except FileNotFoundError as error:
-        raise UserError(f"IMAGE '{path}' does not exist") from error
+        missing = "there is no file" in str(error)
+        raise UserError(f"IMAGE '{path}' does not exist" if missing else f"IMAGE {error}") from error
     except (OSError, ValueError) as error:
         raise UserError(f"IMAGE {error}") from error
     if image.mode == "F":
         raise UserError(f"IMAGE '{path}' has floating-point pixels of unknown range: save it with 8 or 16 bits")
     return as_rgb(image)
+
+
+def picture_paths(output: Path, images: Sequence[Path], ending: str) -> list[Path]:
+    """Return the file of each image's picture: in a folder, or the one file that was named."""
+    if output.suffix.lower() not in FILES or output.is_dir():
+        return [output / f"{path.stem}-{ending}.png" for path in images]
+    if output.suffix.lower() != ".png":
+        raise UserError(f"--output '{output}': pictures are written as .png")
+    if len(images) > 1:
+        raise UserError(f"--output '{output}' is one file for {len(images)} images: name a folder")
+    return [output]
 
 
 def check_output(paths: Sequence[Path], inputs: Sequence[Path], overwrite: bool) -> None:
@@ -109,13 +138,13 @@ def check_output(paths: Sequence[Path], inputs: Sequence[Path], overwrite: bool)
         raise UserError(f"'{min(taken, default=there[0] if there else None)}' is in the way: pass another --output")
 
 
-def _check_colours(alpha: float, colormap: str) -> None:
+def _check_colours(alpha: float, colormap: str | None) -> None:
     from PIL import Image
 
-    from torchcam.utils import overlay_mask
+    from torchcam.utils import overlay_map
 
     with library_errors():
-        overlay_mask(Image.new("L", (1, 1)), Image.new("L", (1, 1)), colormap, alpha)
+        overlay_map(Image.new("L", (1, 1)), [[0.0]], colormap, alpha)
 
 
 def save_figure(figure: Figure, path: Path, dpi: int = 150) -> None:

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import re
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-__all__ = ["Parser", "UserError", "library_errors", "one_line", "plain_messages", "print_json", "print_table"]
+from torchcam._tables import printable
+
+__all__ = [
+    "HelpFormatter",
+    "Parser",
+    "UserError",
+    "library_errors",
+    "one_line",
+    "plain_messages",
+    "print_json",
+    "print_table",
+    "printable",
+]
 
 PIPE_WIDTH = 200  # of files and pipes, which have no width of their own
 # What the library advises, and what a user of the command line can do.
@@ -24,6 +38,31 @@ OPTIONS = re.compile(r"`(alpha|checkpoint|class_idx|colormap|target_layer|top_k)
 
 class UserError(Exception):
     """An error that the user can correct, printed in one line."""
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Wraps what is too wide for the terminal between words: lines of one indentation together, but for commands."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        found = []
+        for (depth, is_text), block in itertools.groupby(text.splitlines(), _depth):
+            lines = list(block)
+            if not is_text or max(map(len, lines)) <= width:
+                found += lines
+                continue
+            is_commands = any(line.lstrip().startswith("torchcam ") for line in lines)
+            for part in lines if is_commands else [" ".join(line.strip() for line in lines)]:
+                start, more = " " * depth, " " * (depth + (4 if is_commands else 0))
+                found.append(
+                    textwrap.fill(
+                        part.strip(), width, initial_indent=start, subsequent_indent=more, break_on_hyphens=False
+                    )
+                )
+        return "\n".join(indent + line for line in found)
+
+
+def _depth(line: str) -> tuple[int, bool]:
+    return len(line) - len(line.lstrip()), bool(line.strip())
 
 
 class Parser(argparse.ArgumentParser):
@@ -75,8 +114,8 @@ def library_errors(layers: Sequence[str] = ()) -> Iterator[None]:
 
 
 def one_line(message: object) -> str:
-    """Return a message without line breaks."""
-    return " ".join(str(message).split())
+    """Return a message without line breaks and control characters."""
+    return printable(" ".join(str(message).split()))
 
 
 def print_json(result: Any) -> None:

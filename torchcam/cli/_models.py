@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._messages import UserError
+from ._messages import UserError, printable
 from ._options import ARCH
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from torchcam._inputs import Inputs
 
-__all__ = ["RANDOM_WEIGHTS", "SEED", "Classifier", "find_device", "load_classifier", "load_model"]
+__all__ = ["RANDOM_WEIGHTS", "SEED", "Classifier", "check_model", "find_device", "load_classifier", "load_model"]
 
 SEED = 0
 RANDOM_WEIGHTS = "The weights are random: these maps say nothing of what is in an image."
@@ -68,15 +68,24 @@ class Classifier:
     def label(self, index: int) -> str:
         """Return a class's name and number."""
         name = None if self.categories is None else self.categories[index]
-        return f"class {index}" if name in {None, str(index)} else f"{name} ({index})"
+        return f"class {index}" if name in {None, str(index)} else printable(f"{name} ({index})")
+
+
+def check_model(arguments: argparse.Namespace) -> None:
+    """Check that there is the model that the arguments name, without loading it."""
+    if arguments.model_factory is None:
+        _known_arch(arguments.arch or ARCH)
+    elif arguments.arch is not None:
+        raise UserError("give --arch for a model of torchvision, or --model-factory for one of yours, not both")
+    else:
+        _find_function(arguments.model_factory)
 
 
 def load_model(arguments: argparse.Namespace) -> Classifier:
     """Load the model that the arguments name; a command without `--weights` needs none."""
+    check_model(arguments)
     if arguments.model_factory is None:
         return load_classifier(arguments.arch or ARCH, getattr(arguments, "weights", "none") or "DEFAULT")
-    if arguments.arch is not None:
-        raise UserError("give --arch for a model of torchvision, or --model-factory for one of yours, not both")
     return load_own(arguments.model_factory, getattr(arguments, "weights", None))
 
 
@@ -150,9 +159,7 @@ def _find_function(path: str) -> Callable[[], Any]:
     return function
 
 
-def load_classifier(arch: str, weights: str) -> Classifier:
-    """Load a classification model of torchvision."""
-    import torch
+def _known_arch(arch: str) -> str:
     from torchvision import models
 
     known = models.list_models(module=models)
@@ -160,6 +167,15 @@ def load_classifier(arch: str, weights: str) -> Classifier:
     if arch not in known:
         close = get_close_matches(arch, known, n=3, cutoff=0.5) or ["resnet50", "mobilenet_v3_large", "convnext_tiny"]
         raise UserError(f"--arch '{arch}' is not a classification model of torchvision; try {', '.join(close)}")
+    return arch
+
+
+def load_classifier(arch: str, weights: str) -> Classifier:
+    """Load a classification model of torchvision."""
+    import torch
+    from torchvision import models
+
+    arch = _known_arch(arch)
     entries = models.get_model_weights(arch)
     entry = entries.DEFAULT
     is_random = weights.lower() == "none"

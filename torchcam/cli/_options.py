@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ._messages import Parser, UserError
+from ._messages import HelpFormatter, Parser, UserError
 
 __all__ = [
     "add_classes",
@@ -37,7 +38,7 @@ normalisation), and the list of its class names; it is looked up in the current 
 def add_command(commands: Any, name: str, *, short: str, long: str, examples: str = "", run: Any) -> Parser:
     """Add a command to the parser."""
     parser: Parser = commands.add_parser(
-        name, help=short, description=long, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+        name, help=short, description=long, epilog=examples, formatter_class=HelpFormatter
     )
     parser.set_defaults(run=run)
     return parser
@@ -127,15 +128,12 @@ def find_method(name: str, option: str = "--method") -> type[Any]:
 def add_classes(group: Any, what: str, *, several: bool) -> None:
     """Add the option that names classes, several of them or one."""
 
-    def read(text: str) -> list[int]:
-        try:
-            return [int(part) for part in (names(text) if several else [text])]
-        except ValueError as error:
-            expected = "a class, or several with commas" if several else "a class"
-            raise UserError(f"--class-idx must be the number of {expected}, got '{text}'") from error
+    def read(text: str) -> list[int | str]:
+        parts = names(text) if several else [text]
+        return [int(part) if re.fullmatch(r"[+-]?\d+", part) else part for part in parts]
 
     action = "extend" if several else "store"
-    group.add_argument("--class-idx", metavar="N", action=action, type=read, default=[], help=what)
+    group.add_argument("--class-idx", metavar="CLASS", action=action, type=read, default=[], help=what)
 
 
 def add_count(group: Any, option: str, what: str, *, lowest: int = 1, default: int | None = None) -> None:
@@ -164,7 +162,11 @@ def add_json(parser: Any) -> None:
 def add_picture(parser: Any, what: str) -> None:
     """Add the options of commands that write pictures, named as ``what`` says, into a folder."""
     parser.add_argument(
-        "--output", metavar="DIR", type=Path, default=Path(), help=f"where to write {what} (default: here)"
+        "--output",
+        metavar="PATH",
+        type=Path,
+        default=Path(),
+        help=f"the folder for {what}, or, of one image, the file (.png) (default: here)",
     )
     _add_overwrite_and_json(parser)
 
@@ -190,6 +192,9 @@ def _add_overwrite_and_json(parser: Any) -> None:
 def add_colours(parser: Any) -> None:
     """Add the options of pictures."""
     parser.add_argument(
-        "--alpha", type=float, default=0.5, help="opacity of the image under its maps, in [0, 1) (default: %(default)s)"
+        "--alpha",
+        type=float,
+        default=0.25,
+        help="opacity of the image under the strongest values of a map, in [0, 1) (default: %(default)s)",
     )
-    parser.add_argument("--colormap", default="jet", help="a colormap of matplotlib (default: %(default)s)")
+    parser.add_argument("--colormap", help="a colormap of matplotlib (default: viridis; coolwarm for signed maps)")

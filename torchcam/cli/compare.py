@@ -7,8 +7,8 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 from . import _options
-from ._images import prepare, save_figure
-from ._messages import library_errors, print_json, print_table
+from ._images import picture_paths, prepare, save_figure
+from ._messages import library_errors, print_json, print_table, printable
 from ._models import RANDOM_WEIGHTS
 from .explain import class_entry, explain_image
 
@@ -50,7 +50,7 @@ def add_to(commands: Any) -> None:
     maps = compare.add_argument_group("the maps")
     _options.add_methods(maps, METHODS)
     _options.add_layers(maps)
-    _options.add_classes(maps, "class to explain, by its number (default: the most probable)", several=False)
+    _options.add_classes(maps, "class to explain, by its number or name (default: the most probable)", several=False)
     result = compare.add_argument_group("the result")
     _options.add_picture(result, "IMAGE-compare.png")
     _options.add_colours(result)
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Explain the image by each method, draw the maps, and print how similar they are."""
     methods = _options.find_methods(arguments.methods, METHODS)
     (source,) = arguments.images
-    path = arguments.output / f"{source.stem}-compare.png"
+    (path,) = picture_paths(arguments.output, [source], "compare")
     classifier, target = prepare(arguments, methods, [path])
     explanation = explain_image(arguments, classifier, source, methods, target)
     (index,) = explanation.cams
@@ -86,19 +86,19 @@ def run(arguments: argparse.Namespace) -> None:
         for entry in entries
     ]
     print_table(make_table(("  method", "like the others", "layers"), rows, right=[1]))
-    print(f"\n{source} -> {path}")
+    print("\n" + printable(f"{source} -> {path}"))
     if classifier.is_random:
         print(RANDOM_WEIGHTS)
 
 
-def _draw(explanation: PredictionExplanation, title: str, alpha: float, colormap: str) -> Figure:
+def _draw(explanation: PredictionExplanation, title: str, alpha: float, colormap: str | None) -> Figure:
     """Draw the maps of all methods side by side."""
     from torchcam._figures import Cell, Row, Sheet, draw
 
     captions, cells = [], []
     for name, result in explanation.results.items():
         captions.append((name, textwrap.shorten(", ".join(result.target_layers), 30, placeholder=" ...")))
-        cells.append(Cell(explanation.overlay(method=name, alpha=alpha, colormap=colormap, grey=False)))
+        cells.append(Cell(explanation.overlay(method=name, alpha=alpha, colormap=colormap)))
     return draw([Sheet(title, explanation.image, captions, [Row("", "", False, cells)])], title, colormap, dark=False)
 
 

@@ -29,7 +29,6 @@ METHODS = {  # and the layers of the demo model that each looks at
     "RefineCAM": ["layer2", "layer3", "layer4"],
 }
 SHARES = ("on_it", "on_the_other", "on_neither")
-COLORMAP = "inferno"
 COLORS = ("#2ee6d6", "#7dff5a")
 SCALE = 6  # pixels of the drawn picture for each of the picture's own
 
@@ -134,13 +133,13 @@ def _draw(sample: Sample, explanation: PredictionExplanation, maps: Sequence[dic
         mine = [entry for entry in maps if entry["class_idx"] == digit]
         cells = [Cell(_outlined(picture.convert("L").convert("RGB"), mask, color), f"the {digit}")]
         for entry in mine:
-            over = explanation.overlay(digit, entry["method"], image=picture, alpha=0.4, colormap=COLORMAP)
+            over = explanation.overlay(digit, entry["method"], image=picture)
             note = f"{entry['on_it']:.0%} on the {digit}, {entry['on_the_other']:.0%} on the other"
             cells.append(Cell(_outlined(over, mask, color), note))
         rows.append(Row(f"evidence for a {digit}", f"probability {explanation.value_of(digit)}", False, cells))
     captions = [("ground truth", ""), *((entry["method"], _span(entry)) for entry in mine)]
     title = "The demo model on a picture of two digits"
-    return draw([Sheet(title, picture, captions, rows)], title, COLORMAP, dark=False)
+    return draw([Sheet(title, picture, captions, rows)], title, None, dark=False)
 
 
 def _outlined(picture: Image.Image, mask: Tensor, color: str) -> Image.Image:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import _options
 from ._images import prepare, read_image
-from ._messages import UserError, library_errors, print_json
+from ._messages import UserError, library_errors, print_json, printable
 
 if TYPE_CHECKING:
     import argparse
@@ -60,4 +60,4 @@ def run(arguments: argparse.Namespace) -> None:
         return
     print(classifier.name)
     for path, diagnosis in found:
-        print(f"\n{path}: {diagnosis}")
+        print(f"\n{printable(path)}: {diagnosis}")

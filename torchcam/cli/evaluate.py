@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from . import _options
 from ._folder import read_folder
 from ._images import check_layers, check_output, save_reports, target_layer
-from ._messages import UserError, library_errors, print_table
+from ._messages import UserError, library_errors, print_table, printable
 from ._models import load_model
 from ._processes import processes, wait_for_all
 
@@ -288,4 +288,4 @@ def _report(result: Any, outputs: Sequence[Path], *, as_json: bool) -> None:
         return
     print_table(result)
     for path in outputs:
-        print(f"-> {path}")
+        print(printable(f"-> {path}"))

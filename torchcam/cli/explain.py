@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import _options
-from ._images import prepare, read_image, save_figure
-from ._messages import UserError, library_errors, print_json
+from ._images import picture_paths, prepare, read_image, save_figure
+from ._messages import UserError, library_errors, print_json, printable
 from ._models import RANDOM_WEIGHTS, Classifier
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def add_to(commands: Any) -> None:
     maps = explain.add_argument_group("the maps")
     _options.add_method(maps)
     _options.add_layers(maps)
-    _options.add_classes(maps, "class to explain, by its number; several as with --target-layer", several=True)
+    _options.add_classes(maps, "class to explain, by its number or name; several as with --target-layer", several=True)
     _options.add_count(
         maps,
         "--top-k",
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
     method = _options.find_method(arguments.method)
     if arguments.top_k == 0 and not arguments.class_idx:
         raise UserError("--top-k must be at least 1 without --class-idx, got 0")
-    pictures = [arguments.output / f"{path.stem}-{method.__name__}.png" for path in arguments.images]
+    pictures = picture_paths(arguments.output, arguments.images, method.__name__)
     classifier, target = prepare(arguments, [method], pictures)
     title, images = "", []
     for source, path in zip(arguments.images, pictures, strict=True):
@@ -81,14 +81,12 @@ def run(arguments: argparse.Namespace) -> None:
             if not arguments.json:
                 print(title)
         with library_errors():
-            figure = explanation.plot(
-                colormap=arguments.colormap, alpha=arguments.alpha, grey=False, dark=False, title=title
-            )
+            figure = explanation.plot(colormap=arguments.colormap, alpha=arguments.alpha, dark=False, title=title)
         save_figure(figure, path)
         classes = [class_entry(explanation, index) for index in explanation.cams]
         images.append({"image": str(source), "picture": str(path), "classes": classes})
         if not arguments.json:
-            print(f"{source} -> {path}")
+            print(printable(f"{source} -> {path}"))
             for index in explanation.cams:
                 print(f"  {explanation.value_of(index):>6}  {classifier.label(index)}")
     if arguments.json:

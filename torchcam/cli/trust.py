@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import _options
 from ._images import prepare, read_image, save_reports
-from ._messages import UserError, library_errors, print_json
+from ._messages import UserError, library_errors, print_json, printable
 
 if TYPE_CHECKING:
     import argparse
@@ -84,4 +84,4 @@ def run(arguments: argparse.Namespace) -> None:
     print(classifier.name)
     print(report)
     for path in outputs:
-        print(f"\n-> {path}")
+        print("\n" + printable(f"-> {path}"))

@@ -91,7 +91,7 @@ def make_scenes(
     split: Split = "test",
     num_digits: int | tuple[int, int] = (1, 3),
     size: int = 96,
-    digit_size: tuple[float, float] = (28.0, 42.0),
+    digit_size: tuple[float, float] | None = None,
     warp: float = 0.0,
     erase: bool = False,
     seed: int | np.random.Generator = 0,
@@ -106,7 +106,8 @@ def make_scenes(
         split: the handwriting to use, `"train"` (forms 1 to 11) or `"test"` (forms 12 to 14).
         num_digits: number of digits per scene, or its inclusive range; between 0 and 3. Their classes differ.
         size: height and width of the images in pixels.
-        digit_size: range of the digits' height in pixels. Digits that do not fit beside each other are made smaller.
+        digit_size: range of the digits' height in pixels, by default 7/24 to 7/16 of `size`, but 8 at least. Digits
+            that do not fit beside each other are made smaller.
         warp: strength of a smooth random deformation of the strokes, as a share of the digit's height; 0 is none. Meant
             for training, as a substitute for further writers.
         erase: leave the digits out of the images. Everything else, including labels and masks, stays the same: the two
@@ -128,6 +129,8 @@ def make_scenes(
     """
     fewest, most = (num_digits, num_digits) if isinstance(num_digits, int) else num_digits
     positive_integer("num_scenes", num_scenes)
+    if digit_size is None:
+        digit_size = (max(size * 7 / 24, 8.0), max(size * 7 / 16, 8.0))
     one_of("split", split, ("train", "test"))
     if not 0 <= fewest <= most <= _MAX_DIGITS:
         raise ValueError(f"`num_digits` must lie between 0 and {_MAX_DIGITS}, got {num_digits}")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torchcam._files import atomic_write
 from torchcam._numbers import finite, to_json
-from torchcam._tables import as_text, make_table
+from torchcam._tables import as_csv, as_text, make_table
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions
@@ -173,15 +171,13 @@ class Evaluation:
         metrics = [
             metric for metric in self.higher_is_better if any(metric in m.left_out for m in self.methods.values())
         ]
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
         left_out = [f"{metric}.left_out" for metric in metrics]
-        writer.writerow(["method", *titles.values(), *left_out, "num_samples", "nan_maps", "seconds_per_map"])
+        rows: list[list[Any]] = [["method", *titles.values(), *left_out, "num_samples", "nan_maps", "seconds_per_map"]]
         for name, entry in self.methods.items():
             values = [repr(entry.values[metric][key]) for metric, key in titles]
             missing = [entry.left_out.get(metric, "") for metric in metrics]
-            writer.writerow([name, *values, *missing, self.num_samples, entry.nan_maps, repr(entry.seconds)])
-        return text.getvalue()
+            rows.append([name, *values, *missing, self.num_samples, entry.nan_maps, repr(entry.seconds)])
+        return as_csv(rows)
 
     def to_markdown(self) -> str:
         """Return the table as Markdown, the best numbers in bold."""

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import logging
+import math
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from torchcam._passes import find_image, image_shape
-from torchcam.layers import automatic_layer, candidates
+from torchcam._passes import Call, image_shape
+from torchcam.layers import Candidates, candidates_of, probe
+
+from ._layouts import Layouts
 
 __all__ = ["DefaultLayer"]
 
@@ -16,46 +21,104 @@ logger = logging.getLogger(f"{__package__}.core")
 
 
 class DefaultLayer:
-    """Chooses the default layer by a pass over noise, and again if the first pass has another input.
+    """Chooses the default layer by a pass over noise, and proves it on the first input if that has another shape.
 
     Args:
         model: the model
         input_shape: shape of the model's input without the batch dimension
         wanted_input: name or position of the image-like input
+        layouts: is told how the output of the layer is laid out
 
     Attributes:
         names: the chosen layer; empty if the model does not take such an input, for the first pass to decide
     """
 
-    def __init__(self, model: nn.Module, input_shape: tuple[int, ...], wanted_input: str | int | None) -> None:
+    def __init__(
+        self, model: nn.Module, input_shape: tuple[int, ...], wanted_input: str | int | None, layouts: Layouts
+    ) -> None:
         self.model = model
         self.wanted_input = wanted_input
+        self.layouts = layouts
         self.names: list[str] = []
         self._probed: tuple[int, ...] | None = ()
+        self._is_checked = False
         try:
-            found = automatic_layer(model, input_shape)
+            found = candidates_of(model, probe(model, input_shape))
         except Exception as error:  # noqa: BLE001 - whatever a model raises at an input that is not its kind
             logger.info("%s does not take an input of shape %s: %s", type(model).__name__, input_shape, error)
             return
         self._probed = tuple(input_shape)
-        self.names = self._announced(found, self._probed)
+        self._choose(found, self._probed)
 
     def confirm(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str] | None:
-        """Return the layer for the arguments of the first pass; None where the choice stays, as in all later passes."""
-        probed, self._probed = self._probed, None
-        image = None if probed is None else image_shape(find_image(args, kwargs, self.wanted_input))
-        if image is None or image[1:] == probed:
-            return None
-        found = candidates(self.model, *args, **kwargs).choice
-        if [found] != self.names:
-            self.names = self._announced(found, image[1:])
-        return self.names
+        """Return the layer for the arguments of the first pass; None where the choice stays, as in all later passes.
 
-    def _announced(self, layer: str | None, shape: tuple[int, ...]) -> list[str]:
-        if layer is None:
-            raise ValueError(
-                f"no layer of {type(self.model).__name__} has positions that the score depends on, for an input of "
-                f"shape {shape}: name a `target_layer`"
+        Of an input of another shape than the probe's, the choice stays where it holds, even if one position is left.
+        """
+        probed, self._probed = self._probed, None
+        if probed is None:
+            return None
+        call = Call(args, kwargs, self.wanted_input)
+        shape = image_shape(call.signal)
+        if probed and (shape is None or shape[1:] == probed):
+            return None
+        found = candidates_of(self.model, call)
+        kept = next((one for one in found if [one.name] == self.names and one.depends), None)
+        if kept is None or kept.is_proven is False:
+            self._choose(found, () if shape is None else shape[1:])
+            return self.names
+        self.layouts.prove(kept.name, kept.layout)
+        if math.prod(kept.grid) == 1:
+            given = () if shape is None else shape[1:]
+            other = "" if found.choice is None else f", such as '{found.choice}'"
+            warnings.warn(
+                f"the default layer '{kept.name}' has a single position for an input of shape {given}, so its "
+                f"map shows no place: give the model a larger input, or name an earlier `target_layer`{other}",
+                UserWarning,
+                stacklevel=2,
             )
-        logger.warning("no value was provided for `target_layer`, thus set to '%s'.", layer)
-        return [layer]
+        return None
+
+    def check_target(self, call: Call, select: Callable[[Any], Tensor], gradients: Sequence[Tensor]) -> None:
+        """Check once that the explained score depends on the layer, where its gradient is 0.
+
+        Raises:
+            ValueError: if it does not, but does on another layer, which the message names
+        """
+        if self._is_checked:
+            return
+        if any(bool(gradient.any()) for gradient in map(self._of_positions, gradients)):
+            self._is_checked = True
+            return
+        found = candidates_of(self.model, call, select)
+        own = next((one for one in found if [one.name] == self.names), None)
+        if found.choice is not None and (own is None or not own.depends):
+            raise ValueError(
+                f"the explained score does not depend on the positions of the default layer '{self.names[0]}', but on "
+                f"those of '{found.choice}': name that as `target_layer`"
+            )
+
+    def _of_positions(self, gradient: Tensor) -> Tensor:
+        """Leave out what is before the positions: a class token may be all that a score is read from."""
+        prefix = self.layouts.prefix(self.names[0])
+        if prefix is None:
+            return gradient
+        dimension, count = prefix
+        return gradient.narrow(dimension, count, gradient.shape[dimension] - count)
+
+    def _choose(self, found: Candidates, shape: tuple[int, ...]) -> None:
+        """Take the default among candidates.
+
+        Raises:
+            ValueError: if there is none
+        """
+        chosen = next((one for one in found if one.name == found.choice), None)
+        if chosen is None:
+            raise ValueError(
+                f"no layer of {type(self.model).__name__} has positions that the score depends on, and that are those "
+                f"of the input, for an input of shape {shape}: name a `target_layer`"
+            )
+        self.layouts.prove(chosen.name, chosen.layout)
+        if [chosen.name] != self.names:
+            logger.warning("no value was provided for `target_layer`, thus set to '%s'.", chosen.name)
+        self.names = [chosen.name]

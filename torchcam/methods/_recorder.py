@@ -21,9 +21,10 @@ from torch.utils.hooks import RemovableHandle
 from torchcam._passes import Call, image_shape
 from torchcam._replica import CallWrapper, ExtractorHook
 from torchcam._tensors import map_tensors, tensors_in
-from torchcam.layout import Layout, find_layout, primary_tensors, replace_tensors
+from torchcam.layout import Layout, primary_tensors, replace_tensors
 
 from ._fused import FusedCall, SharedWrapper, attached, fused_modules
+from ._layouts import Layouts
 from ._running import thread
 
 __all__ = ["Pass", "Recorder", "Row"]
@@ -127,6 +128,7 @@ class Pass:
         self.attentions: list[list[Tensor] | None] = [None] * len(self.target_names)
         self.watch: Any = None
         self.layouts: dict[str, Layout] = {}
+        self._layouts = recorder.layouts
         self.layers: dict[int, dict[str, tuple[Tensor, Tensor | GradientEdge]]] = {}
         self.rows: list[Row] = []
         self.names: list[str] = []
@@ -169,7 +171,8 @@ class Pass:
         """Return the layout of a layer's output, found for the first tensor that is asked about."""
         found = self.layouts.get(name)
         if found is None:
-            found = self.layouts[name] = find_layout(tensor.shape, self.input_shape, name)
+            found = self._layouts.find(tensor.shape, name, self.target_names, self.call, self.input_shape)
+            self.layouts[name] = found
         return found
 
 
@@ -188,6 +191,7 @@ class Recorder:
         wanted_input: name or position of the image-like input
         enabled: whether passes are recorded from the start
         choose_layers: called with the arguments of a pass before it starts; returns target layers, None for no change
+        layouts: finds the layouts of the target layers
         around: called with a pass when it starts; returns a context that the model runs in
         ended: called with a pass when the model has returned
 
@@ -208,8 +212,10 @@ class Recorder:
         choose_layers: Callable[[tuple[Any, ...], dict[str, Any]], list[str] | None] | None = None,
         around: Callable[[Pass], AbstractContextManager[Any]] | None = None,
         ended: Callable[[Pass], None] | None = None,
+        layouts: Layouts | None = None,
     ) -> None:
         self.model = model
+        self.layouts = Layouts(model) if layouts is None else layouts
         self.modules = dict(model.named_modules())
         self.target_names = list(target_names)
         self.differentiates = differentiates

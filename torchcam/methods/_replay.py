@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -13,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from torchcam._chunks import run_chunks, warn_of_memory
 from torchcam._passes import Call, forwards_replaced
 from torchcam._replica import has_hooks, replicated
 from torchcam._tensors import map_structure, map_tensors, tensors_in, to_float
 from torchcam.layout import first_tensor, replace_tensors
 from torchcam.targets import Selector
 
-__all__ = ["Edit", "Replay", "VariantRunner", "gaussian_noise", "is_close", "run_chunks", "seeded"]
+__all__ = ["Edit", "Replay", "VariantRunner", "gaussian_noise", "is_close", "seeded"]
 
 Edit = Callable[[Tensor, Tensor], Tensor]
 Scorer = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]
@@ -37,54 +37,6 @@ def gaussian_noise(shape: tuple[int, ...], like: Tensor, std: float, generator: 
     """
     generator = seeded(generator, like.device)
     return std * torch.randn(shape, generator=generator, device=generator.device, dtype=like.dtype).to(like.device)
-
-
-def run_chunks(
-    evaluate: Callable[[slice], Any], total: int, batch_size: int, *, progress: bool = False, description: str = ""
-) -> list[Any]:
-    """Call ``evaluate`` on consecutive slices of ``range(total)``, each of ``batch_size`` at most.
-
-    Where a CUDA device has too little memory for a chunk, the chunk is halved and tried again, with one warning.
-    """
-    results, start, warned = [], 0, False
-    with _progress_bar(total, description, progress) as advance:
-        while start < total:
-            size = min(batch_size, total - start)
-            try:
-                results.append(evaluate(slice(start, start + size)))
-            except torch.OutOfMemoryError:
-                if size == 1:
-                    raise
-            else:
-                start += size
-                advance(size)
-                continue
-            # Outside the `except` block: there, the exception would keep the chunk's tensors alive.
-            batch_size = size // 2
-            if not warned:
-                _warn_of_memory(size)
-            warned = True
-            torch.cuda.empty_cache()
-    return results
-
-
-def _warn_of_memory(size: int) -> None:
-    warnings.warn(
-        f"out of memory on a chunk of {size}: going on with smaller ones; a smaller `batch_size` avoids it",
-        RuntimeWarning,
-        stacklevel=3,
-    )
-
-
-@contextmanager
-def _progress_bar(total: int, description: str, shown: bool) -> Iterator[Callable[[int], Any]]:
-    if not shown:
-        yield lambda _done: None
-        return
-    from tqdm.auto import tqdm
-
-    with tqdm(total=total, desc=description) as bar:
-        yield bar.update
 
 
 class VariantRunner:
@@ -108,6 +60,8 @@ class VariantRunner:
         formats: dict[int, torch.memory_format] | None = None,
     ) -> None:
         self.call = call
+        if call is not None:
+            call.prove_rows(model)
         self._forward: Callable[..., Any] = torch.compile(model) if compiled else model
         self._formats = fast_formats(model.modules()) if formats is None else formats
 
@@ -285,6 +239,7 @@ class Replay:
             self.call.as_recorded(),
             autocast,
         ):
+            self.call.prove_rows(replica)
             yield replica
 
 
@@ -496,7 +451,7 @@ class _Head:
                     raise
             except Exception:  # noqa: BLE001 - whatever a model raises at what is not like its input
                 return False
-            _warn_of_memory(count)
+            warn_of_memory(count)
             self.replay.batch_size = count // 2
 
     def _scores_alike(self, sample: Tensor, count: int) -> bool:

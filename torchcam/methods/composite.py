@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from torchcam._checks import finite_number, one_of, positive_integer
+from torchcam._chunks import run_chunks
 from torchcam._tensors import gaussian_blur, min_max, resize, to_float
 from torchcam.layers import TargetLayer
 from torchcam.targets import ClassIndex, OutputTarget, Selector, as_class_indices, read_logits
 
 from ._finish import to_one_shape
-from ._replay import Replay, VariantRunner, run_chunks
+from ._replay import Replay, VariantRunner
 from .core import _CAM, Request, on_replica
 from .decomposition import along, first_component
 from .gradient import GradCAM, GradCAMpp

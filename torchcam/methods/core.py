@@ -24,6 +24,7 @@ from ._default_layer import DefaultLayer
 from ._diagnose import Diagnosis, diagnose
 from ._finish import all_finite, broken_samples, scale_signed, to_one_shape, weighted_sum
 from ._gradients import differentiate, share_of_score, with_graph
+from ._layouts import Layouts
 from ._recorder import Pass, Recorder
 from ._replicas import on_replica
 from ._request import Request
@@ -56,13 +57,14 @@ class _CAM:
             (Mehri et al. 2025, arXiv:2411.16760; ``docs/guides/transformers.md``)
 
     Raises:
-        TypeError: if a target layer is neither a module nor a string
+        TypeError: if a target layer is neither a module nor a string, or ``model`` is one of TorchScript
         ValueError: if a target layer is not part of the model, or none can be found; if ``gradients`` is neither of the
             two, or given to a method that takes none at a layer
     """
 
     class_agnostic = False  # the map is the same for every class: none has to be named
 
+    _default: DefaultLayer | None = None
     _relu = False
     _differentiates = False  # the pass keeps its graph from the target layers on
     _weighs_gradients = False  # gradients of the score for what layers return make the map
@@ -87,6 +89,8 @@ class _CAM:
         gradients: Literal["plain", "balanced"] | None = None,
     ) -> None:
         torch_module("model", model)
+        if isinstance(model, torch.jit.ScriptModule):
+            raise TypeError("`model` is one of TorchScript, whose layers run no hooks: pass the model it was made from")
         if gradients is not None and not self._weighs_gradients:
             raise ValueError(
                 f"{type(self).__name__} takes no gradients at a layer, so there is no `gradients`, got {gradients!r}: "
@@ -100,11 +104,15 @@ class _CAM:
         model = vars(model)["_modules"].get("_orig_mod", model)  # of what `torch.compile` returned: it runs no hooks
         self.reshape_transform = reshape_transform
         wanted = input_name if input_index is None else input_index
-        default = DefaultLayer(model, input_shape, wanted) if target_layer is None else None
+        layouts = Layouts(model)
+        default = DefaultLayer(model, input_shape, wanted, layouts) if target_layer is None else None
         names = [] if target_layer is None else layer_names(model, target_layer)
         names = names if default is None else default.names
+        self._default = default
         choose = None if default is None else default.confirm
-        self._recorder = self._recording(model, names, wanted_input=wanted, enabled=enable_hooks, choose_layers=choose)
+        self._recorder = self._recording(
+            model, names, wanted_input=wanted, enabled=enable_hooks, choose_layers=choose, layouts=layouts
+        )
 
     def _recording(self, model: nn.Module, names: Sequence[str], **options: Any) -> Recorder:
         """Register the hooks on a model."""
@@ -173,7 +181,11 @@ class _CAM:
         moved = copy.copy(self)
         here = self._recorder
         moved._recorder = self._recording(
-            replica, here.target_names, wanted_input=here.wanted_input, choose_layers=here.choose_layers
+            replica,
+            here.target_names,
+            wanted_input=here.wanted_input,
+            choose_layers=here.choose_layers,
+            layouts=here.layouts,
         )
         if not here.is_attached:
             moved.remove_hooks()
@@ -510,6 +522,8 @@ class _CAM:
             recorded.unbalanced = set()
             balanced = (output, recorded.unbalanced) if self.gradients == "balanced" else None
             gradients = differentiate(score, recorded.rows, request.retain_graph, request.create_graph, balanced)
+        if self._default is not None:
+            self._default.check_target(recorded.call, self._selector(request), gradients)
         recorded.gradients, recorded.num_scores = list(gradients), None if score.ndim == 1 else score.shape[1]
         recorded.score = score.detach()
         grids = self._gradient_grids(recorded, gradients, recorded.num_scores, request.create_graph)

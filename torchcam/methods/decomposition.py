@@ -339,10 +339,18 @@ def first_component(features: Tensor) -> Tensor:
 
 
 def along(projection: Tensor, reference: Tensor) -> Tensor:
-    """Return a centred projection (N, *spatial) the sign with which it correlates positively with a reference."""
-    flat = reference.flatten(1)
-    overlap = (projection.flatten(1) * (flat - flat.mean(1, keepdim=True))).sum(1)
-    return _flipped(projection, overlap < 0)
+    """Give a centred projection (N, *spatial) the sign with which it correlates positively with a reference.
+
+    Where that correlation is rounding noise, the side of the larger deviations becomes positive.
+    """
+    flat, projected = reference.flatten(1), projection.flatten(1)
+    centred = flat - flat.mean(1, keepdim=True)
+    overlap = (projected * centred).sum(1)
+    rounding = 16 * torch.finfo(reference.dtype).eps * flat.shape[1] ** 0.5
+    is_noise = overlap.abs() <= rounding * projected.norm(dim=1) * flat.norm(dim=1)
+    scale = projected.abs().amax(1, keepdim=True)
+    skewness = (projected / torch.where(scale == 0, 1.0, scale)).pow(3).sum(1)
+    return _flipped(projection, torch.where(is_noise, skewness, overlap) < 0)
 
 
 def _flipped(maps: Tensor, where: Tensor) -> Tensor:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from torchcam._checks import finite_number, positive_integer
+from torchcam._chunks import run_chunks
 from torchcam.layers import TargetLayer
 
-from ._replay import VariantRunner, gaussian_noise, run_chunks
+from ._replay import VariantRunner, gaussian_noise
 from .core import _CAM, Request, on_replica
 
 __all__ = [

@@ -198,6 +198,7 @@ def _scaled_sum(sizes: Tensor) -> Tensor:
 def _repeated(model: nn.Module, call: Call, select: Selector) -> Iterator[tuple[Tensor, Tensor]]:
     """Repeat a recorded call quietly, with a graph down to its image-like input: that input, and the scores (N,)."""
     with torch.inference_mode(False), torch.enable_grad(), replicated(model) as replica, call.as_recorded():
+        call.prove_rows(replica)
         image = call.image.detach().clone().requires_grad_()
         args, kwargs = call.with_image(image.clone(), torch.arange(len(image), device=image.device))
         args, kwargs = map_tensors(lambda t: t.clone() if t.is_inference() else t, (args, kwargs))

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from torchcam._checks import callable_object, integer
+from torchcam._chunks import run_chunks
 from torchcam._passes import forwards_replaced
 from torchcam._replica import replicated
 from torchcam._tensors import map_tensors, over_channels, resize, to_float
-from torchcam.methods._replay import VariantRunner, run_chunks
+from torchcam.methods._replay import VariantRunner
 from torchcam.methods.core import on_replica, plain_tensors
 from torchcam.targets import ClassIndex, OutputTarget, Selector, check_one_of, class_scores, read_logits
 

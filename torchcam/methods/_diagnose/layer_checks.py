@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchcam._tensors import to_float
 from torchcam.layers import Candidate
-from torchcam.layout import Layout, _anisotropy, has_consistent_stride
+from torchcam.layout import AmbiguousLayoutError
 
 from .facts import Facts
 from .findings import Finding, finding
@@ -24,7 +24,7 @@ def check_positions(facts: Facts) -> Iterator[Finding]:
     if facts.layout_error is not None:
         choice = facts.recorded.choice
         yield finding(
-            "no_positions",
+            "layout_ambiguous" if isinstance(facts.layout_error, AmbiguousLayoutError) else "no_positions",
             f"{facts.layout_error}.",
             "There is nothing to draw a map on." + (f" A layer with positions is '{choice}'." if choice else ""),
         )
@@ -72,60 +72,24 @@ def check_layouts(facts: Facts) -> Iterator[Finding]:
     view = facts.repeated
     if facts.image is None or not facts.is_sound or not view.reads_layers:
         return
+    by_layout = view.reshape_transform is None
     for index, (name, activation) in enumerate(zip(view.names, view.activations, strict=True)):
         if activation is None:
             continue
         grid = view.to_grid(activation, name)
-        other = _other_reading(facts, activation, name)
-        by_layout = view.reshape_transform is None
-        channels_first = by_layout and view.layout(activation, name) == _map_layouts(activation.shape)[0]
-        if math.prod(grid.shape[2:]) == 1 or (channels_first and other is None):
+        if math.prod(grid.shape[2:]) == 1 or (by_layout and view.layout(activation, name).channels == 1):
             continue
         variants = [activations[index] for activations in facts.moved_activations]
-        verdict = _is_in_place(activation, variants, partial(view.to_grid, name=name))
-        if verdict is False:
-            advice = "Pass a `reshape_transform` to (N, C, *spatial)"
-            if other is not None and _is_in_place(activation, variants, other.to_grid):
-                advice += f": `{_permutation(other)}`, for channels that come last"
+        if _is_in_place(activation, variants, partial(view.to_grid, name=name)) is False:
             yield finding(
                 "wrong_layout",
                 f"the output of '{name}', {tuple(activation.shape)}, is read along the wrong dimensions: "
                 f"{'the layout found is' if by_layout else '`reshape_transform` gives'} a grid of "
                 f"{_by(grid.shape[2:])}, but where one half of the input is changed, the other half of that grid, or "
                 "another side of it, changes most.",
-                f"{advice}.",
+                "Pass a `reshape_transform` to (N, C, *spatial).",
                 layer=name,
             )
-        elif verdict is None and other is not None:
-            yield finding(
-                "layout_ambiguous",
-                f"the output of '{name}', {tuple(activation.shape)}, can be read with channels first or channels last, "
-                "and changes of the input do not tell which; it is read with channels "
-                f"{'last' if other.channels == 1 else 'first'}.",
-                f"If that is wrong, pass `reshape_transform={_permutation(other)}`.",
-                layer=name,
-            )
-
-
-def _map_layouts(shape: Sequence[int]) -> tuple[Layout, Layout]:
-    """Return the two layouts of maps: channels first, and channels last."""
-    dimensions = tuple(range(len(shape)))
-    first = Layout(tuple(shape[2:]), 0, 1, dimensions[2:])
-    return first, Layout(tuple(shape[1:-1]), 0, dimensions[-1], dimensions[1:-1])
-
-
-def _other_reading(facts: Facts, activation: Tensor, name: str) -> Layout | None:
-    """Return the other layout that fits the shape of an activation as well, if there is one."""
-    spatial = () if facts.image is None else facts.image.shape[2:]
-    if facts.repeated.reshape_transform is not None or activation.ndim != len(spatial) + 2 or len(spatial) == 1:
-        return None
-    found = facts.repeated.layout(activation, name)
-    first, last = _map_layouts(activation.shape)
-    if found not in {first, last}:
-        return None
-    other = last if found == first else first
-    fits = has_consistent_stride(other.grid, spatial)
-    return other if fits and _anisotropy(other.grid, spatial) <= _anisotropy(found.grid, spatial) else None
 
 
 def _is_in_place(base: Tensor, variants: Sequence[Tensor | None], to_grid: Callable[[Tensor], Tensor]) -> bool | None:
@@ -163,13 +127,6 @@ def _centre(amount: Tensor) -> Tensor:
     """Return the centre of mass of (*spatial), between 0 and 1 along each axis."""
     places = [torch.linspace(0.5 / side, 1 - 0.5 / side, side).to(amount) for side in amount.shape]
     return torch.stack([(amount * place).sum() for place in torch.meshgrid(places, indexing="ij")]) / amount.sum()
-
-
-def _permutation(layout: Layout) -> str:
-    """Return the source of the function that turns a map into (N, C, *spatial)."""
-    if layout.channels == 1:
-        return "lambda t: t"
-    return f"lambda t: t.permute(0, {', '.join(map(str, (layout.channels, *layout.positions)))})"
 
 
 def check_constant_activations(facts: Facts) -> Iterator[Finding]:

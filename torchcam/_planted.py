@@ -1,0 +1,202 @@
+"""An experiment: where does the output of a layer change when a strip of the input does?"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ._chunks import run_chunks
+from ._passes import Call
+from ._replica import replicated
+from ._tensors import tensors_in
+from .layout import Reading, primary_tensors
+
+__all__ = ["Changes", "Trial", "changes_of", "try_reading"]
+
+_STRIPS = 4  # of each axis of the input
+_ROWS = 16  # in memory at a time
+_NOTHING = 1e-12  # the share of the mean square of an output that counts as no change
+
+
+class Changes(NamedTuple):
+    """How much the output of a layer changes with each strip.
+
+    Attributes:
+        sizes: squares of the changes, summed over channels: shaped as the output, with as many rows as there are strips
+            (axes x strips of each) and one channel
+        axes: the dimensions of the input that were changed
+        scale: the mean square of the output
+    """
+
+    sizes: Tensor
+    axes: tuple[int, ...]
+    scale: float
+
+
+class Trial(NamedTuple):
+    """How well a grid follows the input.
+
+    Attributes:
+        follows: whether it does; None if its sides are too short to tell
+        score: the smallest share of the variance of where positions look that their place along a side explains
+        sides: how many sides are long enough to tell
+    """
+
+    follows: bool | None
+    score: float = 0.0
+    sides: int = 0
+
+
+def changes_of(
+    model: nn.Module, call: Call, input_shape: Sequence[int], layers: Sequence[str]
+) -> dict[str, dict[tuple[int, int], Changes]]:
+    """Run a replica on noise, and on copies in which one strip of one axis is other noise.
+
+    Noise of the input's own scale takes the place of the input: a picture has bright parts that outweigh others. One
+    pass of 1 + 4 rows for each axis, in chunks.
+
+    Args:
+        model: the model
+        call: how it was called
+        input_shape: the shape of the input, with its batch
+        layers: the layers to watch
+
+    Returns:
+        what was measured, by the name of the output and its dimensions of batch and channels
+    """
+    inputs, axes = _planted(call, input_shape)
+    measured: defaultdict[tuple[str, int, int], list[Tensor]] = defaultdict(list)
+    scales: dict[str, float] = {}
+    last: dict[tuple[str, int, int], Tensor] = {}
+
+    def watch(layer: str, rows: int, _module: nn.Module, _args: Any, output: Any) -> None:
+        for level, tensor in primary_tensors(output).items():
+            if tensor.ndim < 3 or not tensor.is_floating_point():
+                continue
+            values = tensor.float()
+            scales[layer + level] = float(values.square().mean())
+            pairs = [(0, 1), (0, tensor.ndim - 1), *([(1, 2)] if tensor.ndim == 3 else [])]
+            for batch, channels in pairs:
+                if tensor.shape[batch] == rows:
+                    moved = values.narrow(batch, 1, rows - 1) - values.narrow(batch, 0, 1)
+                    last[layer + level, batch, channels] = moved.square().sum(channels, keepdim=True)
+
+    def run(replica: nn.Module, chunk: slice) -> None:
+        last.clear()
+        rows = torch.cat([inputs[:1], inputs[1:][chunk]])
+        modules = [(layer, replica.get_submodule(layer)) for layer in layers]
+        handles = [module.register_forward_hook(partial(watch, layer, len(rows))) for layer, module in modules]
+        try:
+            args, kwargs = call.with_signal(rows, torch.zeros(len(rows), dtype=torch.long, device=rows.device))
+            replica(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for key, sizes in last.items():  # of a layer that runs several times, the last call counts
+            measured[key].append(sizes)
+
+    with torch.inference_mode(False), torch.no_grad(), call.as_recorded(), replicated(model) as replica:
+        run_chunks(partial(run, replica), len(inputs) - 1, _ROWS)
+    found: dict[str, dict[tuple[int, int], Changes]] = defaultdict(dict)
+    for (name, batch, channels), parts in measured.items():
+        if sum(part.shape[batch] for part in parts) == len(inputs) - 1:
+            found[name][batch, channels] = Changes(torch.cat(parts, batch), axes, scales[name])
+    return found
+
+
+def _planted(call: Call, input_shape: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
+    """Return noise and copies of it with one strip changed, one strip of each axis after the other; and those axes."""
+    first = next(tensors_in(call.signal))
+    scale = float(first.float().std(correction=0)) or 1.0
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(shape: Sequence[int]) -> Tensor:
+        drawn = torch.randn(tuple(shape), generator=generator) * scale + float(first.float().mean())
+        return drawn.to(first.device, first.dtype)
+
+    axes = tuple(axis for axis in range(1, len(input_shape)) if input_shape[axis] >= _STRIPS)
+    base = noise((1, *input_shape[1:]))
+    rows = [base]
+    for axis in axes:
+        edges = [round(input_shape[axis] * part / _STRIPS) for part in range(_STRIPS + 1)]
+        for start, end in pairwise(edges):
+            changed = base.clone()
+            strip = changed.narrow(axis, start, end - start)
+            strip.copy_(noise(strip.shape))
+            rows.append(changed)
+    return torch.cat(rows), axes
+
+
+def try_reading(
+    reading: Reading, measured: Mapping[tuple[int, int], Changes], needed: float, *, only: bool = True
+) -> Trial:
+    """Find out whether the grid of a reading follows the input, along each side.
+
+    Each position looks where the strips lie that change it, less what the weaker half of the strips does: global
+    attention answers to everything a little. That place must rise with the index along the side.
+
+    Args:
+        reading: the reading
+        measured: what was measured of the output
+        needed: the least score
+        only: whether no other reading is tried: three positions may follow by chance
+    """
+    changes = measured.get((reading.layout.batch, reading.layout.channels % _ndim(measured)))
+    if changes is None or not changes.axes:
+        return Trial(None)
+    grid = reading.layout.to_grid(changes.sizes).squeeze(1).double()
+    sizes = grid.reshape(len(changes.axes), _STRIPS, *grid.shape[1:])
+    weaker = sizes.sort(1).values[:, : _STRIPS // 2].mean(1, keepdim=True)
+    above = (sizes - weaker).clamp_min(0)
+    amount = above.sum(1)  # (axes, *grid)
+    if not float(amount.sum(0).amax()) > _NOTHING * changes.scale:
+        return Trial(False)
+    places = (torch.arange(_STRIPS, dtype=torch.double, device=grid.device) + 0.5) / _STRIPS
+    centre = (above * places.reshape(-1, *[1] * (grid.ndim - 1))).sum(1) / amount.clamp_min(1e-300)
+    moving = amount[amount > 1e-6 * amount.amax()]
+    weight = amount.clamp_max(2 * float(moving.median()))  # one strong position must not outvote the rest
+    scores = []
+    for side, axis in enumerate(reading.axes):
+        if axis in changes.axes and reading.layout.grid[side] > (2 if only else 3):
+            own = changes.axes.index(axis)
+            scores.append(_explained(centre[own], weight[own], side))
+    if not scores:
+        return Trial(None)
+    total = weight.sum(0)
+    spread = float((total > 0.01 * total.amax()).double().mean())
+    return Trial(min(scores) >= needed and spread >= 0.25, min(scores), len(scores))
+
+
+def _ndim(measured: Mapping[tuple[int, int], Changes]) -> int:
+    return next((one.sizes.ndim for one in measured.values()), 1)
+
+
+def _explained(centre: Tensor, weight: Tensor, side: int) -> float:
+    """Return the share of the weighted variance of (*grid) that the place along a side explains; 0 unless it rises."""
+    others = [dimension for dimension, length in enumerate(centre.shape) if dimension != side and length > 1]
+    if not others:
+        centre, weight = centre.flatten(), weight.flatten()
+    weights = weight.sum(others).flatten() if others else weight
+    sums = (weight * centre).sum(others).flatten() if others else weight * centre
+    means = sums / weights.clamp_min(1e-300)
+    index = torch.arange(len(means), dtype=torch.double, device=means.device)
+    total = weight.sum().clamp_min(1e-300)
+    mean = (weight * centre).sum() / total
+    variance = (weight * (centre - mean) ** 2).sum()
+    if not float(variance) > 1e-12 * float(total):
+        return 0.0
+    rise = float(torch.corrcoef(torch.stack([index, means]))[0, 1])
+    if not rise > 0.8:
+        return 0.0
+    if not others:  # each place is its own group: a line, not their means, must explain them
+        index_mean = (weights * index).sum() / total
+        covariance = (weights * (index - index_mean) * (means - mean)).sum()
+        spread = (weights * (index - index_mean) ** 2).sum()
+        return float(covariance**2 / (spread * variance))
+    return float((weights * (means - mean) ** 2).sum() / variance)
