@@ -56,21 +56,27 @@ CHOICE = 10_000  # added to the seeds of the pictures by which settings are chos
 
 # Gradient methods that do not beat the random map on two digits by a wide margin. The page says why.
 EXPLAINED = {
-    "cnn": {"FullGrad"},
     "vit": {
         "AugmentedCAM",
+        "EigenGradCAM",
         "EigenSmoothedCAM",
         "FullGrad",
+        "GradCAM",
         "GradCAMElementWise",
         "GradCAMpp",
         "GroupCAM",
         "GuidedBackprop",
-        "LeGrad",
+        "GuidedGradCAM",
+        "HiResCAM",
+        "LayerCAM",
+        "LayerCAM, fused",
         "RefineCAM",
         "SegEigenCAM",
+        "ShapleyCAM",
         "SmoothGradCAMpp",
         "XGradCAM",
     },
+    "swin": {"FullGrad", "GuidedBackprop", "LayerCAM, fused"},
 }
 
 

@@ -411,7 +411,7 @@ class TestLeaderboard:
         assert results[1].found.startswith("LayerCAM (")
         assert results[2].found.startswith("EigenCAM (")
         bad["FullGrad"] = bad.pop("LayerCAM")
-        assert bench.check({"cnn": bad})[1].explained
+        assert bench.check({"swin": bad})[1].explained
 
     def test_one_number_for_each_picture(self, board: bench.Board) -> None:
         for name in ("GradCAM", "truth"):
