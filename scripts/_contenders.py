@@ -145,9 +145,10 @@ def ours(
     weights: bool = False,
     signed: bool = False,
     many: bool = False,
+    gradients: bool = False,
     **options: Any,
 ) -> Iterator[Trial]:
-    """Explain within inference mode, whatever the method.
+    """Explain within inference mode, whatever the method, or with gradients on.
 
     Args:
         setting: what to explain
@@ -155,6 +156,7 @@ def ours(
         weights: whether it is the weights that are compared
         signed: whether it is the maps before the ReLU that are compared
         many: whether the classes are those of one sample
+        gradients: whether the model runs with gradients on
         options: arguments of the class
     """
     classes = [list(setting.classes)] if many else list(setting.classes)
@@ -163,7 +165,7 @@ def ours(
         kept: list[Tensor] = []
 
         def run(**how: Any) -> Any:
-            with torch.inference_mode():
+            with torch.inference_mode(not gradients):
                 scores = setting.model(setting.x)
                 return extractor(classes, scores, **how)
 
@@ -416,6 +418,7 @@ class Case:
 
 
 OURS, TC, GC, PLAIN = "torchcam", "TorchCAM 0.5", "grad-cam 1.5", "inference"
+IN_INFERENCE_MODE = f"{OURS}, in inference mode"
 CHANNELS_CASE = "ScoreCAM, channels"
 EPS = "adds 1e-6 to the denominator of alpha"
 ALPHA = "never divides alpha"
@@ -576,12 +579,23 @@ OVERHEAD = ("GradCAM", "GradCAMpp", "LayerCAM", "ScoreCAM")
 
 
 def overhead_cases(peers: Peers) -> list[Case]:
-    """Return the cases whose host time beside the forward pass is measured, one image each."""
+    """Return the cases whose host time beside the forward pass is measured, one image each.
+
+    Ours runs as TorchCAM does, with gradients on where the method needs them; and in inference mode.
+    """
     found = {case.name: case for case in cases(peers, every=False)}
+    alike = {
+        name: {OURS: partial(ours, method=name, gradients=True), IN_INFERENCE_MODE: found[name].contenders[OURS]}
+        for name in OVERHEAD
+        if name != "ScoreCAM"
+    }
+    both = {
+        name: replace(found[name], contenders={**found[name].contenders, **alike.get(name, {})}) for name in OVERHEAD
+    }
     small = [
-        replace(found[name], models=(SMALL,), batches=(1,), layer=None, side=8, note="", calls=20) for name in OVERHEAD
+        replace(both[name], models=(SMALL,), batches=(1,), layer=None, side=8, note="", calls=20) for name in OVERHEAD
     ]
-    return [*small, replace(found["GradCAM"], models=("resnet18", "vit_b_16"), batches=(1,))]
+    return [*small, replace(both["GradCAM"], models=("resnet18", "vit_b_16"), batches=(1,))]
 
 
 @contextmanager

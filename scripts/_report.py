@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from _contenders import CHANNELS_CASE, GC, LAYERS, OURS, OVERHEAD, PLAIN, SMALL, TC, Peers, cases
+from _contenders import CHANNELS_CASE, GC, IN_INFERENCE_MODE, LAYERS, OURS, OVERHEAD, PLAIN, SMALL, TC, Peers, cases
 from _timing import Quartiles, Timing, quartiles
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -186,7 +186,7 @@ def overhead_table(results: Results) -> str:
         forward = quartiles([seconds for times in row["times"].values() for seconds in times["forwards"]])
         cells = [
             with_range(scaled_by(1e6, results.beside(row, name))) if name in row["times"] else "–"
-            for name in (OURS, TC, GC)
+            for name in (OURS, IN_INFERENCE_MODE, TC, GC)
         ]
         ratios = [results.overhead(name, **{key: row[key] for key in _KEY}) for name in (TC, GC)]
         cells += ["–" if ratio is None else amount(ratio) for ratio in ratios]
@@ -197,12 +197,13 @@ def overhead_table(results: Results) -> str:
         "layer",
         "forward [µs]",
         f"{OURS} [µs]",
+        "in inference mode [µs]",
         "TorchCAM [µs]",
         "grad-cam [µs]",
         "ours / TorchCAM",
         "ours / grad-cam",
     ]
-    return table(header, lines, 6)
+    return table(header, lines, 7)
 
 
 def scaled_by(factor: float, found: Quartiles) -> Quartiles:

@@ -371,7 +371,8 @@ def test_explicit_attention_is_the_fused_one(options: dict[str, Any], dtype: tor
     q, k, v = (torch.randn((2, 3, 5, 4), generator=generator).to(device, dtype) for _ in range(3))
     if "attn_mask" in options:
         mask = torch.rand((2, 1, 5, 5), generator=generator) > 0.4
-        mask[0, 0, 2] = False  # a query that may look nowhere
+        if torch.__version__ >= "2.5":  # before, the kernels returned NaN for it
+            mask[0, 0, 2] = False  # a query that may look nowhere
         options = {"attn_mask": mask.to(device) if options["attn_mask"] == "bool" else mask.to(device, dtype)}
 
     class Attend(nn.Module):
@@ -385,6 +386,7 @@ def test_explicit_attention_is_the_fused_one(options: dict[str, Any], dtype: tor
     close(found, expected, {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype])
 
 
+@pytest.mark.skipif(torch.__version__ < "2.5", reason="`enable_gqa` is of torch 2.5")
 def test_grouped_queries(device: torch.device) -> None:
     q, k, v = (torch.randn((2, heads, 5, 4), dtype=torch.float64, device=device) for heads in (4, 2, 2))
 

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 import re
+import threading
+import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tests.methods_under_test import LAYERS, METHODS, make_model
 from torchcam import methods
 from torchcam.methods._balanced import balanced_grad
+from torchcam.methods._gradients import share_of_other_sign
 
 BALANCED = {
     *("AugmentedCAM", "EigenGradCAM", "EigenSmoothedCAM", "FinerCAM", "GradCAM", "GradCAMElementWise", "GradCAMpp"),
@@ -450,3 +455,339 @@ class TestArgument:
             with pytest.raises(ValueError, match=rf"takes no gradients at a layer.*got '{value}': GradCAM, HiResCAM"):
                 kind(model, *layer, gradients=value, **options)
         assert not any(module._forward_hooks for module in model.modules())
+
+
+def one_layer_of_each(**options: Any) -> Any:
+    """Make a small net with attention, norms, gates and smooth functions."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return SmallNet(**options).double().eval()
+
+
+class SmallNet(nn.Module):
+    def __init__(self, classes: int = 4, *, written_out: bool = False) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, 4)
+        self.norm1, self.norm2 = nn.LayerNorm(8), nn.GroupNorm(2, 8)
+        self.qkv = nn.Linear(8, 24)
+        self.up, self.down = nn.Linear(8, 24), nn.Linear(12, 8)
+        self.head = nn.Linear(8, classes)
+        self.written_out = written_out
+        self.checkpoints: Any = None
+
+    def mix(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).chunk(3, -1)
+        if self.written_out:
+            x = x + (q @ k.mT / math.sqrt(8)).softmax(-1) @ v
+        else:
+            x = x + F.scaled_dot_product_attention(q, k, v)
+        gate, value = self.up(self.norm2(x.mT).mT).chunk(2, -1)
+        return x + self.down(F.gelu(gate) * value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).flatten(2).mT
+        x = self.mix(x) if self.checkpoints is None else self.checkpoints(self.mix, x)
+        return self.head(F.silu(x).mean(1))
+
+
+class TestNoTrace:
+    def test_the_users_graph_gives_the_same_gradients_afterwards(self) -> None:
+        model, x = one_layer_of_each(), seeded(2, 3, 8, 8)
+        model(x).square().sum().backward()
+        expected = [parameter.grad for parameter in model.parameters()]
+        model.zero_grad()
+        with methods.GradCAM(model, ["stem", "norm1"], gradients="balanced") as extractor:
+            scores = model(x)
+            extractor(1, scores, retain_graph=True)
+            assert all(parameter.grad is None for parameter in model.parameters())
+            extractor([[0, 1], [2, 3]], scores, retain_graph=True)
+            scores.square().sum().backward()
+        for parameter, gradient in zip(model.parameters(), expected, strict=True):
+            assert gradient is not None
+            assert torch.equal(parameter.grad, gradient)
+
+    def test_a_call_that_raises_leaves_no_rule(self) -> None:
+        model, x = one_layer_of_each(), seeded(2, 3, 8, 8)
+        model(x).sum().backward()
+        expected = [parameter.grad.clone() for parameter in model.parameters()]
+        model.zero_grad()
+        with methods.GradCAM(model, "norm1", gradients="balanced") as extractor:
+            scores = model(x)
+            leave = scores.register_hook(failing)
+            with pytest.raises(ZeroDivisionError):
+                extractor(1, scores, retain_graph=True)
+            leave.remove()
+            scores.sum().backward()
+        for parameter, gradient in zip(model.parameters(), expected, strict=True):
+            assert torch.equal(parameter.grad, gradient)
+
+    def test_another_thread_differentiates_the_same_graph_meanwhile(self) -> None:
+        model, x = one_layer_of_each(), seeded(2, 3, 8, 8)
+        inside, done = threading.Event(), threading.Event()
+        found: list[tuple[Tensor, ...]] = []
+        with methods.GradCAM(model, "stem", gradients="balanced") as extractor:
+            scores = model(x)
+            parameters = list(model.parameters())
+            expected = torch.autograd.grad(scores.sum(), parameters, retain_graph=True)
+            alone = extractor(1, scores, normalized=False, retain_graph=True)
+
+            def pause(_: Tensor) -> None:  # in the backward pass of the call, when its rules are on the graph
+                if threading.current_thread() is threading.main_thread():
+                    inside.set()
+                    assert done.wait(30)
+
+            def differentiate() -> None:
+                assert inside.wait(30)
+                found.append(torch.autograd.grad(scores.sum(), parameters, retain_graph=True))
+                done.set()
+
+            other = threading.Thread(target=differentiate)
+            other.start()
+            leave = scores.register_hook(pause)
+            together = extractor(1, scores, normalized=False, retain_graph=True)
+            leave.remove()
+            other.join()
+        assert all(map(torch.equal, found[0], expected))
+        assert torch.equal(together[0], alone[0])
+
+
+def failing(_: Tensor) -> Tensor:
+    raise ZeroDivisionError
+
+
+class TestCalls:
+    def test_several_classes_are_single_ones(self) -> None:
+        model, x = one_layer_of_each(), seeded(2, 3, 8, 8)
+        options: dict[str, Any] = {"normalized": False, "relu": False, "retain_graph": True}
+        with torch.inference_mode(), methods.HiResCAM(model, "stem", gradients="balanced") as extractor:
+            model(x)
+            (together,) = extractor([[0, 3], [2, 1]], **options)
+            shares = extractor.completeness[0]
+            for k, classes in enumerate([[0, 2], [3, 1]]):
+                (alone,) = extractor(classes, **options)
+                torch.testing.assert_close(together[:, k], alone, rtol=1e-12, atol=1e-12)
+                torch.testing.assert_close(shares[:, k], extractor.completeness[0], rtol=1e-12, atol=1e-12)
+
+    def test_a_layer_beside_others_has_the_map_that_it_has_alone(self) -> None:
+        # Behind `up`, gate and value are a product of two paths; behind the first half of it alone, they are not.
+        model, x = GatedNet().double(), seeded(2, 3, 8, 8)
+        layers = ["stem", "gate", "value", "mixed"]
+        for grad_mode in (torch.enable_grad, torch.inference_mode):
+            with grad_mode(), methods.HiResCAM(model, layers, gradients="balanced") as extractor:
+                model(x)
+                together = extractor(1, normalized=False, relu=False)
+            for layer, cam in zip(layers, together, strict=True):
+                with grad_mode(), methods.HiResCAM(model, layer, gradients="balanced") as extractor:
+                    model(x)
+                    (alone,) = extractor(1, normalized=False, relu=False)
+                torch.testing.assert_close(cam, alone, rtol=1e-12, atol=1e-12)
+
+    def test_what_makes_the_score_is_not_balanced(self) -> None:
+        model, x = one_layer_of_each(), seeded(2, 3, 8, 8)
+        options: dict[str, Any] = {"normalized": False, "relu": False}
+        with torch.no_grad(), methods.HiResCAM(model, "stem", gradients="balanced") as extractor:
+            scores = model(x)
+            (found,) = extractor(targets=lambda logits: logits.softmax(0)[1] * logits[2], **options)
+            assert extractor.unbalanced == []
+            model(x)
+            parts = extractor([[0, 1, 2, 3]] * 2, **options)[0]
+        p = scores.softmax(1)
+        weights = scores[:, 2:3] * p[:, 1:2] * (torch.eye(4, dtype=x.dtype)[1] - p)
+        weights[:, 2] += p[:, 1]
+        torch.testing.assert_close(found, torch.einsum("nk,nkhw->nhw", weights, parts), rtol=1e-10, atol=1e-12)
+
+    def test_scores_of_another_shape(self) -> None:
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU(), nn.Conv2d(4, 5, 1), nn.Softmax(1))  # a segmentation
+        with methods.HiResCAM(model, "0", gradients="balanced") as extractor:
+            model(torch.rand(2, 3, 8, 8))
+            extractor(targets=lambda out: out[1].sum())
+            assert extractor.unbalanced == []
+
+    @pytest.mark.filterwarnings("ignore:.torch.cpu.amp.autocast:FutureWarning")  # of torch 2.4 itself
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_checkpoints(self, reentrant: bool) -> None:
+        model, x = one_layer_of_each(), seeded(2, 3, 8, 8)
+        with methods.HiResCAM(model, "stem", gradients="balanced") as extractor:
+            model(x)
+            (expected,) = extractor(1, normalized=False, relu=False)
+            model.checkpoints = partial(checkpoint, use_reentrant=reentrant)
+            model(x)
+            if reentrant:  # torch's own function, whose graph is made in the backward pass
+                with pytest.raises(RuntimeError, match=r"use_reentrant=False|\.grad\(\)"):
+                    extractor(1)
+                return
+            (found,) = extractor(1, normalized=False, relu=False)
+            assert extractor.unbalanced == []
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+    def test_a_graph_that_is_gone(self) -> None:
+        model, x = one_layer_of_each(), seeded(2, 3, 8, 8)
+        with methods.GradCAM(model, "stem", gradients="balanced") as extractor:
+            model(x)
+            extractor(1)
+            with pytest.raises(RuntimeError, match="second time") as caught:
+                extractor(1)
+        assert "retain_graph=True" in caught.value.__notes__[0]
+
+    def test_a_path_through_the_gate_alone(self) -> None:
+        x, value = seeded(2, 6, 4, 5), seeded(2, 6, 4, 5, seed=4)
+        for operation, names in (
+            (lambda x: F.scaled_dot_product_attention(x, value, value), {"ScaledDotProductFlashAttentionForCpu"}),
+            (lambda x: x.softmax(-1) @ value.mT, {"Softmax"}),
+            (lambda x: value / x.exp(), {"Div", "Exp"}),
+        ):
+            found, unbalanced = balanced(operation, x)
+            assert unbalanced == names
+            torch.testing.assert_close(found, frozen(operation, x), rtol=1e-9, atol=1e-12)
+
+    def test_layers_whose_last_operation_has_a_rule_of_its_own(self) -> None:
+        for last in (F.relu6, F.softsign, lambda x: x.clamp(x.mean() * 0, x.mean() * 0 + 2), torch.sigmoid, F.silu):
+            layer = nn.Conv2d(3, 4, 3).double()
+            layer.register_forward_hook(lambda _module, _args, out, last=last: last(out))
+            model = nn.Sequential(layer, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3, bias=False).double())
+            for grad_mode in (torch.enable_grad, torch.no_grad):
+                with grad_mode(), methods.HiResCAM(model, ["0", "1"], gradients="balanced") as extractor:
+                    model(seeded(2, 3, 6, 6))
+                    extractor(1)
+                    torch.testing.assert_close(shares(extractor), [torch.ones(2, dtype=torch.float64)] * 2)
+                with grad_mode(), methods.HiResCAM(model, "0", gradients="balanced") as extractor:
+                    model(seeded(2, 3, 6, 6))
+                    extractor(1)
+                    torch.testing.assert_close(shares(extractor), [torch.ones(2, dtype=torch.float64)])
+
+    def test_names_of_operations_without_a_rule(self) -> None:
+        class Own(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, x: Tensor) -> Tensor:
+                return x * 2
+
+            @staticmethod
+            def backward(ctx: Any, gradient: Tensor) -> Tensor:
+                return gradient * 2
+
+        x = seeded(4)
+        found, unbalanced = balanced(lambda x: F.softplus(Own.apply(x).sinh()), x)
+        assert unbalanced == {"OwnBackward", "Sinh", "Softplus"}
+        torch.testing.assert_close(found, frozen(lambda x: F.softplus((2 * x).sinh()), x))
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_half_precision(self, dtype: torch.dtype) -> None:
+        x = seeded(2, 6, 4, 5)
+        for name in ("layer norm", "group norm", "SwiGLU", "attention", "global response norm", "gated linear unit"):
+            operation, oracle = OTHERS[name]
+            leaf = x.to(dtype).requires_grad_()
+            with torch.autocast("cpu", dtype=dtype):
+                y = F.conv2d(leaf, torch.ones(6, 1, 1, 1), groups=6)
+            if name not in {"layer norm", "group norm"}:
+                y = operation(y)
+            else:
+                weight = WEIGHT.to(dtype), BIAS.to(dtype)
+                y = (
+                    F.layer_norm(y, (5,), weight[0][:5], weight[1][:5])
+                    if "layer" in name
+                    else F.group_norm(y, 3, *weight)
+                )
+            score = (y * seeded(*y.shape, seed=3)).sum()
+            (found,) = balanced_grad(y, set(), score, [leaf], torch.ones_like(score), retain_graph=False)
+            torch.testing.assert_close(found.double(), frozen(oracle, x), rtol=0.1, atol=0.1)
+
+    @pytest.mark.parametrize("layer", ["stem", "norm1"])
+    def test_the_gradient_of_a_map(self, layer: str) -> None:
+        """Numbers: a map's sum, a little to either side of a parameter."""
+        model, x = one_layer_of_each(written_out=True), seeded(1, 3, 8, 8)
+
+        def total(*, create_graph: bool) -> Tensor:
+            with methods.HiResCAM(model, layer, gradients="balanced") as extractor:
+                model(x)
+                (cam,) = extractor(1, normalized=False, relu=False, create_graph=create_graph)
+                return (cam * seeded(*cam.shape, seed=4)).sum()
+
+        total(create_graph=True).backward()
+        for name, parameter in model.named_parameters():
+            step = torch.zeros_like(parameter)
+            step.view(-1)[1] = 1e-5
+            with torch.no_grad():
+                parameter.add_(step)
+                above = total_value(total)
+                parameter.sub_(2 * step)
+                below = total_value(total)
+                parameter.add_(step)
+            found = 0.0 if parameter.grad is None else float(parameter.grad.view(-1)[1])
+            assert found == pytest.approx((above - below) / 2e-5, rel=1e-4, abs=1e-7), name
+
+
+def total_value(total: Any) -> float:
+    with torch.enable_grad():
+        return float(total(create_graph=False))
+
+
+class GatedNet(nn.Module):
+    """A product of what two layers return, and a sum with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.stem, self.gate = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 1)
+            self.value, self.mixed = nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 1)
+            self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.mixed(F.silu(self.gate(x)) * self.value(x))
+        return self.head(x.mean((2, 3)))
+
+
+class TestAllMethods:
+    @pytest.mark.parametrize("name", sorted(BALANCED))
+    def test_maps_differ_from_plain_ones_and_agree_between_grad_modes(self, name: str) -> None:
+        model, x = one_layer_of_each(written_out=True), seeded(2, 3, 16, 16)
+        layer = ["stem", "norm1"] if name == "RefineCAM" else "stem"
+        options = {"SESS": {"window_size": 16, "scales": 1}, "GroupCAM": {"groups": 2}}.get(name, {})
+        found = {}
+        for gradients in ("plain", "balanced"):
+            for grad_mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+                with grad_mode(), getattr(methods, name)(model, layer, gradients=gradients, **options) as extractor:
+                    model(x)
+                    found[gradients, grad_mode] = extractor([1, 2])[0]
+        for gradients in ("plain", "balanced"):
+            one, *others = (cam for (kind, _), cam in found.items() if kind == gradients)
+            assert one.isfinite().all()
+            for other in others:
+                torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
+        assert (found["plain", torch.no_grad] - found["balanced", torch.no_grad]).abs().max() > 1e-3
+
+    def test_shapley_values_of_a_linear_function_are_those_of_grad_cam(self) -> None:
+        model, x = one_layer_of_each(), seeded(2, 3, 8, 8)
+        maps = []
+        for method in (methods.GradCAM, methods.ShapleyCAM):
+            with torch.no_grad(), method(model, "stem", gradients="balanced") as extractor:
+                model(x)
+                maps.append(extractor(1, normalized=False)[0])
+        assert torch.equal(*maps)
+
+
+class TestSigns:
+    @pytest.mark.parametrize("method", [methods.GradCAMpp, methods.XGradCAM, methods.SmoothGradCAMpp])
+    def test_one_warning_for_a_layer_with_both_signs(self, method: Any) -> None:
+        model, x = one_layer_of_each(), seeded(2, 3, 8, 8)
+        with torch.no_grad(), method(model, "stem") as extractor:
+            model(x)
+            with pytest.warns(UserWarning, match=f"'stem' has activations of both signs.*{method.__name__}.*HiResCAM"):
+                extractor(1, retain_graph=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                extractor(1, retain_graph=True)
+                list(extractor.stream([x, x], 1))
+
+    @pytest.mark.parametrize("method", [methods.GradCAMpp, methods.XGradCAM])
+    def test_none_for_one_sign(self, method: Any) -> None:
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+        with torch.no_grad(), method(model, "1") as extractor, warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(torch.rand(2, 3, 8, 8))
+            extractor(1)
+
+    def test_the_share_of_the_rarer_sign(self) -> None:
+        activation = torch.tensor([[[3.0, -1.0]], [[-3.0, 1.0]], [[0.0, 0.0]], [[1.0, 2.0]], [[2.0, -2.0]]])
+        assert share_of_other_sign(activation).tolist() == [0.25, 0.25, 0.0, 0.0, 0.5]

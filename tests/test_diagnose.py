@@ -341,6 +341,18 @@ def inplace_after_layer() -> Diagnosis:
     return look(model, "stage1.0")
 
 
+@fault
+def both_signs() -> Diagnosis:
+    model = Plain()
+    model.stage2[1] = nn.Tanh()
+    return look(model, method=partial(methods.XGradCAM, gradients="plain"))
+
+
+@fault
+def unbalanced() -> Diagnosis:
+    return look(Plain(nn.Softplus()), "stage1", method=partial(methods.HiResCAM, gradients="balanced"))
+
+
 @pytest.mark.parametrize("code", CODES)
 def test_a_fault_is_found_and_no_other(code: str) -> None:
     diagnosis = FAULTS[code]()
@@ -819,6 +831,16 @@ class TestArguments:
             assert extractor.diagnose().class_idx == tuple(scores.argmax(1).tolist())
             assert extractor.diagnose(torch.tensor([1, 0])).class_idx == (1, 0)
             assert extractor.diagnose(targets=lambda out: out[0]).class_idx is None
+
+    def test_completeness_is_in_the_report(self) -> None:
+        model = Plain()
+        nn.init.zeros_(model.fc.bias)
+        diagnosis = look(model, class_idx=[1, 0])
+        shares = diagnosis.completeness["stage2"]
+        assert shares == pytest.approx([1.0, 1.0], rel=1e-4)
+        assert "class 1, 0, gradient × activation at 'stage2' 100% to 100% of the score: nothing" in str(diagnosis)
+        assert diagnosis.to_dict()["completeness"] == {"stage2": shares}
+        assert look(model, method=MeanActivation).completeness == {}
 
 
 class TestReport:

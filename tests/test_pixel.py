@@ -381,3 +381,22 @@ def test_grad_cam_is_what_guides_guided_grad_cam() -> None:
     (guided,) = ask(GuidedBackprop(net), x, 0, normalized=False)
     assert (cam == 0).any()
     close(product, cam.unsqueeze(1) * guided)
+
+
+def test_full_grad_counts_the_biases_of_frozen_batch_norm() -> None:
+    from torchvision.ops import FrozenBatchNorm2d
+
+    generator = torch.Generator().manual_seed(0)
+    norm, frozen = nn.BatchNorm2d(4).eval(), FrozenBatchNorm2d(4)
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        value = torch.rand(4, generator=generator) + 0.2
+        getattr(norm, name).data.copy_(value)
+        getattr(frozen, name).copy_(value)
+    conv, head = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, 3)
+    maps = []
+    for middle in (norm, frozen):
+        model = nn.Sequential(conv, middle, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), head).eval()
+        with FullGrad(model) as extractor, torch.no_grad():
+            model(torch.randn((2, 3, 8, 10), generator=torch.Generator().manual_seed(1)))
+            maps += extractor(1, normalized=False)
+    torch.testing.assert_close(maps[1], maps[0])

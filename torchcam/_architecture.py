@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -193,6 +193,20 @@ def shown_by(model: nn.Module) -> Shown:
                 if type(count) is int and 0 < count <= 64:
                     sums |= {count, count + 1} if name != "num_prefix_tokens" else {count}
     return Shown(tuple(sorted(sums)), tuple(patches))
+
+
+_COMPOSED = re.compile(
+    r"(^|[._])(text|decoders?|quer(y|ies)|prompts?|latents?|q_?former|language|perceiver|resampler|abstractor)([._]|\d|$)",
+    re.IGNORECASE,
+)
+
+
+def is_composed(names: Iterable[str]) -> bool:
+    """Check whether the modules of a model are of several parts, of which not all see the input as a picture.
+
+    The names of projections within attention (query, key, value) do not count.
+    """
+    return any(_COMPOSED.search(name) for name in names if not name.endswith(("query", "queries")))
 
 
 def is_apart(name: str) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ._architecture import Kind, Shown, hint_of, is_apart, kind_of, shown_by
+from ._architecture import Kind, Shown, hint_of, is_apart, is_composed, kind_of, shown_by
 from ._passes import Call, image_shape
 from ._planted import Changes, Trial, changes_of, try_reading
 from ._tensors import tensors_in
@@ -48,6 +48,7 @@ class Certainty:
         self.call = call
         self.modules = dict(model.named_modules())
         self.input_shape = image_shape(call.signal)
+        self._is_composed = is_composed(self.modules)
         self._shown: Shown | None = None
         self._changes: Mapping[str, Mapping[tuple[int, int], Changes]] = {}
 
@@ -88,7 +89,7 @@ class Certainty:
             return Verdict(only, None if only is None else True, found)
         if len(shape) == len(self.input_shape) and kind_of(self.modules, layer).channels == 1:
             return None if only is None or (is_apart(layer) and not only.fits) else Verdict(only, True)
-        if len(self.input_shape) < 4:
+        if len(self.input_shape) < 4 or self._is_composed:
             return None
         if len(shape) > 3:
             fitting = {one.layout: one for one in found if one.fits}
@@ -124,7 +125,7 @@ class Certainty:
         measured = self._changes.get(layer + level, {})
         strict = self.readings(shape, layer)
         only = len({one.layout for one in strict}) == 1
-        needed = _NEEDED if only else _NEEDED_OF_SEVERAL
+        needed = _NEEDED if only and not is_apart(layer) else _NEEDED_OF_SEVERAL
         trials = {one: try_reading(one, measured, needed, only=only) for one in strict}
         following = [(trial, one) for one, trial in trials.items() if trial.follows]
         found = _only([(trial, one) for trial, one in following if only or trial.sides == len(one.axes)])
@@ -139,7 +140,7 @@ class Certainty:
             if found is not None:
                 return Verdict(found, True, strict)
         if only:
-            is_map = len(strict[0].layout.positions) == len(strict[0].layout.grid)
+            is_map = len(strict[0].layout.positions) == len(strict[0].layout.grid) and not is_apart(layer)
             unsure = any(trial.follows is None for trial in trials.values()) and (is_map or strict[0].is_shown)
             return Verdict(strict[0], None if unsure else False, strict)
         return Verdict(None, False, strict)

@@ -163,7 +163,8 @@ def try_reading(
     weight = amount.clamp_max(2 * float(moving.median()))  # one strong position must not outvote the rest
     scores = []
     for side, axis in enumerate(reading.axes):
-        if axis in changes.axes and reading.layout.grid[side] > (2 if only else 3):
+        few = 4 if len(reading.axes) == 1 else 2 if only else 3  # that may be in order by chance
+        if axis in changes.axes and reading.layout.grid[side] > few:
             own = changes.axes.index(axis)
             scores.append(_explained(centre[own], weight[own], side))
     if not scores:

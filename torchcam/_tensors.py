@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 _NO_TENSORS = (str, int, float, NoneType)
+_WIDE = (torch.float32, torch.float64)
 _INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
@@ -90,7 +91,7 @@ def map_structure(function: Callable[[Any], Any], value: Any) -> Any:
 
 def to_float(tensor: Tensor) -> Tensor:
     """Cast to the float type that maps are computed in: float32, or float64 for a float64 tensor."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+    return tensor if tensor.dtype in _WIDE else tensor.float()
 
 
 def resize(maps: Tensor, shape: Sequence[int]) -> Tensor:

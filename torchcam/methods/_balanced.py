@@ -19,7 +19,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -63,10 +63,10 @@ def balanced_grad(
     score = score.view_as(score)  # its node is new: no other backward pass begins there
     edges = [edge if isinstance(edge, GradientEdge) else get_gradient_edge(edge) for edge in inputs]
     outputs = {tensor.grad_fn for tensor in tensors_in(output) if tensor.grad_fn is not None}
-    plans, groups = [_Plan(score.grad_fn, edges, outputs)], [list(inputs)]
+    plans, groups = [_Plan(score.grad_fn, edges, outputs)], [edges]
     if not plans[0].fits_all:
         plans = [_Plan(score.grad_fn, [edge], outputs) for edge in edges]
-        groups = [[one] for one in inputs]
+        groups = [[edge] for edge in edges]
     gradients: tuple[Tensor | None, ...] = ()
     for number, (plan, group) in enumerate(zip(plans, groups, strict=True), 1):
         with _hooked(score, plan.rules):
@@ -89,7 +89,7 @@ def _hooked(score: Tensor, rules: Sequence[tuple[Node, Rule]]) -> Iterator[None]
             return None
         return rule(plain, incoming)
 
-    handles = [score.register_hook(begin)]
+    handles: list[Any] = [score.register_hook(begin)]  # type: ignore[no-untyped-call]  # torch's
     try:
         for node, rule in rules:
             handles.append(node.register_hook(partial(apply, rule)))
@@ -134,11 +134,16 @@ _BOUNDED = {"Erf", "Tanh"}  # gates once a constant is added
 _QUESTIONS = {"Exp", "Log", "LogSigmoid", "LogSoftmax", "Logsumexp", "Sigmoid", "Softmax"}
 
 
-def _kind(node: Node) -> str:
-    """Return the name of the function of torch that a node differentiates; of another node, its whole name."""
-    name = node.name()
+@cache
+def _kind(name: str) -> str:
+    """Return the function of torch that a node of this name differentiates; for another node, the name."""
     own = re.fullmatch(r"(?!Pow)(\w+)Backward\d+", name)  # x ** 2 and 2 ** x are told apart by their numbers
     return own[1] if own else name.removeprefix("torch::autograd::")
+
+
+@cache
+def _is_piecewise_linear(kind: str) -> bool:
+    return _PIECEWISE_LINEAR.fullmatch(kind) is not None
 
 
 class _Plan:
@@ -186,7 +191,7 @@ class _Plan:
                 continue
             ahead.pop()
             if node not in self._kinds:
-                self._kinds[node] = _kind(node)
+                self._kinds[node] = _kind(node.name())
                 order.append(node)
         return order
 
@@ -239,16 +244,17 @@ class _Plan:
             return True
         if kind in _BOUNDED:
             return None
-        if kind in {"Hardtanh", "Clamp"} and edges:  # ReLU6(x + 3), the hard sigmoid as it is written out
-            above = edges[0][0]
-            lowest = _saved(node, "min_val" if kind == "Hardtanh" else "min")
-            added = self._edges[above]
-            return bool(lowest == 0 and self._kinds[above] == "Add" and sum(map(bool, map(self._reaches, added))) == 1)
+        if not edges:  # nothing behind it counts
+            return False
+        above = edges[0][0]
+        if kind in {"Hardtanh", "Clamp"} and _number(node, "min_val" if kind == "Hardtanh" else "min") == 0:
+            # ReLU6(x + 3), the hard sigmoid as it is written out
+            return self._kinds[above] == "Add" and sum(map(bool, map(self._reaches, self._edges[above]))) == 1
         if kind == "PowBackward0":
-            return bool(_saved(node, "exponent") < 0)
+            return (_number(node, "exponent") or 0) < 0
         if kind == "Div" and edges[0] is not self._edges[node][0]:
             return True
-        if not (kind in _FACTORS or _PIECEWISE_LINEAR.fullmatch(kind)):
+        if not (kind in _FACTORS or _is_piecewise_linear(kind)):
             return False
         found = {self._gates.get(one, False) for one, _ in edges}
         if found == {None} and kind in {"Add", "Sub", "Rsub"}:
@@ -274,6 +280,8 @@ class _Plan:
     def _choose_for(self, node: Node, kind: str, constants: Collection[int], shared: bool) -> None:
         if constants or shared:
             self.rules.append((node, partial(_product, constants, _FACTORS[kind] if shared else ())))
+        elif kind.endswith("BatchNorm") and _number(node, "training") == 0:
+            pass  # it is linear
         elif kind in _RULES and not self._gates[node]:
             rule, *names = _RULES[kind]
             try:
@@ -285,12 +293,17 @@ class _Plan:
         elif kind in _FACTORS:
             if kind in _VALUES and not self._reaches(self._edges[node][_VALUES[kind]]):
                 self.unbalanced.add(kind)
-        elif not _PIECEWISE_LINEAR.fullmatch(kind):
+        elif not _is_piecewise_linear(kind):
             self.unbalanced.add(kind)
 
 
 def _saved(node: Any, name: str) -> Any:
     return getattr(node, f"_saved_{name}")
+
+
+def _number(node: Any, name: str) -> float | None:
+    found = getattr(node, f"_saved_{name}", None)
+    return found if isinstance(found, (int, float)) else None
 
 
 # The rules for products: the plain gradients for the inputs, of which some are constants or share.
@@ -313,8 +326,10 @@ def _single(rule: Callable[..., Tensor], saved: list[Any], plain: Gradients, inc
 
 def _gelu(_: Tensor, gradient: Tensor, x: Tensor, approximate: str) -> Tensor:
     if approximate == "tanh":
-        return gradient * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
-    return gradient * (1 + torch.erf(x * math.sqrt(0.5))) / 2
+        gate = 1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+    else:
+        gate = torch.erf(x * math.sqrt(0.5)).add_(1)
+    return gradient * gate.mul_(0.5)
 
 
 def _silu(_: Tensor, gradient: Tensor, x: Tensor) -> Tensor:
@@ -364,8 +379,9 @@ def _layer_norm(
     _: Tensor, gradient: Tensor, x: Tensor, shape: Sequence[int], rstd: Tensor, weight: Tensor | None
 ) -> Tensor:
     axes = tuple(range(-len(shape), 0))
-    scaled = (gradient if weight is None else gradient * weight) * _differentiable(rstd, x, axes)
-    return scaled - scaled.mean(axes, keepdim=True)
+    scaled = gradient * (1 if weight is None else weight)
+    scaled *= _differentiable(rstd, x, axes)
+    return scaled.sub_(scaled.mean(axes, keepdim=True))
 
 
 def _rms_norm(
@@ -383,11 +399,7 @@ def _group_norm(_: Tensor, gradient: Tensor, x: Tensor, groups: int, rstd: Tenso
     return (scaled - scaled.mean(-1, keepdim=True)).reshape(x.shape)
 
 
-def _batch_norm(
-    plain: Tensor, gradient: Tensor, x: Tensor, training: bool, rstd: Tensor, weight: Tensor | None
-) -> Tensor:
-    if not training:
-        return plain
+def _batch_norm(_: Tensor, gradient: Tensor, x: Tensor, rstd: Tensor, weight: Tensor | None) -> Tensor:
     axes, shape = (0, *range(2, x.ndim)), (-1, *[1] * (x.ndim - 2))
     scaled = gradient if weight is None else gradient * weight.reshape(shape)
     scaled = scaled * _differentiable(rstd.reshape(shape), x, axes)
@@ -408,16 +420,16 @@ _RULES: dict[str, tuple[Any, ...]] = {  # with the names of what nodes save
     "Celu": (_celu, "self", "alpha"),
     "Clamp": (_clamp, "self", "min", "max"),
     "ClampMin": (_clamp, "self", "min"),
-    "CudnnBatchNorm": (_batch_norm, "input", "training", "result2", "weight"),
+    "CudnnBatchNorm": (_batch_norm, "input", "result2", "weight"),
     "Elu": (_elu, "self", "alpha", "scale", "input_scale"),
     "FusedRmsNorm": (_rms_norm, "input", "normalized_shape", "result1", "weight"),
     "Gelu": (_gelu, "self", "approximate"),
     "Glu": (_glu, "dim"),
     "Hardswish": (_hardswish, "self"),
     "Hardtanh": (_clamp, "self", "min_val", "max_val"),
-    "MiopenBatchNorm": (_batch_norm, "input", "training", "result2", "weight"),
+    "MiopenBatchNorm": (_batch_norm, "input", "result2", "weight"),
     "Mish": (_mish, "self"),
-    "NativeBatchNorm": (_batch_norm, "input", "training", "result2", "weight"),
+    "NativeBatchNorm": (_batch_norm, "input", "result2", "weight"),
     "NativeGroupNorm": (_group_norm, "input", "group", "result2", "weight"),
     "NativeLayerNorm": (_layer_norm, "input", "normalized_shape", "result2", "weight"),
     "PowBackward0": (_power, "exponent"),

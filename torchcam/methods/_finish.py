@@ -29,10 +29,10 @@ def scale_signed(maps: Tensor) -> Tensor:
 
 def all_finite(tensors: Iterable[Tensor | None]) -> bool:
     """Check whether a sum over all values is finite: if one value is not, it is not; if all are, it may overflow."""
-    total, *others = [tensor.detach().sum() for tensor in tensors if tensor is not None]
+    total, *others = [tensor.sum() for tensor in tensors if tensor is not None]
     for one in others:
-        total += one
-    return math.isfinite(total)
+        total = total + one
+    return math.isfinite(total.detach())
 
 
 def broken_samples(

@@ -12,7 +12,10 @@ from torch import Tensor
 from ._balanced import balanced_grad
 from ._recorder import Row
 
-__all__ = ["differentiate", "share_of_score", "with_graph"]
+__all__ = ["OTHER_SIGN", "differentiate", "share_of_other_sign", "share_of_score", "with_graph"]
+
+OTHER_SIGN = 0.1
+"""The share of the rarer sign from which on activations count as of both signs."""
 
 
 # What `torch.autograd.grad` calls after checks that take as long as the whole pass on a small model.
@@ -103,3 +106,10 @@ def share_of_score(activation: Tensor, gradient: Tensor, score: Tensor) -> Tenso
     count = len(gradient) // len(activation)
     total = (gradient * activation.repeat_interleave(count, 0)).flatten(1).sum(1).reshape(score.shape)
     return torch.where(score == 0, torch.nan, total / score)
+
+
+def share_of_other_sign(activation: Tensor) -> Tensor:
+    """Return the share of the rarer sign in the sum of the sizes of activations (N, C, *spatial): (N,), 0 to 0.5."""
+    flat = activation.detach().flatten(1)
+    size = flat.abs().sum(1)
+    return torch.where(size == 0, 0.0, (size - flat.sum(1).abs()) / (2 * size))

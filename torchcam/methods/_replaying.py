@@ -129,7 +129,7 @@ class _EditingCAM(_ReplayCAM):
 
         activation = recorded.activations[index]
         assert activation is not None  # noqa: S101 - for the type checker: there is one of each name
-        batch = 0 if self.reshape_transform is not None else recorded.layout(activation, name).batch
+        batch = self._batch_dimension(recorded, activation, name)
         unedited, edited = self._replay(request).edited(
             name, in_layout_of_layer, num_variants, batch=batch, chosen=chosen
         )

@@ -239,6 +239,9 @@ class _AttentionCAM(_CAM):
                 )
         return super()._activations(request)
 
+    def _batch_dimension(self, recorded: Pass, tensor: Tensor, name: str) -> int:
+        return 0
+
     def _on_grid(self, recorded: Pass, tokens: Tensor) -> Tensor:
         """Lay out (..., tokens) as (..., height, width), without the prefix."""
         patches = tokens[..., self.prefix_tokens :]
@@ -357,8 +360,7 @@ class LeGrad(_AttentionCAM):
         return evidence
 
     def _check_scores(self, request: Request) -> None:
-        if request.scores is not None:  # each block has a score of its own
-            self._check_recorded(request)
+        self._check_recorded(request)  # each block has a score of its own
 
     def _scores_of(self, tokens: Tensor) -> Tensor:
         if self.score_projection is not None:

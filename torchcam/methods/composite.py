@@ -48,6 +48,7 @@ class _Wrapper(_CAM):
         self._recorder = self.base_cam._recorder
         self.reshape_transform = self.base_cam.reshape_transform
         self.gradients = self.base_cam.gradients
+        self._weighs_gradients = self.base_cam._weighs_gradients
         self.class_agnostic = self.base_cam.class_agnostic
         self._relu = self.base_cam._relu
         self._differentiates = self.base_cam._differentiates
@@ -239,7 +240,6 @@ class FinerCAM(_Wrapper):
         """
         if class_idx is None or "targets" in kwargs:
             raise ValueError("FinerCAM contrasts a class with others: it takes `class_idx`, and no `targets`")
-        self._precheck(class_idx, scores)
         return self.compute_cams(class_idx, scores, comparison_idx, normalized, **kwargs)
 
     def compute_cams(  # type: ignore[override]  # TorchCAM's order of arguments
@@ -266,6 +266,7 @@ class FinerCAM(_Wrapper):
 
     def _contrasted(self, request: Request, comparison_idx: Any) -> Request:
         """Ask for what tells each sample's class from its references."""
+        self._activations(request)  # there are none of a pass that was cut short
         output = request.recorded.output if request.scores is None else request.scores
         logits = read_logits(output).detach()
         if logits.ndim != 2 or logits.shape[1] < 2:

@@ -68,6 +68,7 @@ class _CAM:
     _relu = False
     _differentiates = False  # the pass keeps its graph from the target layers on
     _weighs_gradients = False  # gradients of the score for what layers return make the map
+    _expects_one_sign = False  # the weights are meant for activations of one sign
     _runs_model = False  # the model runs again when maps are computed
     _explains_many = False  # several classes of a sample are explained at once
     _options: tuple[str, ...] = ("target_layer",)  # what `repr` shows
@@ -235,22 +236,24 @@ class _CAM:
         """The share of the last explained score that gradient × activation at each target layer's positions sums to.
 
         One tensor for each layer, (N,) or (N, K): 1 if the positions of the map account for all of the score. What
-        biases, class tokens and paths around the layer add is missing. Empty before a gradient method was called.
+        biases, class tokens and paths around the layer add is missing. Empty before a call, and for methods that take
+        no gradients of the recorded pass.
         """
         try:
             recorded = self._recorder.find()
         except AssertionError:
             return []
-        if recorded.score is None:
+        if recorded.score is None or not self._weighs_gradients:
             return []
         found = zip(self.hook_a, self.hook_g, strict=True)
         return [share_of_score(a, g, recorded.score) for a, g in found if a is not None and g is not None]
 
     def _grids(self, recorded: Pass, tensors: Sequence[Tensor | None], graph: bool = False) -> list[Tensor | None]:
-        return [
-            None if tensor is None else self._to_grid(recorded, tensor if graph else tensor.detach(), name)
-            for tensor, name in zip(tensors, recorded.names, strict=True)
-        ]
+        grids: list[Tensor | None] = []
+        for tensor, name in zip(tensors, recorded.names, strict=True):
+            values = tensor if graph or tensor is None else tensor.detach()
+            grids.append(None if values is None else self._to_grid(recorded, values, name))
+        return grids
 
     def _gradient_grids(
         self, recorded: Pass, gradients: Sequence[Tensor | None], num_scores: int | None, graph: bool = False
@@ -267,8 +270,12 @@ class _CAM:
         """Lay out the gradients of K scores of each sample, (K, ...), as (N * K, C, *spatial)."""
         if self.reshape_transform is not None:  # which may expect as many samples as the model had
             return torch.stack([self._to_grid(recorded, gradient, name) for gradient in gradients], 1).flatten(0, 1)
-        batch = recorded.layout(activation, name).batch
+        batch = self._batch_dimension(recorded, activation, name)
         return self._to_grid(recorded, gradients.movedim(0, batch + 1).flatten(batch, batch + 1), name)
+
+    def _batch_dimension(self, recorded: Pass, tensor: Tensor, name: str) -> int:
+        """Return which dimension of a layer's output is the batch."""
+        return 0 if self.reshape_transform is not None else recorded.layout(tensor, name).batch
 
     def _to_grid(self, recorded: Pass, tensor: Tensor, name: str) -> Tensor:
         """Lay out a layer's output as (N, C, *spatial), in float32 at least."""
@@ -378,25 +385,9 @@ class _CAM:
                 not one per sample, or a layer's output has no positions
             RuntimeError: if the score does not depend on a target layer
         """
-        self._precheck(class_idx, scores, targets)
-        return self.compute_cams(class_idx, scores, normalized, targets=targets, **kwargs)
-
-    def _precheck(
-        self,
-        class_idx: ClassIndex | None,
-        scores: Any = None,
-        targets: OutputTarget | Sequence[OutputTarget] | None = None,
-    ) -> None:
         if not self.class_agnostic:
             check_one_of(class_idx, targets)
-        recorded = self._recorder.find(scores)
-        if recorded.has_returned(scores):
-            return
-        batch_size = self._activations(Request(recorded))[0].shape[0]
-        if isinstance(scores, Tensor) and scores.ndim and scores.shape[0] != batch_size:
-            raise ValueError(
-                f"`scores` has shape {tuple(scores.shape)}, but the recorded pass had a batch of {batch_size}"
-            )
+        return self.compute_cams(class_idx, scores, normalized, targets=targets, **kwargs)
 
     def compute_cams(
         self,
@@ -417,7 +408,8 @@ class _CAM:
         if targets is not None:
             kwargs["targets"] = targets
         request, options = self._request(recorded, class_idx, scores, num_classes=count, **kwargs)
-        self._check_scores(request)
+        if scores is not None and not recorded.has_returned(scores):
+            self._check_scores(request)
         with self._computing(request):
             maps = self._finished(self._raw_maps(request, **options), request, normalized)
         recorded.explained = True
@@ -577,9 +569,12 @@ class _CAM:
                 )
 
     def _check_scores(self, request: Request) -> None:
-        """Check that scores that were handed over are the recorded output, or carry a graph that is differentiated."""
-        if request.scores is None or request.recorded.has_returned(request.scores):
-            return
+        """Check that other scores than the recorded output are equal to it, or carry a graph that is differentiated."""
+        scores, batch_size = request.scores, self._batch_size(request)
+        if isinstance(scores, Tensor) and scores.ndim and scores.shape[0] != batch_size:
+            raise ValueError(
+                f"`scores` has shape {tuple(scores.shape)}, but the recorded pass had a batch of {batch_size}"
+            )
         has_graph = any(tensor.requires_grad for tensor in tensors_in(request.scores))
         if not (has_graph and self._differentiates and not self._runs_model):
             self._check_recorded(request)

@@ -240,7 +240,6 @@ class DeepFeatureFactorization:
         Raises:
             AssertionError: if no forward pass was recorded
         """
-        self.extractor._precheck(None)
         with plain_tensors():
             (activation,) = self.extractor._activations(Request(self.extractor._recorder.find()))
             finite = is_finite(activation).reshape(-1, *[1] * (activation.ndim - 1))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torchcam._checks import finite_number, positive_integer
 from torchcam._chunks import run_chunks
 from torchcam.layers import TargetLayer
 
+from ._gradients import OTHER_SIGN, share_of_other_sign
 from ._replay import VariantRunner, gaussian_noise
 from .core import _CAM, Request, on_replica
 
@@ -84,7 +86,38 @@ class GradCAM(_GradientCAM):
         return gradient.mean(tuple(range(2, gradient.ndim)))
 
 
-class GradCAMpp(_GradientCAM):
+class _OneSignCAM(_GradientCAM):
+    """What methods share that sum activations over positions: sums of both signs cancel. They warn of such layers."""
+
+    _expects_one_sign = True
+
+    def moved_to(self, replica: nn.Module) -> Self:
+        """Return an extractor like this one with its hooks, if it has any, on a replica of the model."""
+        vars(self).setdefault("_checked", set())  # both look at a layer once
+        return super().moved_to(replica)
+
+    def _evidence(self, request: Request) -> list[tuple[Any, ...]]:
+        evidence = super()._evidence(request)
+        self._check_signs(request, [activation for activation, *_ in evidence])
+        return evidence
+
+    def _check_signs(self, request: Request, activations: Sequence[Tensor]) -> None:
+        """Warn, once for each layer, if activations have both signs."""
+        checked: set[str] = vars(self).setdefault("_checked", set())
+        for name, activation in zip(request.recorded.names, activations, strict=True):
+            if request.quiet or name in checked:
+                continue
+            checked.add(name)
+            if bool((share_of_other_sign(activation) > OTHER_SIGN).any()):
+                warnings.warn(
+                    f"'{name}' has activations of both signs, but the weights of {type(self).__name__} are meant for "
+                    "one: sums over positions cancel. HiResCAM, the sum of G_k A_k over the channels at each position, "
+                    "holds for both",
+                    stacklevel=6,
+                )
+
+
+class GradCAMpp(_OneSignCAM):
     r"""Grad-CAM++ (Chattopadhay et al. 2018, arXiv:1710.11063): positive gradients, weighted position by position.
 
     With :math:`G = \partial Y / \partial A`, and equation 19 of the paper for :math:`\alpha`:
@@ -106,7 +139,7 @@ class GradCAMpp(_GradientCAM):
         return _plus_plus_weights(gradient, gradient, activation, eps)
 
 
-class SmoothGradCAMpp(_GradientCAM):
+class SmoothGradCAMpp(_OneSignCAM):
     r"""Smooth Grad-CAM++ (Omeiza et al. 2019, arXiv:1908.01224): Grad-CAM++ with gradients averaged over noisy inputs.
 
     With :math:`D_p = \frac{1}{n} \sum_i G_i^p`, the mean power of the gradients at :math:`X + \delta_i`,
@@ -171,6 +204,7 @@ class SmoothGradCAMpp(_GradientCAM):
 
     def _evidence(self, request: Request) -> list[tuple[Any, ...]]:
         activations = self._activations(request)
+        self._check_signs(request, activations)
         return list(zip(activations, self._gradient_moments(request, activations), strict=True))
 
     def _gradient_moments(self, request: Request, activations: list[Tensor]) -> list[Tensor]:
@@ -198,7 +232,7 @@ class SmoothGradCAMpp(_GradientCAM):
         return [moment / self.num_samples for moment in moments]
 
 
-class XGradCAM(_GradientCAM):
+class XGradCAM(_OneSignCAM):
     r"""XGrad-CAM (Fu et al. 2020, arXiv:2008.02312): gradients averaged with the activation as their weight.
 
     .. math::

@@ -50,6 +50,9 @@ class _PixelCAM(_CAM):
     def _recording(self, model: nn.Module, names: Sequence[str], **options: Any) -> Recorder:
         return Recorder(model, names, keeps_outputs=False, ended=_keep_image, **options)
 
+    def _batch_dimension(self, recorded: Pass, tensor: Tensor, name: str) -> int:
+        return 0
+
     def _to_grid(self, recorded: Pass, tensor: Tensor, name: str) -> Tensor:
         return to_float(tensor)
 
@@ -176,7 +179,10 @@ class FullGrad(_PixelCAM):
             take(moved * bias.reshape(-1, *[1] * (moved.ndim - 2)))
 
         call, select = self._recorded_call(request), self._selector(request)
-        with _BiasesWatched(share), _repeated(self.model, call, select) as (image, score):
+        with (
+            _BiasesWatched(share),
+            _repeated(self.model, call, select, partial(_watch_frozen, share)) as (image, score),
+        ):
             (gradient,) = _gradients(score, [image])
         request.recorded.gradients = [gradient]
         take(to_float(image.detach() * gradient))
@@ -195,10 +201,17 @@ def _scaled_sum(sizes: Tensor) -> Tensor:
 
 
 @contextmanager
-def _repeated(model: nn.Module, call: Call, select: Selector) -> Iterator[tuple[Tensor, Tensor]]:
-    """Repeat a recorded call quietly, with a graph down to its image-like input: that input, and the scores (N,)."""
+def _repeated(
+    model: nn.Module, call: Call, select: Selector, prepare: Callable[[nn.Module], None] | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Repeat a recorded call quietly, with a graph down to its image-like input: that input, and the scores (N,).
+
+    ``prepare`` is called with the replica that runs.
+    """
     with torch.inference_mode(False), torch.enable_grad(), replicated(model) as replica, call.as_recorded():
         call.prove_rows(replica)
+        if prepare is not None:
+            prepare(replica)
         image = call.image.detach().clone().requires_grad_()
         args, kwargs = call.with_image(image.clone(), torch.arange(len(image), device=image.device))
         args, kwargs = map_tensors(lambda t: t.clone() if t.is_inference() else t, (args, kwargs))
@@ -293,6 +306,21 @@ class _BiasesWatched(TorchFunctionMode):
             # A tensor's hook goes by its value at this point, whatever an operation in place makes of it later.
             output.register_hook(partial(self.share, bias.detach(), -1 if func is F.linear else 1))
         return output
+
+
+def _watch_frozen(share: Callable[[Tensor, int, Tensor], None], model: nn.Module) -> None:
+    """Watch the biases of batch normalisation whose statistics are constants, which no function of torch computes."""
+
+    def watch(module: nn.Module, _args: Any, output: Tensor) -> None:
+        buffers = module._buffers
+        known = (buffers.get(name) for name in ("running_mean", "running_var", "weight", "bias"))
+        bias = _implicit_bias(output, *known, eps=vars(module).get("eps", 1e-5))
+        if bias is not None and output.requires_grad:
+            output.register_hook(partial(share, bias.detach(), 1))
+
+    for module in model.modules():
+        if "FrozenBatchNorm" in type(module).__name__:
+            module.register_forward_hook(watch)
 
 
 def _implicit_bias(

@@ -45,10 +45,10 @@ def diagnose(
         check_one_of(class_idx, targets)
     recorded = ExtractorView(extractor)
     findings = [finding for check in pass_checks.RECORDING_CHECKS for finding in check(recorded)]
-    classes = None
+    classes, completeness = None, None
     if not any(finding.severity == "error" for finding in findings):
         with examined(recorded, class_idx, targets) as facts:
             checks = (*pass_checks.CHECKS, *layer_checks.CHECKS, *map_checks.CHECKS)
             findings += [finding for check in checks for finding in check(facts)]
-            classes = facts.classes
-    return Diagnosis(repr(extractor), type(recorded.model).__name__, findings, classes)
+            classes, completeness = facts.classes, facts.raw.completeness
+    return Diagnosis(repr(extractor), type(recorded.model).__name__, findings, classes, completeness)

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -71,11 +71,15 @@ class RawMaps:
         maps: the map of each layer, (N, *spatial)
         gradients: the gradient for each activation, None for those without one
         error: the reason why there are no maps
+        completeness: by layer, the share of each sample's score that gradient × activation sums to
+        unbalanced: the operations that balanced gradients have no rule for
     """
 
     maps: list[Tensor]
     gradients: list[Tensor | None]
     error: Exception | None = None
+    completeness: dict[str, list[float]] = field(default_factory=dict)
+    unbalanced: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -289,7 +293,8 @@ class Facts:
             return RawMaps([], [])
         try:
             maps = self.repeated.raw_maps(self.question, self.select, self.output)
-            return RawMaps(maps, self.repeated.gradients(self.select, self.output))
+            gradients = self.repeated.gradients(self.select, self.output)
+            return RawMaps(maps, gradients, None, self.repeated.completeness(), self.repeated.unbalanced())
         except (RuntimeError, ValueError) as error:
             return RawMaps([], [], error)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import html
+import math
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -46,6 +47,8 @@ CODES: dict[str, Severity] = {
     "score_squashed": "info",
     "class_agnostic": "info",
     "inplace_after_layer": "info",
+    "both_signs": "info",
+    "unbalanced": "info",
 }
 """The codes of all findings, causes before effects, each with its usual severity."""
 
@@ -89,14 +92,22 @@ class Diagnosis(Sequence[Finding]):
         model: the name of the model's class
         class_idx: the explained class of each sample, if classes were explained
         findings: the findings
+        completeness: of gradient methods, by layer, the share of each sample's score that gradient × activation at the
+            map's positions sums to; empty for others
     """
 
     def __init__(
-        self, subject: str, model: str, findings: Iterable[Finding], class_idx: Sequence[int] | None = None
+        self,
+        subject: str,
+        model: str,
+        findings: Iterable[Finding],
+        class_idx: Sequence[int] | None = None,
+        completeness: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
         self.subject = subject
         self.model = model
         self.class_idx = None if class_idx is None else tuple(class_idx)
+        self.completeness = dict(completeness or {})
         self.findings = tuple(sorted(findings, key=lambda f: (_SEVERITIES[f.severity], _ORDER[f.code])))
 
     def __getitem__(self, index: Any) -> Any:
@@ -116,13 +127,21 @@ class Diagnosis(Sequence[Finding]):
             "method": self.subject,
             "model": self.model,
             "class_idx": None if self.class_idx is None else list(self.class_idx),
+            "completeness": {
+                layer: [share if math.isfinite(share) else None for share in shares]
+                for layer, shares in self.completeness.items()
+            },
             "findings": [finding.to_dict() for finding in self],
         }
 
     def _headline(self) -> str:
         classes = "" if self.class_idx is None else f", class {', '.join(map(str, dict.fromkeys(self.class_idx)))}"
         count = f"{len(self)} finding{'s' * (len(self) > 1)}" if self else "nothing wrong found"
-        return f"{self.subject} on {self.model}{classes}: {count}"
+        shares = ""
+        for layer, found in self.completeness.items():
+            most = f" to {max(found):.0%}" if len(found) > 1 else ""
+            shares += f", gradient × activation at '{layer}' {min(found):.0%}{most} of the score"
+        return f"{self.subject} on {self.model}{classes}{shares}: {count}"
 
     def __str__(self) -> str:
         lines = [self._headline()]

@@ -1,4 +1,4 @@
-"""Checks of the target layers: positions, size and layout of their grids, constant activations."""
+"""Checks of the target layers: positions, size and layout of their grids, constant activations, signs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from torchcam._tensors import to_float
 from torchcam.layers import Candidate
 from torchcam.layout import AmbiguousLayoutError
+from torchcam.methods._gradients import OTHER_SIGN, share_of_other_sign
 
 from .facts import Facts
 from .findings import Finding, finding
@@ -147,4 +148,23 @@ def check_constant_activations(facts: Facts) -> Iterator[Finding]:
         )
 
 
-CHECKS = (check_positions, check_grids, check_layouts, check_constant_activations)
+def check_activation_signs(facts: Facts) -> Iterator[Finding]:
+    """Check that activations have one sign, where the method expects that."""
+    for name, grid in zip(facts.repeated.names, facts.grids, strict=False):
+        if grid is None or not facts.recorded.expects_one_sign or name in facts.broken_activations:
+            continue
+        shares = share_of_other_sign(grid)
+        if bool((shares > OTHER_SIGN).any()):
+            yield finding(
+                "both_signs",
+                f"'{name}' has activations of both signs (the rarer one has {float(shares.max()):.0%} of the sum of "
+                f"their sizes), but the weights of {facts.recorded.method} are meant for one: sums over positions "
+                "cancel.",
+                "HiResCAM, the sum of G_k A_k over the channels at each position, holds for both signs; behind a norm, "
+                'with `gradients="balanced"`.',
+                layer=name,
+                samples=shares > OTHER_SIGN,
+            )
+
+
+CHECKS = (check_positions, check_grids, check_layouts, check_constant_activations, check_activation_signs)

@@ -112,6 +112,18 @@ def check_gradients(facts: Facts) -> Iterator[Finding]:
             )
 
 
+def check_balance(facts: Facts) -> Iterator[Finding]:
+    """Check that balanced gradients have a rule for every operation."""
+    if facts.raw.unbalanced:
+        yield finding(
+            "unbalanced",
+            f"balanced gradients have no rule for {listed(facts.raw.unbalanced)}, which the score goes through: these "
+            "hand back plain gradients.",
+            "Look at `extractor.completeness`: where it is far from 1, name a layer behind them, or compare with a "
+            "method without gradients.",
+        )
+
+
 # The maps.
 
 
@@ -226,4 +238,4 @@ def _extremes(cam: Tensor) -> tuple[Tensor, Tensor]:
     return ranks >= cam.shape[1] - share, ranks < share
 
 
-CHECKS = (check_score, check_method, check_gradients, check_signs, check_classes, check_peak)
+CHECKS = (check_score, check_method, check_gradients, check_balance, check_signs, check_classes, check_peak)

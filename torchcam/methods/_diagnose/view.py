@@ -39,6 +39,7 @@ class ExtractorView:
         in_training: the modules in training mode that act differently in it
         class_agnostic: whether the map is the same for every class
         uses_gradients: whether the method differentiates the score
+        expects_one_sign: whether the method is meant for activations of one sign
         keeps_positive: whether a ReLU is applied to the map
         reads_attention: whether the method reads attention
         reads_layers: whether the method reads outputs of layers: not attention, and not the input
@@ -74,6 +75,7 @@ class ExtractorView:
             name for name, module in self.model.named_modules() if module.training and _acts_in_training(module)
         ]
         self.class_agnostic: bool = cam.class_agnostic
+        self.expects_one_sign: bool = cam._expects_one_sign
         self.keeps_positive: bool = cam._relu
         self.reads_attention: bool = recorder.reads_attention
         self.reads_layers: bool = recorder.keeps_outputs and not recorder.reads_attention
@@ -144,6 +146,16 @@ class ExtractorView:
         if select is not None and self.uses_gradients and not self.reads_attention and not recorded.gradients:
             self._cam._gradients(Request(recorded, scores=output, targets=select, retain_graph=True))
         return list(recorded.gradients) or [None] * len(self.names)
+
+    def completeness(self) -> dict[str, list[float]]:
+        """Return, by layer, the share of each sample's last explained score that gradient × activation sums to."""
+        shares = self._cam.completeness
+        return {name: share.tolist() for name, share in zip(self.names, shares, strict=True)} if shares else {}
+
+    def unbalanced(self) -> list[str]:
+        """Return the operations behind the layers that balanced gradients have no rule for."""
+        found: list[str] = self._cam.unbalanced
+        return found
 
     def fused_map(self, question: dict[str, Any], output: Any) -> Tensor:
         """Compute the map of each sample as a user gets it, all layers in one."""
