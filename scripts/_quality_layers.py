@@ -110,8 +110,8 @@ def choose(boards: Mapping[str, Board]) -> list[str]:
     kept += [str(Setting("gated", kind, where)) for kind in (False, True) for where in _GATED]
     for found, count in [*((found, 1) for found in means.values()), (overall, 3)]:
         for kind in ("plain", "balanced"):
-            rivals = [one for one in found if f", {kind}, " in one and not one.startswith("gated")]
-            kept += sorted(rivals, key=lambda one, found=found: -found[one])[:count]
+            rivals = {one: score for one, score in found.items() if f", {kind}, " in one and one[:5] != "gated"}
+            kept += sorted(rivals, key=rivals.__getitem__, reverse=True)[:count]
     return sorted(dict.fromkeys(kept), key=lambda one: -overall[one])
 
 

@@ -324,8 +324,9 @@ def _fit(
                 for optimizer in optimizers:
                     optimizer.zero_grad()
                 torch.autograd.backward(loss)
-                for one in (*optimizers, *schedules):
-                    one.step()
+                for optimizer, schedule in zip(optimizers, schedules, strict=True):
+                    optimizer.step()
+                    schedule.step()
                 progress.update()
                 progress.set_postfix(loss=f"{loss.detach():.4f}", refresh=False)
 

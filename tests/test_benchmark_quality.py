@@ -119,35 +119,35 @@ class TestPictures:
 class TestScores:
     def test_grid_pointing(self, four: scenes.Task) -> None:
         even = torch.ones(8, 96, 96)
-        assert bench.locate(even, four, "d")["d energy"].tolist() == pytest.approx([0.25] * 8)
-        right = bench.locate(four.masks.float(), four, "d")
+        assert scored.locate(even, four, "d")["d energy"].tolist() == pytest.approx([0.25] * 8)
+        right = scored.locate(four.masks.float(), four, "d")
         assert right["d energy"].tolist() == right["d pointing"].tolist() == [1.0] * 8
-        wrong = bench.locate(four.others.float(), four, "d")
+        wrong = scored.locate(four.others.float(), four, "d")
         assert wrong["d energy"].tolist() == wrong["d pointing"].tolist() == [0.0] * 8
         mixed = four.masks * 3.0 + four.others * 1.0
-        assert bench.locate(mixed, four, "d")["d energy"].tolist() == pytest.approx([0.5] * 8)
+        assert scored.locate(mixed, four, "d")["d energy"].tolist() == pytest.approx([0.5] * 8)
 
     def test_two_digits(self, pairs: scenes.Task) -> None:
         own, other = pairs.masks.float(), pairs.others.float()
         nowhere = 1 - own - other
         areas = own.sum((1, 2)), other.sum((1, 2))
-        found = bench.locate(own, pairs, "b")
+        found = scored.locate(own, pairs, "b")
         assert found.keys() == {"b ap", "b pointing", "b energy"}
         assert all(value.tolist() == [1.0] * 12 for value in found.values())
-        found = bench.locate(other, pairs, "b")
+        found = scored.locate(other, pairs, "b")
         assert found["b energy"].tolist() == found["b pointing"].tolist() == [0.0] * 12
         chance = areas[0] / (areas[0] + areas[1])
         for maps in (0 * own, nowhere):  # no preference
-            for value in bench.locate(maps, pairs, "b").values():
+            for value in scored.locate(maps, pairs, "b").values():
                 torch.testing.assert_close(value.float(), chance)
-        found = bench.locate(0.8 * own + 0.4 * other + nowhere, pairs, "b")
+        found = scored.locate(0.8 * own + 0.4 * other + nowhere, pairs, "b")
         expected = 0.8 * areas[0] / (0.8 * areas[0] + 0.4 * areas[1])
         torch.testing.assert_close(found["b energy"].float(), expected)
         assert found["b pointing"].tolist() == [1.0] * 12
 
     def test_a_map_that_ignores_the_class_is_exactly_at_chance(self, pairs: scenes.Task) -> None:
         maps = torch.rand(6, 96, 96, generator=torch.Generator().manual_seed(0)).repeat_interleave(2, 0)
-        found = bench.locate(maps, pairs, "b")
+        found = scored.locate(maps, pairs, "b")
         for values in (found["b energy"], found["b pointing"]):
             of_pictures = stats.group_means(values.numpy(), pairs.groups.numpy())
             assert of_pictures == pytest.approx(np.full(6, 0.5))
@@ -156,7 +156,7 @@ class TestScores:
         """The page says so: all of one digit first is 1 for one question, and about 1 - log 2 for the other."""
         maps = (2.0 * pairs.masks[0::2] + pairs.masks[1::2]).repeat_interleave(2, 0)
         maps = maps + 0.5 * torch.rand(6, 96, 96, generator=torch.Generator().manual_seed(0)).repeat_interleave(2, 0)
-        found = stats.group_means(bench.locate(maps, pairs, "b")["b ap"].numpy(), pairs.groups.numpy())
+        found = stats.group_means(scored.locate(maps, pairs, "b")["b ap"].numpy(), pairs.groups.numpy())
         assert found.mean() == pytest.approx(1 - np.log(2) / 2, abs=0.03)
 
     def test_pointing_has_a_tolerance(self) -> None:
@@ -165,15 +165,15 @@ class TestScores:
         for row, cue in enumerate(task.masks):
             top, left = cue.nonzero()[0].tolist()
             maps[row, top + (19 if row % 2 else -4), left + 5] = 1  # 4 pixels below or above it
-        assert bench.locate(maps, task, "c")["c pointing"].tolist() == [1.0] * 4
-        assert bench.locate(maps.roll(12, 2), task, "c")["c pointing"].tolist() != [1.0] * 4
+        assert scored.locate(maps, task, "c")["c pointing"].tolist() == [1.0] * 4
+        assert scored.locate(maps.roll(12, 2), task, "c")["c pointing"].tolist() != [1.0] * 4
 
     def test_each_sample_is_what_updates_of_one_give(self) -> None:
         model, task = load_model().requires_grad_(False), scenes.one_digit(3, 1)
         grad_cam = one("cnn", model, "GradCAM")
         maps = grad_cam.explain(task.images, task.classes, task.truth)
         witness = contest.Witness(load_model(), grad_cam.explain)
-        found = bench.judge_faith(witness, maps, task)
+        found = scored.judge_faith(witness, maps, task)
         kinds: list[tuple[Any, dict[str, Any]]] = [
             (ClassificationMetric, {}),
             (DeletionInsertionMetric, {"steps": scored.STEPS}),
@@ -191,7 +191,7 @@ class TestScores:
             )
         metric = Localization(tolerance=scored.TOLERANCE)
         metric.update(task.images, maps=maps, masks=task.masks)
-        located = bench.locate(maps, task, "a")
+        located = scored.locate(maps, task, "a")
         assert float(located["a ap"].mean()) == pytest.approx(float(metric.compute()["average_precision"]))
         assert float(located["a energy"].mean()) == pytest.approx(float(metric.compute()["energy"]))
         assert float(located["a overlap"].mean()) == pytest.approx(float(metric.compute()["best_iou"]))
@@ -200,7 +200,7 @@ class TestScores:
         task = scenes.one_digit(2, 1)
         maps = task.masks.float()
         maps[1, 0, 0] = torch.nan
-        energy = bench.locate(maps, task, "a")["a energy"]
+        energy = scored.locate(maps, task, "a")["a energy"]
         assert energy[0] == 1
         assert energy[1].isnan()
         assert stats.interval(energy.numpy(), 10, 0) == (1.0, 1.0, 1.0)
@@ -253,7 +253,7 @@ class TestContestants:
         assert maps.flatten(1).amin(1).tolist() == [0.0] * 4
         assert maps.flatten(1).amax(1).tolist() == [1.0] * 4
         assert maps.mean() < 0.1
-        assert bench.locate(maps, task, "b")["b energy"].mean() > 0.7
+        assert scored.locate(maps, task, "b")["b energy"].mean() > 0.7
 
     def test_edges_of_a_step(self) -> None:
         image = torch.zeros(1, 3, 96, 96)
@@ -390,17 +390,17 @@ NAMES = ["truth", "random", "edges", "MeanActivation", "EigenCAM", "GradCAM", "L
 
 
 @pytest.fixture(scope="module")
-def board() -> bench.Board:
+def board() -> scored.Board:
     return bench.run("cnn", load_model().requires_grad_(False), 8, 2, NAMES)[0]
 
 
 class TestLeaderboard:
-    def test_what_it_must_show(self, board: bench.Board) -> None:
+    def test_what_it_must_show(self, board: scored.Board) -> None:
         results = bench.check({"cnn": board})
         assert len(results) == 3
         assert all(result.good for result in results), results
 
-    def test_checks_can_fail(self, board: bench.Board) -> None:
+    def test_checks_can_fail(self, board: scored.Board) -> None:
         bad = dict(board)
         bad["LayerCAM"] = replace(board["random"], kind="gradient")
         bad["EigenCAM"] = replace(board["GradCAM"], kind="class-agnostic")
@@ -413,22 +413,22 @@ class TestLeaderboard:
         bad["FullGrad"] = bad.pop("LayerCAM")
         assert bench.check({"swin": bad})[1].explained
 
-    def test_one_number_for_each_picture(self, board: bench.Board) -> None:
+    def test_one_number_for_each_picture(self, board: scored.Board) -> None:
         for name in ("GradCAM", "truth"):
             sizes = {key: len(values) for key, values in board[name].values.items()}
             expected = {key: 4 if key[0] == "b" else 8 for key in scored.TRUTH if key[0] != "c"}
             assert sizes == expected | dict.fromkeys(scored.FAITH, 2)
             assert board[name].broken == 0
 
-    def test_the_second_run_gives_the_same_tables(self, board: bench.Board) -> None:
+    def test_the_second_run_gives_the_same_tables(self, board: scored.Board) -> None:
         few = ["truth", "random", "GradCAM"]
         again = bench.run("cnn", load_model().requires_grad_(False), 8, 2, few)[0]
         first = {name: board[name] for name in few}
-        for write in (bench.summary_table, bench.as_json):
+        for write in (page_of.summary_table, page_of.as_json):
             assert write({"cnn": first}).splitlines()[3:] == write({"cnn": again}).splitlines()[3:]
-        assert bench.model_tables("cnn", first) == bench.model_tables("cnn", again)
+        assert page_of.model_tables("cnn", first) == page_of.model_tables("cnn", again)
 
-    def test_numbers_are_kept(self, board: bench.Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_numbers_are_kept(self, board: scored.Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = tmp_path / "cnn.json"
         bench.write(path, board)
 
@@ -437,18 +437,18 @@ class TestLeaderboard:
 
         monkeypatch.setattr(bench, "measure", never)
         again = bench.run("cnn", load_model().requires_grad_(False), 8, 2, NAMES, path)[0]
-        assert bench.as_json({"cnn": board}) == bench.as_json({"cnn": again})
+        assert page_of.as_json({"cnn": board}) == page_of.as_json({"cnn": again})
 
-    def test_summary(self, board: bench.Board) -> None:
-        lines = bench.summary_table({"cnn": board}).splitlines()
+    def test_summary(self, board: scored.Board) -> None:
+        lines = page_of.summary_table({"cnn": board}).splitlines()
         assert lines[0] == "| method | cnn (a) | cnn (b) | cnn (d) | mean rank |"
         assert lines[2] == "| *truth* | 100 / 100 | 100 / 100 | 42 / 100 | – |"
         assert lines[3].startswith("| `GradCAM` | ")
         assert len(lines) == 2 + len(NAMES)
 
-    def test_no_power_of_the_maps_moves_a_rank(self, board: bench.Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_no_power_of_the_maps_moves_a_rank(self, board: scored.Board, monkeypatch: pytest.MonkeyPatch) -> None:
         """Sharpened maps say nothing new. Energy, which sharpening raises, is in no ranking."""
-        make = bench.contestants
+        make = contest.contestants
 
         def sharpened(*args: Any) -> list[contest.Contestant]:
             def cubed(one: contest.Contestant) -> Any:
@@ -458,13 +458,13 @@ class TestLeaderboard:
 
         monkeypatch.setattr(bench, "contestants", sharpened)
         again = bench.run("cnn", load_model().requires_grad_(False), 8, 2, NAMES)[0]
-        assert bench.summary_table({"cnn": board}) == bench.summary_table({"cnn": again})
+        assert page_of.summary_table({"cnn": board}) == page_of.summary_table({"cnn": again})
         assert page_of.ranking({"cnn": board}) == page_of.ranking({"cnn": again})
         for name in ("GradCAM", "LayerCAM"):
             for key in ("a energy", "b energy", "d energy"):
-                assert bench.mean(again[name], key) > bench.mean(board[name], key) + 0.005
+                assert scored.mean(again[name], key) > scored.mean(board[name], key) + 0.005
 
-    def test_equals_share_a_rank(self, board: bench.Board) -> None:
+    def test_equals_share_a_rank(self, board: scored.Board) -> None:
         three = {
             "truth": board["truth"],
             "first": board["GradCAM"],
@@ -477,18 +477,18 @@ class TestLeaderboard:
         assert page_of.table(["a", "b"], [["x", "1"]]) == "| a | b |\n| --- | ---: |\n| x | 1 |"
 
     def test_percent(self) -> None:
-        assert bench.percent(np.full(5, 0.5)) == "50 (50 to 50)"
-        assert bench.percent(np.full(5, np.nan)) == "–"
-        assert bench.percent(np.full(5, -0.001)) == "0 (0 to 0)"
-        assert bench.percent(np.array([0.0, 1.0] * 50)).startswith("50 (4")
+        assert page_of.percent(np.full(5, 0.5)) == "50 (50 to 50)"
+        assert page_of.percent(np.full(5, np.nan)) == "–"
+        assert page_of.percent(np.full(5, -0.001)) == "0 (0 to 0)"
+        assert page_of.percent(np.array([0.0, 1.0] * 50)).startswith("50 (4")
 
     def test_put(self) -> None:
         page = "a\n<!-- begin: x -->\nold\n<!-- end: x -->\nb"
-        once = bench.put(page, {"x": r"new \1"})
+        once = page_of.put(page, {"x": r"new \1"})
         assert once == "a\n<!-- begin: x -->\nnew \\1\n<!-- end: x -->\nb"
-        assert bench.put(once, {"x": r"new \1"}) == once
+        assert page_of.put(once, {"x": r"new \1"}) == once
         with pytest.raises(ValueError, match="begin: y"):
-            bench.put(page, {"y": ""})
+            page_of.put(page, {"y": ""})
 
     def test_the_page_has_all_blocks(self) -> None:
         page = bench.PAGE.read_text(encoding="utf-8")
@@ -531,7 +531,7 @@ class TestSettings:
         for maps in found.values():
             assert maps.shape == (8, 96, 96)
             assert maps.min() >= 0
-            assert bench.locate(maps, task, "b")["b ap"].mean() > 0.95
+            assert scored.locate(maps, task, "b")["b ap"].mean() > 0.95
         ratio = (found["contrast × gate"] / found["gate alone"])[0::2]  # the same detail for both digits
         both = (found["gate alone"][0::2] > 0.01) & (found["gate alone"][1::2] > 0.01)
         other = (found["contrast × gate"] / found["gate alone"])[1::2]
@@ -560,7 +560,7 @@ class TestSettings:
         values = {
             f"{letter} {score}": np.full(3, 0.25 * k) for k, letter in enumerate("abd") for score in ("ap", "pointing")
         }
-        text = bench.settings_tables({"cnn": {"it": scored.Entry("setting", "", "", values)}})
+        text = page_of.settings_tables({"cnn": {"it": scored.Entry("setting", "", "", values)}})
         assert "| it | 25 (25 to 25) |" in text
         assert "| it | 0 / 25 / 50 · 0 / 25 / 50 |" in text
 
