@@ -145,7 +145,7 @@ def ours(
     weights: bool = False,
     signed: bool = False,
     many: bool = False,
-    gradients: bool = False,
+    graph: bool = False,
     **options: Any,
 ) -> Iterator[Trial]:
     """Explain within inference mode, whatever the method, or with gradients on.
@@ -156,7 +156,7 @@ def ours(
         weights: whether it is the weights that are compared
         signed: whether it is the maps before the ReLU that are compared
         many: whether the classes are those of one sample
-        gradients: whether the model runs with gradients on
+        graph: whether the model runs with gradients on
         options: arguments of the class
     """
     classes = [list(setting.classes)] if many else list(setting.classes)
@@ -165,7 +165,7 @@ def ours(
         kept: list[Tensor] = []
 
         def run(**how: Any) -> Any:
-            with torch.inference_mode(not gradients):
+            with torch.inference_mode(not graph):
                 scores = setting.model(setting.x)
                 return extractor(classes, scores, **how)
 
@@ -584,8 +584,8 @@ def overhead_cases(peers: Peers) -> list[Case]:
     Ours runs as TorchCAM does, with gradients on where the method needs them; and in inference mode.
     """
     found = {case.name: case for case in cases(peers, every=False)}
-    alike = {
-        name: {OURS: partial(ours, method=name, gradients=True), IN_INFERENCE_MODE: found[name].contenders[OURS]}
+    alike: dict[str, dict[str, Contender]] = {
+        name: {OURS: partial(ours, method=name, graph=True), IN_INFERENCE_MODE: found[name].contenders[OURS]}
         for name in OVERHEAD
         if name != "ScoreCAM"
     }

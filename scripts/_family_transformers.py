@@ -294,7 +294,7 @@ def recordings() -> Iterator[Family]:
 
     for name, token in (("PatchTST", False), ("PatchTST, class token", True)):
         build = made("PatchTSTForClassification", "PatchTST", **series, use_cls_token=token)
-        yield Family(name, build, (1, 64, 5), axes=(1,), call=by_name("past_values"), target=scores)
+        yield Family(name, build, (1, 64, 5), axes=(1, 2), call=by_name("past_values"), target=scores)
     latents: Options = {
         "num_latents": 16,
         "d_latents": 32,

@@ -175,7 +175,7 @@ def open_clip_families() -> Iterator[Family]:
         yield Family(f"{name}, {texts} texts", partial(CLIP, 32, vision, words), call=call, target=similarity)
 
 
-_vit = made("ViTForImageClassification", "ViTConfig", **VIT, num_labels=5)
+_vit = made("ViTForImageClassification", "ViT", **VIT, num_labels=5)
 
 
 def peft_families() -> Iterator[Family]:

@@ -73,6 +73,8 @@ def without_code(text: str) -> str:
     return re.sub(r"`[^`\n]*`", lambda match: "x" * len(match[0]), text)
 
 
+NEEDS = {"docs/guides/production.md": "onnxruntime"}  # what pages need beside the package
+
 PYTHON = {page: [block for block in blocks(page) if block.language == "python"] for page in PAGES}
 RUNNING = [page for page, found in PYTHON.items() if any(block.reason is None for block in found)]
 
@@ -95,6 +97,8 @@ class TestCode:
 
     @pytest.mark.parametrize("page", RUNNING, ids=name_of)
     def test_runs(self, page: Path, quiet: None, capsys: pytest.CaptureFixture[str]) -> None:
+        if name_of(page) in NEEDS:
+            pytest.importorskip(NEEDS[name_of(page)])
         namespace: dict[str, object] = {"__name__": "__docs__"}
         exec(GIVEN.get(name_of(page), ""), namespace)
         for block in PYTHON[page]:

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -492,11 +492,9 @@ def test_a_result_holds_nothing_of_the_model(x: Tensor) -> None:
 
 
 class TestTrust:
-    QUICK: ClassVar[dict[str, int]] = {"num_random": 2, "steps": 2}
-
     def test_is_the_report_of_the_same_maps(self, model: nn.Module, batch: Tensor) -> None:
         found = explain(model, batch, target_layer="block2", class_names=["a", "b", "c"])[1]
-        report = found.trust(**self.QUICK)
+        report = found.trust()
         by_hand = trust(
             model,
             batch[1:2],
@@ -504,7 +502,6 @@ class TestTrust:
             methods=["GradCAM", "LayerCAM", "ReciproCAM"],
             target_layer="block2",
             class_names=["a", "b", "c"],
-            **self.QUICK,
         )
         assert report.to_dict() == by_hand.to_dict()
         assert torch.equal(report[0].cam, by_hand[0].cam)
@@ -514,7 +511,7 @@ class TestTrust:
         options = {"ScoreCAM": {"batch_size": 2}, "LayerCAM": {"relu": False}}
         layers = {"ScoreCAM": "block1", "LayerCAM": LAYERS}
         found = explain(model, x, method=["ScoreCAM", "LayerCAM"], target_layer=layers, method_kwargs=options)
-        report = found.trust(class_idx=2, **self.QUICK)
+        report = found.trust(class_idx=2)
         calls = {"LayerCAM": {"relu": False}}
         made = {"ScoreCAM": {"batch_size": 2}}
         by_hand = trust(
@@ -525,7 +522,6 @@ class TestTrust:
             target_layer=layers,
             method_kwargs=made,
             call_kwargs=calls,
-            **self.QUICK,
         )
         assert report.to_dict() == by_hand.to_dict()
         assert report[0].class_idx == 2
@@ -534,12 +530,20 @@ class TestTrust:
         with pytest.raises(ValueError, match="`relu` of GradCAM is 'negative'"):
             explain(model, x, relu="negative").trust()
         signed = explain(model, x, relu=False, target_layer="block2")
-        report = signed.trust(**self.QUICK)
+        report = signed.trust()
         assert torch.allclose(report[0].cam, next(iter(signed.cams.values()))[0], atol=1e-6)
 
-    def test_targets_are_no_class(self, model: nn.Module, x: Tensor) -> None:
-        with pytest.raises(ValueError, match="name a `class_idx`"):
-            explain(model, x, targets=ClassLogit(1)).trust()
+    def test_targets(self, model: nn.Module, x: Tensor) -> None:
+        targets = {"one": ClassLogit(1), "two": ClassLogit(2)}
+        found = explain(model, x, targets=targets, target_layer="block2")
+        for name, report in (("one", found.trust()), ("two", found.trust("two"))):
+            assert report[0].title.startswith(f"ClassLogit(class_idx={targets[name].class_idx}), score ")
+            assert torch.allclose(report[0].cam, found.cams[name][0], atol=1e-6)
+            by_hand = trust(model, x, targets=targets[name], target_layer="block2")
+            assert report[0].to_dict() == by_hand[0].to_dict()
+        assert found.trust(2)[0].class_idx == 2
+        with pytest.raises(ValueError, match="`class_idx` names 'three', but explained were one, two"):
+            found.trust("three")
 
     def test_without_the_model(self, x: Tensor) -> None:
         found = explain(make_model("GradCAM", CPU), x, target_layer="block2")
@@ -594,6 +598,6 @@ class TestTrustOfMethodsWithLayersOfTheirOwn:
         torch.manual_seed(0)
         sizes = {"num_layers": 2, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 16, "num_classes": 4}
         vit = VisionTransformer(image_size=32, patch_size=8, **sizes).eval()
-        report = explain(vit, torch.rand(1, 3, 32, 32), method=method).trust(**TestTrust.QUICK)
+        report = explain(vit, torch.rand(1, 3, 32, 32), method=method).trust()
         assert report.method.startswith(method)
         assert len(report.others) == 3

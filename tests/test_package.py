@@ -60,6 +60,7 @@ FLOORS = {
     "monitor": 7,
     "trust": 7,
     "explain": 9,
+    "export": 9,
     "integrations": 9,
     "cli": 10,
     "__main__": 11,

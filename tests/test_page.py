@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from matplotlib import colormaps
 from PIL import Image
 
+from tests.browsers import chromium
 from torchcam._page import _fitted_map
 from torchcam.demo import load_model, sample_images
 from torchcam.explain import Explanations, MethodMaps, PredictionExplanation, explain
@@ -148,17 +148,7 @@ class TestFile:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """A headless Chromium, started once."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
-    path = next(
-        (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
-    )
-    with sync_api.sync_playwright() as playwright:
-        try:
-            started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        except sync_api.Error as error:
-            pytest.skip(f"no Chromium was found; `playwright install chromium` gets one ({str(error).splitlines()[0]})")
-        yield started
-        started.close()
+    yield from chromium()
 
 
 class Opened:

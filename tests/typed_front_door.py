@@ -22,7 +22,7 @@ def of_one_input(model: nn.Module, x: Tensor) -> None:
     assert_type(torchcam.explain(model, x, method="Grad-CAM++", top_k=2), PredictionExplanation)
     assert_type(torchcam.explain.explain(model, x), PredictionExplanation)
     assert_type(trust(model, x), TrustReport)
-    assert_type(torchcam.trust(model, x, num_random=5), TrustReport)
+    assert_type(torchcam.trust(model, x, batch_size=5), TrustReport)
     assert_type(torchcam.trust.trust(model, x), TrustReport)
 
 

@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from torchcam import demo, evaluation, integrations, layers, layout, methods, metrics, monitor, targets, utils
+    from torchcam import (
+        demo,
+        evaluation,
+        export,
+        integrations,
+        layers,
+        layout,
+        methods,
+        metrics,
+        monitor,
+        targets,
+        utils,
+    )
     from torchcam.evaluation import evaluate
     from torchcam.explain import ExplainFunction
     from torchcam.methods import (
@@ -107,6 +119,7 @@ __all__ = [
     "evaluate",
     "evaluation",
     "explain",
+    "export",
     "integrations",
     "layers",
     "layout",

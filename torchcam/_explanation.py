@@ -233,14 +233,15 @@ class PredictionExplanation(_Pictures):
         methods = ", ".join(f"{name} of {', '.join(result.target_layers)}" for name, result in self.results.items())
         return f"<{type(self).__name__}: {self.title}; maps of {len(self.cams)} by {methods or self.method}>"
 
-    def trust(self, class_idx: int | None = None, **options: Any) -> Any:
-        """Test the first method's map of a class, and say in words whether to believe it.
+    def trust(self, class_idx: int | str | None = None, **options: Any) -> Any:
+        """Test the first method's map of a class or target, and say in words whether to believe it.
 
         The methods are those of the explanation, on the same layers; where there is one alone, two or three others are
         added to compare it with.
 
         Args:
-            class_idx: the class whose map is tested, by default the first one explained
+            class_idx: the class (or the name of an explained target) whose map is tested, by default the first one
+                explained
             options: further arguments of :func:`torchcam.trust.trust`
 
         Returns:
@@ -249,18 +250,17 @@ class PredictionExplanation(_Pictures):
         Raises:
             RuntimeError: if the model is not at hand: it is gone, the explanation was made by hand or comes from a
                 pickle, or it is one of a model that takes more than its input tensor
-            ValueError: if targets were explained: the report is about a class
+            ValueError: if there is no target of that name
         """
         if self._try_out is None:
             raise RuntimeError(
                 "this explanation knows no model (it was made by hand, comes from a pickle, or the model takes more "
                 "than one input tensor): call `torchcam.trust.trust(model, input_tensor)`"
             )
-        if class_idx is None:
-            class_idx = next((key for key in self.cams if not isinstance(key, str)), None)
-            if class_idx is None:
-                raise ValueError("targets were explained, but a trust report is about a class: name a `class_idx`")
-        return self._try_out(class_idx=class_idx, **options)
+        asked = next(iter(self.cams)) if class_idx is None else class_idx
+        if isinstance(asked, str) and asked not in self.cams:
+            raise ValueError(f"`class_idx` names '{asked}', but explained were {', '.join(map(str, self.cams))}")
+        return self._try_out(asked, **options)
 
     # Pictures.
 

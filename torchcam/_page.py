@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from numpy.typing import NDArray
 
-__all__ = ["PageItem", "PageMethod", "render"]
+__all__ = ["PageItem", "PageMethod", "color_table", "render", "script_json"]
 
 COLORMAPS = (COLORMAP, "plasma", "inferno", "cividis", "gray", "jet")
 EDGE = 768  # the longest side of a picture in the page
@@ -86,19 +86,23 @@ def render(
         "opacity": round(100 * (1 - alpha)),
         "scales": [{"label": label, "ticks": ticks} for label, ticks in (SCALES[False], SCALES[True])],
         "colormaps": [
-            {"name": entry if isinstance(entry, str) else entry.name, "table": _color_table(entry, signed=False)}
+            {"name": entry if isinstance(entry, str) else entry.name, "table": color_table(entry, signed=False)}
             for entry in choice
         ],
-        "signed": _color_table(None, signed=True) if colormap is None else None,
+        "signed": color_table(None, signed=True) if colormap is None else None,
     }
-    # In a script element of any type, `</script>` and `<!--` would end or change the data.
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    text = text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+    text = script_json(data)
     template = files("torchcam").joinpath("_page.html").read_text(encoding="utf-8")
     head, between, tail = template.split("@@TITLE@@")
     before, after = tail.split("@@DATA@@")
     escaped = html.escape(title)
     return f"{head}{escaped}{between}{escaped}{before}{text}{after}"
+
+
+def script_json(data: Any) -> str:
+    """Return JSON for a script element: in one of any type, `</script>` and `<!--` would end or change the data."""
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 def _item(item: PageItem) -> dict[str, Any]:
@@ -140,7 +144,7 @@ def _fitted_map(values: NDArray[np.float32]) -> NDArray[np.float32]:
     return values if size == (width, height) else resize_map(values, size, Image.Resampling.LANCZOS)
 
 
-def _color_table(colormap: str | Colormap | None, signed: bool) -> str:
+def color_table(colormap: str | Colormap | None, signed: bool) -> str:
     """Return the colours of a colormap, four bytes each."""
     found = colormap_of(colormap, signed)
     return base64_text(found(np.arange(found.N), bytes=True).tobytes())

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ._methods import find_method
 from ._recipes import Recipe
+from .targets import OutputTarget
 
 if TYPE_CHECKING:
     from .trust import TrustReport
@@ -29,6 +30,7 @@ class TrustRequest:
         image: the input, (1, C, *spatial)
         recipes: the methods of the explanation by the names of their classes, and how they were run
         layers: the layers of each method, by the same names
+        targets: the targets that were explained, by their names; none where classes were
         settings: further arguments of the report
     """
 
@@ -36,6 +38,7 @@ class TrustRequest:
     image: Tensor
     recipes: Mapping[str, Recipe]
     layers: Mapping[str, Any]
+    targets: Mapping[str, OutputTarget]
     settings: Mapping[str, Any]
 
     @classmethod
@@ -45,6 +48,7 @@ class TrustRequest:
         image: Tensor,
         recipes: Sequence[Recipe],
         target_names: Sequence[Sequence[str]],
+        targets: Mapping[str, OutputTarget],
         **settings: Any,
     ) -> TrustRequest:
         """Return the request for the methods of an explanation, on the layers whose names they gave."""
@@ -55,9 +59,10 @@ class TrustRequest:
             layers.setdefault(recipe.method.__name__, list(names) if are_layers else recipe.target_layer)
         by_name = {recipe.method.__name__: recipe for recipe in reversed(recipes)}
         kept = image.detach().clone()  # a view would keep the batch
-        return cls(weakref.ref(model), kept, {name: by_name[name] for name in layers}, layers, settings)
+        return cls(weakref.ref(model), kept, {name: by_name[name] for name in layers}, layers, targets, settings)
 
-    def __call__(self, **options: Any) -> TrustReport:
+    def __call__(self, asked_about: int | str, **options: Any) -> TrustReport:
+        """Report on a class, or on a target by its name."""
         model = self.model()
         if model is None:
             raise RuntimeError(
@@ -78,7 +83,10 @@ class TrustRequest:
             "method_kwargs": {name: dict(self.recipes[name].options) for name in names if name in self.recipes},
             "call_kwargs": {name: dict(self.recipes[name].call_options) for name in names if name in self.recipes},
         }
-        return trust(model, self.image, **{"methods": methods, **by_method, **self.settings, **options})
+        question: dict[str, Any] = {"class_idx": asked_about}
+        if isinstance(asked_about, str):
+            question = {"targets": self.targets[asked_about]}
+        return trust(model, self.image, **{"methods": methods, **question, **by_method, **self.settings, **options})
 
     @property
     def _shared_layers(self) -> Any:

@@ -187,6 +187,7 @@ def explain(
                         inputs.tensor[number : number + 1],
                         recipes,
                         [result.target_layers for result in results.values()],
+                        {} if choice.targets is None else choice.targets[number],
                         images=None if picture is None else [picture],
                         class_names=names,
                         to_probabilities=to_probabilities,

@@ -73,20 +73,29 @@ class Classifier:
 
 def check_model(arguments: argparse.Namespace) -> None:
     """Check that there is the model that the arguments name, without loading it."""
-    if arguments.model_factory is None:
-        _known_arch(arguments.arch or ARCH)
-    elif arguments.arch is not None:
-        raise UserError("give --arch for a model of torchvision, or --model-factory for one of yours, not both")
-    else:
+    ways = {"--arch": arguments.arch, "--timm": arguments.timm, "--hf": arguments.hf}
+    given = [way for way, value in {**ways, "--model-factory": arguments.model_factory}.items() if value is not None]
+    if len(given) > 1:
+        raise UserError(f"give {' or '.join(given)}, not both: each names a model")
+    if arguments.model_factory is not None:
         _find_function(arguments.model_factory)
+    elif arguments.timm is not None:
+        _known_timm(arguments.timm)
+    elif arguments.hf is None:
+        _known_arch(arguments.arch or ARCH)
 
 
 def load_model(arguments: argparse.Namespace) -> Classifier:
     """Load the model that the arguments name; a command without `--weights` needs none."""
     check_model(arguments)
-    if arguments.model_factory is None:
-        return load_classifier(arguments.arch or ARCH, getattr(arguments, "weights", "none") or "DEFAULT")
-    return load_own(arguments.model_factory, getattr(arguments, "weights", None))
+    if arguments.model_factory is not None:
+        return load_own(arguments.model_factory, getattr(arguments, "weights", None))
+    weights = getattr(arguments, "weights", "none") or "DEFAULT"
+    if arguments.timm is not None:
+        return load_timm(arguments.timm, weights)
+    if arguments.hf is not None:
+        return load_hf(arguments.hf, weights)
+    return load_classifier(arguments.arch or ARCH, weights)
 
 
 def find_device(name: str) -> Any:
@@ -157,6 +166,80 @@ def _find_function(path: str) -> Callable[[], Any]:
         raise UserError(f"--model-factory '{path}' is not a function: {type(found).__name__}")
     function: Callable[[], Any] = found
     return function
+
+
+def _known_timm(name: str) -> Any:
+    """Check that timm has a model of that name, and return the library."""
+    try:
+        import timm
+    except ImportError as error:
+        raise UserError("--timm needs timm: pip install timm") from error
+    if not timm.is_model(name.partition(".")[0]):
+        close = get_close_matches(name, timm.list_models(), n=3, cutoff=0.5) or ["resnet50", "vit_base_patch16_224"]
+        raise UserError(f"--timm '{name}' is not a model of timm; try {', '.join(close)}")
+    return timm
+
+
+def load_timm(name: str, weights: str) -> Classifier:
+    """Load a classification model of timm."""
+    import torch
+
+    timm = _known_timm(name)
+    is_random, file = weights.lower() == "none", Path(weights)
+    pretrained = weights.upper() == "DEFAULT"
+    if not (is_random or pretrained or file.is_file()):
+        raise UserError(f"--weights '{weights}' is neither a file nor one of DEFAULT, none")
+    with torch.random.fork_rng(devices=[]), _hub_errors(f"--timm '{name}'"):
+        torch.manual_seed(SEED)
+        model = timm.create_model(name, pretrained=pretrained)
+    if not (is_random or pretrained):
+        state = _load_state(file)
+        with _fitting(weights, name):
+            model.load_state_dict(state)
+    told = f"random weights (seed {SEED})" if is_random else "weights of timm" if pretrained else f"weights {file.name}"
+    preprocess = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model), is_training=False)
+    return Classifier(model.eval(), f"{name}, {told}", preprocess, None, is_random)
+
+
+def load_hf(place: str, weights: str) -> Classifier:
+    """Load an image classifier of transformers."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError("--hf needs transformers: pip install 'torchcam[transformers]'") from error
+    import torch
+
+    library: Any = transformers  # but partly typed
+    classifiers = library.AutoModelForImageClassification
+    if weights.lower() not in {"none", "default"}:
+        raise UserError(f"--weights '{weights}': a model of --hf has the weights of its folder, or none")
+    is_random = weights.lower() == "none"
+    with torch.random.fork_rng(devices=[]), _hub_errors(f"--hf '{place}'"):
+        torch.manual_seed(SEED)
+        processor = library.AutoImageProcessor.from_pretrained(place)
+        if is_random:
+            model = classifiers.from_config(library.AutoConfig.from_pretrained(place))
+        else:
+            model = classifiers.from_pretrained(place)
+    labels = model.config.id2label
+    told = f"random weights (seed {SEED})" if is_random else "its weights"
+
+    def preprocess(image: Image.Image) -> Tensor:
+        pixels: Tensor = processor(images=image, return_tensors="pt")["pixel_values"][0]
+        return pixels
+
+    categories = [str(labels[index]) for index in range(len(labels))]
+    return Classifier(model.eval(), f"{place}, {told}", preprocess, categories, is_random)
+
+
+@contextmanager
+def _hub_errors(what: str) -> Iterator[None]:
+    """Raise a `UserError` of one line for a model that cannot be read or downloaded."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = textwrap.shorten(str(error), 200, placeholder=" ...")
+        raise UserError(f"{what} could not be loaded: {reason}; --weights none takes random weights") from error
 
 
 def _known_arch(arch: str) -> str:

@@ -56,6 +56,12 @@ def add_model(parser: Any, *, weights: bool = True) -> None:
     """Add the options that name a model."""
     model = parser.add_argument_group("the model")
     model.add_argument("--arch", help=f"a classification model of torchvision (default: {ARCH})")
+    model.add_argument("--timm", metavar="NAME", help="a classification model of timm in place of --arch")
+    model.add_argument(
+        "--hf",
+        metavar="FOLDER",
+        help="an image classifier of transformers in place of --arch: a folder, or a name on the hub",
+    )
     model.add_argument("--model-factory", metavar="PACKAGE.MODULE:FUNCTION", help=FACTORY_HELP)
     if weights:
         model.add_argument(

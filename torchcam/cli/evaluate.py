@@ -139,7 +139,7 @@ def _check(arguments: argparse.Namespace, outputs: Sequence[Path]) -> list[type[
     if arguments.demo == (arguments.data is not None):
         raise UserError("name either a folder of images or --demo (`torchcam evaluate --help` explains)")
     if arguments.demo:
-        for option in ("arch", "model_factory", "weights", "class_map"):
+        for option in ("arch", "timm", "hf", "model_factory", "weights", "class_map"):
             if getattr(arguments, option) is not None:
                 raise UserError(f"--demo has a model and classes of its own: leave out --{option.replace('_', '-')}")
     elif not arguments.data.is_dir():

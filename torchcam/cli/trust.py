@@ -17,9 +17,9 @@ METHODS = "GradCAM,LayerCAM,ReciproCAM"
 SUFFIXES = (".html", ".json", ".txt")
 
 HELP = """\
-Test the map of a prediction, and report whether to believe it: does it change with the weights and with the class, does
-the score fall when the regions of the map are removed, do other methods agree? The first method is judged, the others
-are compared with it. Takes some hundreds of forward passes for each image.
+Test the map of a prediction, and report whether to believe it: is there evidence in the image, does the score fall
+where the map says so when windows of the image are removed, is the map's region enough to tell the class? The first
+method is judged; if it fails, the others are tried as well. Takes about 70 forward passes for each image.
 """
 
 EXAMPLES = """\

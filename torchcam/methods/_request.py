@@ -18,7 +18,7 @@ class Request:
 
     Attributes:
         recorded: the pass
-        class_idx: the class to explain, as it was given
+        class_idx: the class to explain, as it was given, or a selector that reads it
         scores: the output that was handed over, if it was
         targets: what is explained in place of a class, as it was given
         relu: whether the evidence for a score is kept (True), that against it (``"negative"``) or both (False); None
@@ -41,5 +41,6 @@ class Request:
 
     def selector(self, batch_size: int) -> Selector:
         """Return the explained score, as a function of the model's output."""
-        one = self.targets if isinstance(self.targets, Selector) else Selector(self.class_idx, self.targets, batch_size)
+        made = next((given for given in (self.class_idx, self.targets) if isinstance(given, Selector)), None)
+        one = Selector(self.class_idx, self.targets, batch_size) if made is None else made
         return one.negative() if self.relu == "negative" else one

@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from torchcam.layers import TargetLayer, layer_name
-from torchcam.targets import as_class_indices
 
 from .core import _CAM, Request
 from .edited import AblationCAM, ReciproCAM
@@ -96,5 +95,5 @@ class CAM(_CAM):
                 f"'{self.target_names[0]}' has {activation.shape[1]}: CAM needs the layer before the pooling"
             )
         classifier = weight.detach().flatten(1)
-        classes = as_class_indices(request.class_idx, len(activation), len(weight), weight.device)
+        classes = self._selector(request).indices(classifier.mT)
         return [(activation, -classifier if request.relu == "negative" else classifier, classes)]

@@ -136,14 +136,15 @@ class _Contrast(Selector):
     """The score of a class less that of its references, weighted.
 
     Args:
-        classes: the explained classes, (N,)
+        select: the score of the class
         references: the classes each is compared with, (N, T)
         gamma: the strength of the comparison
         weighting: ``"mean"`` or ``"softmax"``
     """
 
-    def __init__(self, classes: Tensor, references: Tensor, gamma: float, weighting: str) -> None:
-        super().__init__(classes, None, len(classes))
+    def __init__(self, select: Selector, references: Tensor, gamma: float, weighting: str) -> None:
+        super().__init__(select.class_idx, None, select.batch_size)
+        self.select = select
         self.references = references
         self.gamma = gamma
         self.weighting = weighting
@@ -151,7 +152,7 @@ class _Contrast(Selector):
     def by_class(self, logits: Tensor, samples: Tensor | None) -> Tensor:
         """Score logits (B, K)."""
         references = self.references if samples is None else self.references[samples]
-        contrast = super().by_class(logits, samples).unsqueeze(1) - self.gamma * logits.gather(1, references)
+        contrast = self.select.by_class(logits, samples).unsqueeze(1) - self.gamma * logits.gather(1, references)
         if self.weighting == "mean":
             return contrast.mean(1)
         weights = logits.softmax(1).gather(1, references)
@@ -271,12 +272,13 @@ class FinerCAM(_Wrapper):
         logits = read_logits(output).detach()
         if logits.ndim != 2 or logits.shape[1] < 2:
             raise ValueError(f"FinerCAM needs scores (N, classes) of two classes or more, got {tuple(logits.shape)}")
-        classes = as_class_indices(request.class_idx, len(logits), logits.shape[1], logits.device)
+        select = request.selector(logits.shape[0])
+        classes = select.indices(logits)
         if comparison_idx is None:
             references = self._closest(logits, classes)
         else:
             references = _reference_rows(comparison_idx, classes, logits.shape[1])
-        contrast = _Contrast(classes, references, self.gamma, self.weighting)
+        contrast = _Contrast(select, references, self.gamma, self.weighting)
         return replace(request, class_idx=None, targets=contrast)
 
     def _closest(self, logits: Tensor, classes: Tensor) -> Tensor:

@@ -463,8 +463,9 @@ class _CAM:
     def _mark_broken(self, maps: list[Tensor], request: Request) -> list[Tensor]:
         """Set the maps of samples with values that are not finite to NaN, and warn of them."""
         recorded = request.recorded
+        # What is traced has no values to look at: `torchcam.export` marks samples at the end of the graph.
         seen = () if type(self)._sums_activations else recorded.activations  # a sum is no more finite than its parts
-        if all_finite([*maps, *seen, *recorded.gradients]):
+        if torch.compiler.is_compiling() or all_finite([*maps, *seen, *recorded.gradients]):
             return maps
         activations = self._grids(recorded, recorded.activations)
         gradients: list[Tensor | None] = [None] * len(activations)

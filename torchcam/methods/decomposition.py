@@ -38,6 +38,7 @@ __all__ = [
 
 _LARGE = 512  # sides of matrices beyond which a full decomposition takes longer
 _KRYLOV_STEPS = 64
+_SQUARINGS = 14
 
 
 class EigenCAM(_ClassAgnosticCAM):
@@ -342,7 +343,7 @@ def along(projection: Tensor, reference: Tensor) -> Tensor:
 
     Where that correlation is rounding noise, the side of the larger deviations becomes positive.
     """
-    flat, projected = reference.flatten(1), projection.flatten(1)
+    flat, projected = reference.flatten(1).double(), projection.flatten(1).double()  # products overflow sooner
     centred = flat - flat.mean(1, keepdim=True)
     overlap = (projected * centred).sum(1)
     rounding = 16 * torch.finfo(reference.dtype).eps * flat.shape[1] ** 0.5
@@ -385,12 +386,28 @@ def _leading(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
     Large matrices are decomposed in a Krylov space alone (Lanczos, each step made orthogonal to all before). The vector
     is right to about 1e-8 if the next eigenvalue is 3 % smaller or more, to 1e-4 at 1 %; of two that are all but equal
-    it is some mixture.
+    it is some mixture. In a graph that is traced, the matrix is squared until only that vector is left: no runtime of
+    such graphs decomposes matrices.
     """
+    if torch.compiler.is_compiling():
+        return _leading_by_squaring(matrix)
     basis = None if matrix.shape[-1] <= _LARGE else _krylov_basis(matrix)  # (N, R, steps)
     values, vectors = torch.linalg.eigh(matrix if basis is None else basis.mT @ matrix @ basis)
     vector = vectors[..., -1:]
     return values[..., -1], (vector if basis is None else basis @ vector).squeeze(-1)
+
+
+def _leading_by_squaring(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what `_leading` does, of matrices without negative eigenvalues, by operations that every runtime has."""
+    power = matrix
+    for _ in range(_SQUARINGS):
+        power = power / power.amax((1, 2), keepdim=True).clamp(min=torch.finfo(power.dtype).tiny)
+        power = power @ power
+    column = power.diagonal(dim1=1, dim2=2).argmax(1).reshape(-1, 1, 1)  # any but those of zeros would do
+    vector = power.gather(2, column.expand(-1, power.shape[1], 1))
+    length = vector.norm(dim=1, keepdim=True)
+    vector = vector / torch.where(length > 0, length, 1.0)
+    return (vector.mT @ matrix @ vector).flatten(), vector.squeeze(2)
 
 
 def _krylov_basis(matrix: Tensor) -> Tensor:
@@ -410,7 +427,7 @@ def _krylov_basis(matrix: Tensor) -> Tensor:
 def _as_maps(projection: Tensor, features: Tensor, finite: Tensor) -> Tensor:
     """Lay out (N, P) as (N, *spatial), in the type of the features."""
     projection = projection.masked_fill(~finite.unsqueeze(1), torch.nan)
-    return projection.reshape(len(features), *features.shape[2:]).to(to_float(features).dtype)
+    return projection.reshape(features.shape[0], *features.shape[2:]).to(to_float(features).dtype)
 
 
 def _descend(factor: Tensor, products: Tensor, gram: Tensor) -> Tensor:

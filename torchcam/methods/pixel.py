@@ -313,10 +313,10 @@ def _watch_frozen(share: Callable[[Tensor, int, Tensor], None], model: nn.Module
 
     def watch(module: nn.Module, _args: Any, output: Tensor) -> None:
         buffers = module._buffers
-        known = (buffers.get(name) for name in ("running_mean", "running_var", "weight", "bias"))
-        bias = _implicit_bias(output, *known, eps=vars(module).get("eps", 1e-5))
+        known = [buffers.get(name) for name in ("running_mean", "running_var", "weight", "bias")]
+        bias = _implicit_bias(output, known[0], known[1], known[2], known[3], eps=vars(module).get("eps", 1e-5))
         if bias is not None and output.requires_grad:
-            output.register_hook(partial(share, bias.detach(), 1))
+            output.register_hook(partial(share, bias.detach(), 1))  # type: ignore[no-untyped-call]  # torch's
 
     for module in model.modules():
         if "FrozenBatchNorm" in type(module).__name__:

@@ -4,8 +4,8 @@ from torchcam._callable import make_callable
 
 from ._report import PredictionTrust, TrustReport
 from ._trials import trust
-from ._verdicts import THRESHOLDS, Check
+from ._verdicts import RELIABILITY, THRESHOLDS, Check, Reliability
 
-__all__ = ["THRESHOLDS", "Check", "PredictionTrust", "TrustReport", "trust"]
+__all__ = ["RELIABILITY", "THRESHOLDS", "Check", "PredictionTrust", "Reliability", "TrustReport", "trust"]
 
 make_callable(__name__)

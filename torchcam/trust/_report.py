@@ -22,7 +22,7 @@ from torchcam._numbers import finite, to_json
 from torchcam._pictures import data_uri, fitted
 from torchcam.utils import overlay_map
 
-from ._verdicts import THRESHOLDS, Check, Outcome, Verdict, combined_verdict, reasons_of, verdict_of
+from ._verdicts import RELIABILITY, THRESHOLDS, Check, Outcome, Verdict, combined_verdict, reasons_of, verdict_of
 
 __all__ = ["PredictionTrust", "TrustReport"]
 
@@ -40,11 +40,9 @@ _CSS_CLASSES: dict[Verdict, str] = {"believe": "believe", "with care": "care", "
 _MARKS: dict[Outcome, str] = {"passed": "✓", "doubtful": "?", "failed": "✗", "left out": "–"}
 _MEASURES = {
     "evidence": "by how much the probability falls when the input is blurred or painted over, at least",
-    "weights": "rank correlation with the maps of randomised models, at most",
-    "class": "cosine between the maps of the two best classes, at most",
-    "deletion and insertion": "share of random maps that the map does better than, at least",
-    "removal": "the same with ROAD, at least",
-    "agreement": "mean rank correlation with the maps of other methods, at least",
+    "relative evidence": "the same as a share of the probability (or of a target's score), at least",
+    "removal": "correlation of the map with the falls of the score when windows are removed, at least",
+    "region": "log-odds of the class less those of the next best, with the map's highest tenth alone, at least",
 }
 
 
@@ -53,31 +51,28 @@ class PredictionTrust:
     """The verdict on the map of one prediction.
 
     Attributes:
-        class_idx: the explained class
+        class_idx: the explained class; None for a target
         class_name: its name, if it is known
-        probability: its probability
+        probability: its probability, or the score of the target
         checks: the checks, in the order of the report
         remarks: what the map shows that is worth a second look, whatever the verdict
         cam: the map, (*spatial), on the CPU
         picture: the input, if it is an image
+        target: the name of the explained target, if it is no class
     """
 
-    class_idx: int
+    class_idx: int | None
     class_name: str | None
     probability: float
     checks: tuple[Check, ...]
     remarks: tuple[str, ...]
     cam: Tensor
     picture: Image.Image | None = None
+    target: str | None = None
 
     @property
     def verdict(self) -> Verdict:
-        """Whether to believe the map.
-
-        A map is not believed if it is broken or inverted, if its score hardly depends on the input, if it hardly
-        depends on the weights, or if it fails both tests of faithfulness. It is taken with care if another check has
-        failed, or two are doubtful.
-        """
+        """Whether to believe the map: not if a check has failed, with care if one is doubtful."""
         return verdict_of(self.checks)
 
     @property
@@ -87,7 +82,9 @@ class PredictionTrust:
 
     @property
     def title(self) -> str:
-        """The explained class and its probability."""
+        """What is explained, and its probability or score."""
+        if self.target is not None:
+            return f"{self.target}, score {self.probability:.3g}"
         name = "" if self.class_name in {None, str(self.class_idx)} else f" ({self.class_name})"
         return f"class {self.class_idx}{name}, probability {self.probability:.3f}"
 
@@ -96,6 +93,7 @@ class PredictionTrust:
         return {
             "class_idx": self.class_idx,
             "class_name": self.class_name,
+            "target": self.target,
             "probability": finite(self.probability),
             "verdict": self.verdict,
             "reasons": list(self.reasons),
@@ -122,6 +120,7 @@ class TrustReport(Sequence[PredictionTrust]):
         model: the name of the model's class
         others: the methods that the maps are compared with
         remarks: what the maps have in common that is worth a second look
+        num_passes: the number of inputs that the trials ran the model on, beside the maps and their diagnosis
         versions: the versions of Python, torch and torchcam
     """
 
@@ -130,6 +129,7 @@ class TrustReport(Sequence[PredictionTrust]):
     model: str
     others: Sequence[str] = ()
     remarks: Sequence[str] = ()
+    num_passes: int = 0
 
     def __post_init__(self) -> None:
         self.items, self.others, self.remarks = tuple(self.items), tuple(self.others), tuple(self.remarks)
@@ -172,8 +172,10 @@ class TrustReport(Sequence[PredictionTrust]):
             "model": self.model,
             "compared_with": list(self.others),
             "remarks": list(self.remarks),
+            "passes": self.num_passes,
             "predictions": [item.to_dict() for item in self],
             "thresholds": {name: {"passed": limits[0], "failed": limits[1]} for name, limits in THRESHOLDS.items()},
+            "reliability": {verdict: vars(one) for verdict, one in RELIABILITY.items()},
             "versions": dict(self.versions),
         }
 
@@ -183,6 +185,7 @@ class TrustReport(Sequence[PredictionTrust]):
             lines += _wrapped(remark, "! ", 2)
         for item in self:
             lines += ["", *item._lines()]
+        lines += ["", *textwrap.wrap(self._basis, 100)]
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -228,6 +231,18 @@ class TrustReport(Sequence[PredictionTrust]):
             raise ValueError(f"`path` must end in {', '.join(texts)}, got '{path}'")
         _write(path, texts[path.suffix.lower()]())
         return path
+
+    @property
+    def _basis(self) -> str:
+        """How often such verdicts were right, and what this one took."""
+        told = " ".join(f"{verdict.capitalize()}: {RELIABILITY[verdict]}." for verdict in self._verdicts)
+        return f"{told} The trials took {self.num_passes} forward passes, beside the maps and their diagnosis."
+
+    @property
+    def _verdicts(self) -> list[Verdict]:
+        """The verdicts that occur, the best first."""
+        found = {item.verdict for item in self}
+        return [verdict for verdict in _WORDS if verdict in found]
 
     @property
     def _title(self) -> str:
@@ -286,8 +301,8 @@ def _explanations() -> str:
         for name, (passed, failed) in THRESHOLDS.items()
     )
     return (
-        "<p>A map is not believed if its diagnosis, the evidence or the weights fail, or both deletion and insertion "
-        "and removal. It is taken with care if anything else fails, or two checks are doubtful.</p>"
+        "<p>A map is not believed if a check has failed, and taken with care if one is doubtful; weak points that the "
+        "diagnosis finds do not count. Of the evidence, the better of its two outcomes counts.</p>"
         f"<table><tr><th></th><td>what is measured</td><td>passed</td><td>failed beyond</td></tr>{rows}</table>"
     )
 

@@ -1,4 +1,4 @@
-"""Trials of maps: the passes, the maps and the metrics of a trust report."""
+"""Trials of maps: the passes and the numbers of a trust report."""
 
 from __future__ import annotations
 
@@ -19,13 +19,12 @@ from torchcam._pictures import to_picture
 from torchcam._replica import replicated
 from torchcam._tensors import blurred_out, is_constant, over_channels, resize, to_float
 from torchcam.layers import TargetLayer
-from torchcam.methods import MeanActivation
 from torchcam.methods.core import on_replica, plain_tensors
-from torchcam.metrics import ROAD, DeletionInsertionMetric, Localization, SanityCheck
-from torchcam.metrics._statistics import energy, spearman
-from torchcam.metrics.core import CAMMetric, as_image, check_seed, explaining, run_to_explain
+from torchcam.metrics import Localization
+from torchcam.metrics._statistics import descending_ranks, energy, pearson
+from torchcam.metrics.core import as_image, explaining, run_to_explain
 from torchcam.metrics.localization import _checked_mask
-from torchcam.targets import ClassIndex, Selector, read_logits
+from torchcam.targets import ClassIndex, OutputTarget, Selector, check_one_of, read_logits
 
 from . import _verdicts as verdicts
 from ._report import PredictionTrust, TrustReport
@@ -35,12 +34,18 @@ __all__ = ["trust"]
 
 Layers = TargetLayer | Sequence[TargetLayer] | None
 
+WINDOWS = {1: 32, 2: 8, 3: 4}
+"""The number of windows along each axis, by the number of axes. Each is twice as long as the distance to the next."""
+REGION = 0.1
+"""The share of the positions that are shown alone."""
+
 
 def trust(
     model: nn.Module,
     input_tensor: Tensor,
     class_idx: ClassIndex | None = None,
     *,
+    targets: OutputTarget | Sequence[OutputTarget] | None = None,
     methods: Sequence[type[Any] | str] = ("GradCAM", "LayerCAM", "ReciproCAM"),
     target_layer: Layers | Mapping[Any, Layers] = None,
     method_kwargs: Mapping[Any, Mapping[str, Any]] | None = None,
@@ -49,32 +54,35 @@ def trust(
     images: Sequence[Image.Image] | None = None,
     class_names: Sequence[str] | None = None,
     to_probabilities: Callable[[Tensor], Tensor] | None = None,
-    num_random: int = 10,
-    steps: int = 10,
-    seed: int = 0,
     batch_size: int = 32,
 ) -> TrustReport:
-    """Try out the maps of one prediction or of several, and report in words whether to believe them.
+    r"""Try out the maps of one prediction or of several, and report in words whether to believe them.
 
     The trials of each prediction:
 
     * *diagnosis*: is the map blank, NaN or inverted (see :meth:`_CAM.diagnose`)?
     * *evidence*: does the probability of the class fall when the input is blurred, or painted in its mean colour or its
-      mean grey? If not, there is nothing to explain, as in a model without training.
-    * *weights*: does the map change when the model's weights are randomised (:class:`torchcam.metrics.SanityCheck`)?
-    * *class*: is the map of another class different?
-    * *deletion and insertion*, *removal*: does the probability fall faster, and rise earlier, when pixels go in the
-      order of the map than in the order of random maps, and of the mean activation
-      (:class:`torchcam.metrics.DeletionInsertionMetric`, :class:`torchcam.metrics.ROAD`)?
-    * *agreement*: do the maps of other methods rank the positions alike?
+      mean grey, or one window of it is? If not, there is nothing to explain, as in a model without training.
+    * *removal*: does the map foretell how far the score falls when a window of the input is removed? There are 8 by 8
+      windows for an image, overlapping, a quarter of its sides long, and each is replaced by what removed the most
+      evidence from the whole input. The check is the correlation, over the windows :math:`w`, of the map's mean
+      :math:`\bar m_w` with the fall of the log-odds
+      :math:`\log p(x) / (1 - p(x)) - \log p(x_{\setminus w}) / (1 - p(x_{\setminus w}))`.
+    * *region*: with the tenth of the positions that the map ranks highest, and nothing else, is the class more probable
+      than the next best one? The check is the difference of their log-odds.
 
-    ``THRESHOLDS`` holds the limits. Beside the verdict there are remarks on what a map shows, whether or not it is
-    right: that it looks at the border, at the same place in each input, or, with ``masks``, past the object. The map of
-    a model that has learned a shortcut is to be believed; the remarks report the shortcut.
+    With ``targets``, the score takes the place of the log-odds, and there is no other class to compare with.
 
-    Cost: for each prediction about ``(num_random + 2) * (2 * steps + 7)`` forward passes, and a map for each of the
-    model's stages. All of it runs on a replica: a copy of the modules that shares the parameters. The model itself is
-    not run and not changed.
+    ``THRESHOLDS`` holds the limits, ``RELIABILITY`` how often each verdict was right where the truth is known. Beside
+    the verdict there are remarks on what a map shows, whether or not it is right: that it looks at the border, at the
+    same place in each input, or, with ``masks``, past the object. The map of a model that has learned a shortcut is to
+    be believed; the remarks report the shortcut. Where a map is not to be believed, the removal tries the maps of the
+    other methods as well, and says which one does better.
+
+    Cost: for each prediction the map, its diagnosis and about 70 forward passes, or 4 if the diagnosis has decided; the
+    report says how many there were. The other methods' maps are made
+    where the first is not to be believed. All of it runs on a replica, a copy of the modules that shares parameters:
+    the model itself is not run and not changed.
 
     Example:
         >>> from torchcam.demo import load_model, sample_images
@@ -84,22 +92,21 @@ def trust(
         'believe'
 
     Args:
-        model: the classifier
+        model: the model
         input_tensor: the inputs, (N, C, *spatial)
         class_idx: the class to explain, for all inputs or one for each; by default the predicted one
+        targets: in place of ``class_idx``, a callable (or one for each input) from one input's output to a scalar, such
+            as those of :mod:`torchcam.targets`
         methods: the method to judge, by class or name, and those to compare it with; repeated methods are ignored
         target_layer: the target layer(s), as the methods take them; or a mapping from methods to them
         method_kwargs: further arguments of the methods' constructors, in a mapping from methods
         call_kwargs: arguments of the methods' calls, ``relu`` (but not ``"negative"``, as the trials are about the
-            evidence for a class), ``eps`` and ``target_shape``, in a mapping from methods
+            evidence for a score), ``eps`` and ``target_shape``, in a mapping from methods
         masks: where the object is, (N, *spatial) of the input's size, booleans or integers in a tensor or an array
         images: the pictures to show; by default the inputs, if they are images
         class_names: the names of the classes
         to_probabilities: function from the scores (N, classes) to probabilities; by default a softmax, or a sigmoid of
             a single score
-        num_random: the number of random maps to compare with
-        steps: the number of steps of deletion and insertion
-        seed: seed of the random maps and weights; the global random state is left alone
         batch_size: largest number of inputs in one pass
 
     Returns:
@@ -108,7 +115,8 @@ def trust(
     Raises:
         TypeError: if an argument has the wrong type
         ValueError: if there is no input or no method, an argument is for a method that is not in ``methods``, an
-            argument's length does not fit, or the scores are not (N, classes)
+            argument's length does not fit, both ``class_idx`` and ``targets`` are given, or the scores are not
+            (N, classes)
     """
     classes = _as_methods(methods)
     names = [method.__name__ for method in classes]
@@ -121,21 +129,21 @@ def trust(
         _check_call(name, options)
     torch_module("model", model)
     callable_object("to_probabilities", to_probabilities, optional=True)
-    check_seed(seed)
-    for argument, value in (("num_random", num_random), ("steps", steps), ("batch_size", batch_size)):
-        positive_integer(argument, value)
+    positive_integer("batch_size", batch_size)
     image = as_image(input_tensor)
+    if class_idx is not None and targets is not None:
+        check_one_of(class_idx, targets)
     if images is not None and len(images) != len(image):
         raise ValueError(f"`images` must hold one for each of the {len(image)} inputs, got {len(images)}")
-    masks = None if masks is None else _checked_mask(masks, image)
+    masks = None if masks is None else _checked_mask("masks", masks, image)
     layer_names = {module: name for name, module in model.named_modules()}
 
     with replicated(model) as replica:
-        trials = _Trials(replica, image, class_idx, to_probabilities, num_random, steps, seed, batch_size)
-        num_classes = trials.probabilities.shape[1]
-        if class_names is not None and len(class_names) != num_classes:
+        question = _Question(replica, image, class_idx, targets, to_probabilities, batch_size)
+        if class_names is not None and question.num_classes not in {None, len(class_names)}:
             raise ValueError(
-                f"`class_names` has {len(class_names)} names, but the model gives scores of {num_classes} classes"
+                f"`class_names` has {len(class_names)} names, but the model gives scores of {question.num_classes} "
+                "classes"
             )
 
         def make(method: type[Any]) -> Any:
@@ -149,196 +157,296 @@ def trust(
         with make(classes[0]) as extractor:
             judged = repr(extractor)
             signed = call_options.get(names[0], {}).get("relu") is False
-            checks, cams = trials.judge(extractor, signed=signed)
-        others: dict[str, Tensor | str] = {}
-        for method in classes[1:]:
-            try:
-                with make(method) as extractor:
-                    others[method.__name__] = trials.maps(extractor)
-            except (ValueError, RuntimeError) as error:
-                others[method.__name__] = f"{type(error).__name__}: {error}"
+            checks, cams = _Trials(question).judge(extractor, classes[1:], make, signed=signed)
     items = []
-    for sample, (index, cam) in enumerate(zip(trials.classes, cams, strict=True)):
-        compared = {name: other if isinstance(other, str) else other[sample] for name, other in others.items()}
+    for sample, cam in enumerate(cams):
+        index = None if question.classes is None else question.classes[sample]
         mask = None if masks is None else masks[sample : sample + 1]
         items.append(
             PredictionTrust(
                 class_idx=index,
-                class_name=None if class_names is None else class_names[index],
-                probability=float(trials.probability[sample]),
-                checks=(*checks[sample], verdicts.check_agreement(*_correlations(cam, compared))),
+                class_name=None if class_names is None or index is None else class_names[index],
+                probability=float(question.values[sample, 0]),
+                checks=tuple(checks[sample]),
                 remarks=tuple(_remarks(cam, mask, image[sample : sample + 1])),
                 cam=cam.cpu(),
                 picture=_picture(image[sample]) if images is None else images[sample],
+                target=None if question.select is None else _target_name(question.select.targets[sample]),
             )
         )
     remark = verdicts.remark_on_common_place(_shared_positions(cams))
-    return TrustReport(items, judged, type(model).__name__, tuple(others), [remark] if remark else [])
+    return TrustReport(
+        items, judged, type(model).__name__, tuple(names[1:]), [remark] if remark else [], question.num_passes
+    )
 
 
-@dataclass
-class _Trials:
-    """The trials of the maps of some predictions of a model.
+class _Question:
+    """What is asked about each input, and how a model answers it.
 
     Attributes:
         model: the model, a replica that only these trials run
         image: the inputs, (N, C, *spatial)
-        class_idx: the class to explain, for all inputs or one for each; None for the predicted one
-        to_probabilities: function from the scores (N, classes) to probabilities; None for the default
-        num_random: the number of random maps
-        steps: the number of steps of deletion and insertion
-        seed: seed of the random maps and weights
+        select: the scores of targets; None where classes are asked about
+        classes: the explained class of each input; None where targets are
+        num_classes: the number of classes; None where targets are asked about
         batch_size: largest number of inputs in one pass
-        probabilities: the probabilities of all classes, (N, K)
-        classes: the explained class of each input
-        probability: the probability of the explained class, (N,)
+        values: what is asked about the inputs, (N, 1) or with the next best class (N, 2), float64
+        num_passes: the number of inputs that the model was run on
     """
 
-    model: nn.Module
-    image: Tensor
-    class_idx: ClassIndex | None
-    to_probabilities: Callable[[Tensor], Tensor] | None
-    num_random: int
-    steps: int
-    seed: int
-    batch_size: int
+    def __init__(
+        self,
+        model: nn.Module,
+        image: Tensor,
+        class_idx: ClassIndex | None,
+        targets: Any,
+        to_probabilities: Callable[[Tensor], Tensor] | None,
+        batch_size: int,
+    ) -> None:
+        self.model, self.image, self.batch_size = model, image, batch_size
+        self.to_probabilities = to_probabilities
+        self.num_passes = 0
+        self.classes: list[int] | None = None
+        self.num_classes: int | None = None
+        self.select = None if targets is None else Selector(None, targets, len(image))
+        self._columns: Tensor | None = None
+        samples = torch.arange(len(image), device=image.device)
+        if self.select is not None:
+            self.values = self.ask(image, samples)
+            return
+        probabilities = self._run(image, len(image), lambda output, _rows: self._probabilities(output))
+        chosen = Selector(probabilities.argmax(1) if class_idx is None else class_idx, None, len(image))
+        asked = chosen.indices(probabilities)
+        if asked.ndim > 1:
+            raise ValueError(f"`class_idx` must name one class for each input, got {class_idx!r}")
+        self.classes, self.num_classes = asked.tolist(), probabilities.shape[1]
+        self._columns = asked.unsqueeze(1)
+        if self.num_classes > 1:
+            others = probabilities.scatter(1, self._columns, -1.0)
+            self._columns = torch.cat([self._columns, others.argmax(1, keepdim=True)], 1)
+        self.values = probabilities.gather(1, self._columns)
 
-    def __post_init__(self) -> None:
-        self.probabilities = self._predict(self.image)
-        chosen = self.probabilities.argmax(1) if self.class_idx is None else self.class_idx
-        indices = Selector(chosen, None, len(self.image)).indices(self.probabilities)
-        if indices.ndim > 1:
-            raise ValueError(f"`class_idx` must name one class for each input, got {self.class_idx!r}")
-        self.classes: list[int] = indices.tolist()
-        self.probability = self._of_classes(self.probabilities)
+    def ask(self, images: Tensor | Callable[[Tensor], Tensor], samples: Tensor) -> Tensor:
+        """Run the model on variants of the inputs.
 
-    def scores(self, output: Any) -> Tensor:
-        """Return the probabilities (N, K) in an output of the model."""
-        logits = read_logits(output)
-        logits = to_float(logits.reshape(-1, 1) if logits.ndim < 2 else logits)
+        Args:
+            images: the variants, (B, C, *spatial), or a function from the numbers of some of them to those
+            samples: the input that each variant is of, (B,)
+
+        Returns:
+            the probability of the asked class and of the next best one, or the score of the target: (B, 1 or 2)
+        """
+        return self._run(images, len(samples), lambda output, rows: self._read(output, samples[rows]))
+
+    @property
+    def is_score(self) -> bool:
+        """Whether the values are scores of targets, and not probabilities."""
+        return self.select is not None
+
+    def strength(self, values: Tensor) -> Tensor:
+        """Return the log-odds of probabilities; the scores of targets as they are."""
+        return values if self.is_score else torch.logit(values, eps=1e-12)
+
+    def arguments(self, samples: slice) -> dict[str, Any]:
+        """Return the arguments of a call that ask the same about some of the inputs."""
+        if self.select is not None:
+            return {"targets": self.select.targets[samples]}
+        assert self.classes is not None  # noqa: S101 - for the type checker
+        return {"class_idx": self.classes[samples]}
+
+    def batches(self) -> Iterator[slice]:
+        """Yield the inputs of one pass after the other."""
+        return (slice(start, start + self.batch_size) for start in range(0, len(self.image), self.batch_size))
+
+    def _read(self, output: Any, samples: Tensor) -> Tensor:
+        if self.select is not None:
+            return self.select.by_target(output, samples).double().unsqueeze(1)
+        assert self._columns is not None  # noqa: S101 - for the type checker
+        return self._probabilities(output).gather(1, self._columns[samples])
+
+    def _probabilities(self, output: Any) -> Tensor:
+        """Return the probabilities (B, K) in an output of the model."""
+        logits = read_logits(output).double()  # where a probability is nearly 1, its log-odds take all digits
+        logits = logits.reshape(-1, 1) if logits.ndim < 2 else logits
         if logits.ndim != 2:
-            raise ValueError(f"the model must give class scores (N, classes), got {tuple(logits.shape)}")
+            raise ValueError(
+                f"the model must give class scores (N, classes), got {tuple(logits.shape)}: say by `targets` what is "
+                "to be explained"
+            )
         if self.to_probabilities is not None:
             return self.to_probabilities(logits)
         return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
 
-    def _predict(self, image: Tensor) -> Tensor:
+    def _run(
+        self, images: Tensor | Callable[[Tensor], Tensor], count: int, read: Callable[[Any, Tensor], Tensor]
+    ) -> Tensor:
+        """Run the model on ``count`` inputs, and read its output for the rows of each pass."""
+        if not count:
+            return self.values[:0]
+        chunks = torch.split(torch.arange(count, device=self.image.device), self.batch_size)
         with replicated(self.model) as model, torch.inference_mode():
-            parts = [self.scores(model(part)) for part in torch.split(image, self.batch_size)]
+            parts = [read(model(images[rows] if isinstance(images, Tensor) else images(rows)), rows) for rows in chunks]
+        self.num_passes += count
         return torch.cat(parts).clone()
 
-    def _of_classes(self, probabilities: Tensor) -> Tensor:
-        indices = torch.tensor(self.classes, device=probabilities.device)
-        return probabilities.gather(1, indices.unsqueeze(1)).squeeze(1)
 
-    def _batches(self) -> Iterator[tuple[Tensor, list[int]]]:
-        for start in range(0, len(self.image), self.batch_size):
-            batch = slice(start, start + self.batch_size)
-            yield self.image[batch], self.classes[batch]
+@dataclass(frozen=True)
+class _Trials:
+    """The trials of the maps of some predictions of a model."""
 
-    def maps(self, extractor: Any) -> Tensor:
-        """Return the maps of an extractor, (N, *grid)."""
-        parts = []
-        for image, classes in self._batches():
-            with plain_tensors(), explaining(extractor, None) as own:
-                output = run_to_explain(own, image)
-                parts.append(to_float(own.fuse_cams(own(classes, output)).detach()))
-        maps = torch.cat(parts)
-        return over_channels(maps) if maps.ndim == self.image.ndim else maps
+    question: _Question
 
-    def judge(self, extractor: Any, *, signed: bool) -> tuple[list[list[Check]], Tensor]:
-        """Try out the maps of an extractor, which may be signed.
+    def judge(
+        self, extractor: Any, others: Sequence[type[Any]], make: Callable[[type[Any]], Any], *, signed: bool
+    ) -> tuple[list[list[Check]], Tensor]:
+        """Try out the maps of an extractor.
+
+        Args:
+            extractor: the extractor
+            others: the methods to compare it with
+            make: makes an extractor of a method
+            signed: whether the maps may be signed
 
         Returns:
             the checks of each sample, and the maps (N, *grid)
         """
-        cams = self.maps(extractor)
-        evidence, baselines = self._evidence()
-        checks = [list(pair) for pair in zip(self._diagnosis(extractor, signed=signed), evidence, strict=True)]
+        question = self.question
+        cams = self._maps(extractor)
         flat = cams.flatten(1)
-        usable = flat.isfinite().all(1) & ~is_constant(flat.amin(1), flat.amax(1))
-        active = self._mean_activation(extractor)
-        sanity = SanityCheck(extractor, seed=self.seed, batch_size=self.batch_size)
-        for sample in usable.nonzero().flatten().tolist():
-            checks[sample] += self._sanity(sanity, sample)
-            checks[sample] += self._faithfulness(sample, cams, active, baselines[sample])
+        empty = ~flat.isfinite().all(1) | is_constant(flat.amin(1), flat.amax(1))
+        checks = [
+            [verdicts.EMPTY if nothing and found.outcome != "failed" else found]  # of some methods it cannot know
+            for nothing, found in zip(empty.tolist(), self._diagnosis(extractor, signed=signed), strict=True)
+        ]
+        lowest, baseline = self._without_content()
+        sound = torch.tensor([found.outcome != "failed" for (found,) in checks], device=cams.device)
+        samples = sound.nonzero().flatten()
+        left = self._without_windows(baseline, samples)
+        parts = lowest.clone()
+        if len(samples):
+            parts[samples] = torch.minimum(lowest[samples], left.amin(1))
+        for sample, rest in enumerate(parts.tolist()):
+            value, is_part = float(question.values[sample, 0]), rest < float(lowest[sample])
+            checks[sample].append(verdicts.check_evidence(value, rest, is_part=is_part, is_score=question.is_score))
+        undecided = [number for number, n in enumerate(samples.tolist()) if checks[n][1].outcome != "failed"]
+        samples, left = samples[undecided], left[undecided]
+        if not undecided:
+            return checks, cams
+        whole = question.strength(question.values[samples, 0])
+        falls = whole.unsqueeze(1) - question.strength(left)
+        largest = falls.amax(1) / (whole - question.strength(parts[samples]))
+        found = self._foretold(cams[samples], falls)
+        for row, check in enumerate(self._region(cams[samples], baseline[samples], samples)):
+            removal = verdicts.check_removal(float(found[row]), float(largest[row]), falls.shape[1])
+            checks[samples[row]] += [removal, check]
+        doubted = [row for row, n in enumerate(samples.tolist()) if verdicts.verdict_of(checks[n]) != "believe"]
+        if doubted and others:
+            compared = self._compared(others, make, samples, falls)
+            for row in doubted:
+                values = {
+                    name: other if isinstance(other, str) else float(other[row]) for name, other in compared.items()
+                }
+                checks[samples[row]][2] = verdicts.with_others(checks[samples[row]][2], values)
         return checks, cams
+
+    def _maps(self, extractor: Any) -> Tensor:
+        """Return the maps of an extractor, (N, *grid)."""
+        parts = []
+        for batch in self.question.batches():
+            image = self.question.image[batch]
+            with plain_tensors(), explaining(extractor, None) as own:
+                output = run_to_explain(own, image)
+                parts.append(to_float(own.fuse_cams(own(scores=output, **self.question.arguments(batch))).detach()))
+        maps = torch.cat(parts)
+        return over_channels(maps) if maps.ndim == self.question.image.ndim else maps
 
     def _diagnosis(self, extractor: Any, *, signed: bool) -> list[Check]:
         """Diagnose the map of each sample."""
         checks = []
-        for image, classes in self._batches():
+        for batch in self.question.batches():
+            image = self.question.image[batch]
             with plain_tensors(), on_replica(extractor) as own:
                 own.model(image)
-                findings = own.diagnose(classes)
-            size = len(classes)
+                findings = own.diagnose(**self.question.arguments(batch))
+            size = len(image)
             checks += [verdicts.check_diagnosis(findings, row, size, signed=signed) for row in range(size)]
         return checks
 
-    def _evidence(self) -> tuple[list[Check], list[Tensor]]:
-        """Remove the content of each input in three ways; return also the result with the lowest probability."""
-        means = [self.image.mean(tuple(range(first, self.image.ndim)), keepdim=True) for first in (2, 1)]
-        without = [blurred_out(self.image), *(mean.expand_as(self.image) for mean in means)]
-        found = torch.stack([self._of_classes(self._predict(image)) for image in without])
-        lowest, strongest = found.min(0)
-        checks = map(verdicts.check_evidence, self.probability.tolist(), lowest.tolist())
-        return list(checks), [without[kind][sample] for sample, kind in enumerate(strongest.tolist())]
+    def _without_content(self) -> tuple[Tensor, Tensor]:
+        """Remove the content of each input in three ways: the lowest score, (N,), and the input that has it."""
+        image = self.question.image
+        means = [image.mean(tuple(range(first, image.ndim)), keepdim=True) for first in (2, 1)]
+        without = torch.stack([blurred_out(image), *(mean.expand_as(image) for mean in means)])  # (3, N, C, *spatial)
+        count = len(image)
+        samples = torch.arange(count, device=image.device)
+        asked = self.question.ask(without.flatten(0, 1), samples.repeat(3))[:, 0].reshape(3, count)
+        lowest, strongest = asked.min(0)
+        return lowest, without[strongest, samples]
 
-    def _sanity(self, metric: SanityCheck, sample: int) -> list[Check]:
-        """Compare the map with those of randomised models, and with that of another class."""
-        values = self._measured(metric, sample)
-        rank = values["rank_correlation"]
-        return [
-            verdicts.check_weights(rank, values["ssim"], len(metric.layers)),
-            verdicts.check_class(values["class_overlap"], finite=not math.isnan(rank)),
-        ]
+    def _without_windows(self, baseline: Tensor, samples: Tensor) -> Tensor:
+        """Remove one window after the other: the scores of each of the samples, (n, V)."""
+        image = self.question.image
+        axes = _windows(image.shape[2:], image.device)
+        counts = [len(axis) for axis in axes]
+        num = math.prod(counts)
+        owners = samples.repeat_interleave(num)
 
-    def _mean_activation(self, extractor: Any) -> Tensor | None:
-        """Return the mean activations of the layers of an extractor, if it has any."""
-        try:
-            with MeanActivation(
-                self.model, extractor.target_names, reshape_transform=extractor.reshape_transform
-            ) as active:
-                return self.maps(active)
-        except (ValueError, RuntimeError):
-            return None
+        def without(rows: Tensor) -> Tensor:
+            places = torch.unravel_index(rows % num, counts)
+            hidden = torch.ones((len(rows), 1, *[1] * len(axes)), dtype=torch.bool, device=image.device)
+            for number, (axis, place) in enumerate(zip(axes, places, strict=True)):
+                side = [-1 if each == number else 1 for each in range(len(axes))]
+                hidden = hidden & axis[place].reshape(len(rows), 1, *side)
+            return torch.where(hidden, baseline[owners[rows]], image[owners[rows]])
 
-    def _faithfulness(self, sample: int, cams: Tensor, active: Tensor | None, baseline: Tensor) -> list[Check]:
-        """Score the map, random maps and the mean activation by what happens when pixels go in their order."""
-        generator = torch.Generator().manual_seed(self.seed)
-        random = torch.rand((self.num_random, *cams.shape[1:]), generator=generator).to(cams)
-        deletion = DeletionInsertionMetric(
-            self.model,
-            self.scores,
-            steps=self.steps,
-            baseline=baseline.unsqueeze(0),
-            batch_size=self.batch_size,
-        )
-        removal = ROAD(self.model, self.scores, seed=self.seed, batch_size=self.batch_size)
+        return self.question.ask(without, owners)[:, 0].reshape(-1, num)
 
-        def area(cam: Tensor) -> float:
-            values = self._measured(deletion, sample, cam)
-            return values["insertion_auc"] - values["deletion_auc"]
+    def _foretold(self, cams: Tensor, falls: Tensor) -> Tensor:
+        """Correlate the means of maps (n, *grid) in the windows with the falls of the score, (n,)."""
+        spatial = self.question.image.shape[2:]
+        means = resize(cams.unsqueeze(1), spatial).squeeze(1).double()
+        for axis in _windows(spatial, cams.device):  # the first spatial axis goes, and comes back as the last
+            weights = axis.double() / axis.sum(1, keepdim=True)
+            means = torch.tensordot(means, weights, dims=([1], [1]))
+        return pearson(means.flatten(1), falls)
 
-        def road(cam: Tensor) -> float:
-            return self._measured(removal, sample, cam)["road"]
+    def _region(self, cams: Tensor, baseline: Tensor, samples: Tensor) -> list[Check]:
+        """Show only what the maps (n, *grid) rank highest, on the inputs without content."""
+        question, image = self.question, self.question.image[samples]
+        if question.values.shape[1] < 2:
+            return [verdicts.NO_RIVAL] * len(samples)
+        ranks = descending_ranks(resize(cams.unsqueeze(1), image.shape[2:]).squeeze(1))  # (n, positions)
+        shown = (ranks < math.ceil(REGION * ranks.shape[1])).reshape(len(image), 1, *image.shape[2:])
+        values = question.ask(torch.where(shown, image, baseline), samples)
+        strength = question.strength(values)
+        odds = (strength[:, 0] - strength[:, 1]).tolist()
+        pairs = zip(values.tolist(), odds, strict=True)
+        return [verdicts.check_region(asked, rival, odd) for (asked, rival), odd in pairs]
 
-        return [
-            verdicts.check_faithfulness(
-                name,
-                measure(cams[sample]),
-                [measure(cam) for cam in random],
-                None if active is None else measure(active[sample]),
-            )
-            for name, measure in (("deletion and insertion", area), ("removal", road))
-        ]
+    def _compared(
+        self, others: Sequence[type[Any]], make: Callable[[type[Any]], Any], samples: Tensor, falls: Tensor
+    ) -> dict[str, Tensor | str]:
+        """Return how well the maps of other methods foretell the falls, (n,), or why there are none."""
+        found: dict[str, Tensor | str] = {}
+        for method in others:
+            try:
+                with make(method) as extractor:
+                    found[method.__name__] = self._foretold(self._maps(extractor)[samples], falls)
+            except (ValueError, RuntimeError) as error:
+                found[method.__name__] = f"{type(error).__name__}: {error}"
+        return found
 
-    def _measured(self, metric: CAMMetric, sample: int, cam: Tensor | None = None) -> dict[str, float]:
-        """Measure the map of one sample, by default the one that the metric makes."""
-        metric.reset()
-        maps = None if cam is None else cam.unsqueeze(0)
-        metric.update(self.image[sample : sample + 1], self.classes[sample], maps=maps)
-        return {key: float(value) for key, value in metric.compute().items()}
+
+def _windows(spatial: Sequence[int], device: torch.device) -> list[Tensor]:
+    """Return the windows along each axis as masks, (number, side)."""
+    axes = []
+    for side in spatial:
+        number = min(WINDOWS[len(spatial)], side)
+        length = max(2 * side // number, 1) if number > 1 else 1
+        start = torch.linspace(0, side - length, number, device=device).round().unsqueeze(1)
+        places = torch.arange(side, device=device)
+        axes.append((places >= start) & (places < start + length))
+    return axes
 
 
 # Arguments.
@@ -394,30 +502,9 @@ def _named(value: Any, names: Mapping[nn.Module, str]) -> Any:
 # Numbers about maps.
 
 
-def _correlations(cam: Tensor, others: Mapping[str, Tensor | str]) -> tuple[dict[str, float], list[str]]:
-    """Correlate the ranks in a map (*grid) with those in the maps of other methods.
-
-    Args:
-        cam: the map
-        others: the maps, or the errors in their place
-
-    Returns:
-        the correlations, and why there are no others
-    """
-    values, missing = {}, []
-    for name, other in others.items():
-        if isinstance(other, str):
-            missing.append(f"{name} has none ({other.split('. ')[0].rstrip('.')})")
-            continue
-        if is_constant(*other.flatten().aminmax()):
-            missing.append(f"that of {name} is blank")
-            continue
-        shape = [max(sides) for sides in zip(cam.shape, other.shape, strict=True)]
-        first, second = (resize(m[None, None].float(), shape)[0] for m in (cam, other))
-        value = float(spearman(first, second))
-        if not math.isnan(value):
-            values[name] = value
-    return values, missing
+def _target_name(target: Any) -> str:
+    """Return what a target is called: its representation, or the name of a function."""
+    return str(getattr(target, "__name__", None) or repr(target))
 
 
 def _remarks(cam: Tensor, mask: Tensor | None, image: Tensor) -> list[str]:

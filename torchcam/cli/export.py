@@ -1,0 +1,107 @@
+"""`torchcam export`: a classifier and its maps as one file that runs without Python."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import _options
+from ._images import check_layers, check_output, target_layer
+from ._messages import UserError, library_errors, print_json
+from ._models import RANDOM_WEIGHTS, SEED, find_device, load_model
+
+if TYPE_CHECKING:
+    import argparse
+
+__all__ = ["add_to"]
+
+HELP = """\
+Write a classification model and the maps of a method to one file that runs without Python: it computes the scores, and
+the map of a class. The suffix says for what: .onnx (ONNX Runtime), .pt2 (torch.export), .aoti.pt2 (C++, compiled for
+this kind of processor), .html (a page that runs the model in a browser). What the file computes is compared with the
+maps of the method before it is written. Needs torch 2.13; .onnx and .html need `pip install 'torchcam[export]'`.
+"""
+
+EXAMPLES = """\
+examples:
+  torchcam export --arch resnet18 --output resnet18.onnx
+      scores and Grad-CAM of any class, for batches of any size
+  torchcam export --model-factory mine:load --method LayerCAM --target-layer stage3 --dynamic-size --output mine.onnx
+      your own model, for images of any size
+  torchcam export --arch resnet18 --output page.html --runtime onnxruntime-web
+      a page; the folder is the npm package, unpacked
+"""
+
+SUFFIXES = (".onnx", ".pt2", ".html")
+
+
+def add_to(commands: Any) -> None:
+    """Add the command to the parser."""
+    export = _options.add_command(
+        commands,
+        "export",
+        short="write a classifier and its maps to a file that runs without Python",
+        long=HELP,
+        examples=EXAMPLES,
+        run=run,
+    )
+    _options.add_model(export)
+    maps = export.add_argument_group("the maps")
+    _options.add_method(maps)
+    _options.add_layers(maps)
+    maps.add_argument(
+        "--top-class", action="store_true", help="explain the class with the highest score: no class input"
+    )
+    maps.add_argument("--dynamic-size", action="store_true", help="take images of any size that the model takes")
+    result = export.add_argument_group("the result")
+    result.add_argument(
+        "--output", metavar="FILE", type=Path, required=True, help="the file, in the format of its suffix"
+    )
+    result.add_argument(
+        "--runtime", metavar="DIR", type=Path, help="for a page: the folder of the npm package onnxruntime-web"
+    )
+    result.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+    _options.add_json(result)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Export the model."""
+    import torch
+
+    from torchcam.export import export
+
+    path = arguments.output
+    if path.suffix.lower() not in SUFFIXES:
+        raise UserError(f"--output '{path}' must end with one of .onnx, .pt2, .aoti.pt2, .html")
+    if path.suffix.lower() == ".html" and arguments.runtime is None:
+        raise UserError("a page needs --runtime, the folder of the npm package onnxruntime-web")
+    method = _options.find_method(arguments.method)
+    layers = check_layers(arguments, [method])
+    check_output([path], [], arguments.overwrite)
+    device = find_device(arguments.device)
+    classifier = load_model(arguments)
+    model = classifier.model.to(device)
+    noise = torch.rand((2, *classifier.blank.shape), generator=torch.Generator().manual_seed(SEED))
+    parameter = next(model.parameters(), noise)
+    try:
+        with library_errors(arguments.target_layer):
+            exported = export(
+                model,
+                method,
+                target_layer(model, layers),
+                example=noise.to(parameter),
+                top_class=arguments.top_class,
+                dynamic_size=arguments.dynamic_size,
+                transform=classifier.preprocess,
+                class_names=classifier.categories,
+            )
+            exported.save(path, runtime=arguments.runtime)
+    except (ImportError, OSError) as error:
+        raise UserError(str(error)) from error
+    if arguments.json:
+        print_json({**classifier.facts, "file": str(path), "error": exported.error, "metadata": exported.metadata})
+        return
+    print(f"{classifier.name}: {method.__name__} of {', '.join(exported.metadata['target_layers'])} -> {path}")
+    print(f"  {path.stat().st_size / 1e6:.1f} MB; maps differ from those of the method by {exported.error:.0e} at most")
+    if classifier.is_random:
+        print(RANDOM_WEIGHTS)

@@ -1,0 +1,234 @@
+"""A model and the maps of a method as one graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from torchcam._tensors import is_finite
+from torchcam.layout import Layout, primary_tensors, replace_tensors
+from torchcam.methods._recorder import Pass
+from torchcam.methods.core import _CAM, Request
+from torchcam.targets import Selector, class_scores, read_logits
+
+from ._operations import RULES, Rewritten, explicit_attention
+
+__all__ = ["ExplainedModel", "freeze", "fused_map", "trace"]
+
+OLDEST_TORCH = (2, 13)
+_LARGEST_BATCH = 65536
+
+
+class ClassInput(Selector):
+    """The score of the class that a tensor names, one of each sample, which has no values yet."""
+
+    def __init__(self, classes: Tensor) -> None:
+        super().__init__(classes, None, 0)
+
+    def indices(self, logits: Tensor) -> Tensor:
+        """Return the classes (N,); one that does not exist as the nearest that does."""
+        classes: Tensor = self.class_idx  # type: ignore[assignment]
+        return classes.clamp(0, _num_classes(logits) - 1)
+
+    def by_class(self, logits: Tensor, _samples: Tensor | None) -> Tensor:
+        """Score logits (N, K), (N, K, *S) or (N,), so that the backward pass needs no scatter operation."""
+        logits = logits.reshape(-1, 1) if logits.ndim < 2 else logits
+        logits = logits.flatten(2).sum(-1) if logits.ndim > 2 else logits
+        columns = torch.arange(logits.shape[1], device=logits.device)
+        return torch.where(self.indices(logits).unsqueeze(1) == columns, logits, 0.0).sum(1)
+
+    def exists(self, logits: Tensor) -> Tensor:
+        """Check which samples' classes exist, (N,)."""
+        classes: Tensor = self.class_idx  # type: ignore[assignment]
+        return (classes >= 0) & (classes < _num_classes(logits))
+
+
+def _num_classes(logits: Tensor) -> int:
+    return logits.shape[1] if logits.ndim > 1 else 1
+
+
+class ExplainedModel(nn.Module):
+    """A model that returns a map beside its scores, to be traced.
+
+    Args:
+        extractor: the method, without hooks, on a model that nobody else uses
+        layouts: the layouts of the layers' outputs, by name
+        options: options of the method's call
+        relu: what is kept of the evidence, as a call takes it
+        normalized: whether maps are scaled
+        checks_input: whether samples that are not finite are marked by their input as well
+    """
+
+    def __init__(
+        self,
+        extractor: _CAM,
+        layouts: Mapping[str, Layout],
+        *,
+        options: Mapping[str, Any],
+        relu: Any = None,
+        normalized: bool = True,
+        checks_input: bool = True,
+    ) -> None:
+        super().__init__()
+        self.model = extractor.model
+        self._extractor = extractor
+        self._layouts = dict(layouts)
+        self._options = dict(options)
+        self._relu = relu
+        self._normalized = normalized
+        self._checks_input = checks_input
+        self.eval()
+
+    def forward(self, images: Tensor, classes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the scores of images (N, C, *spatial) and the maps (N, *grid) of a class of each, (N,)."""
+        extractor = self._extractor
+        recorded = self._recorded(images)
+        scores = read_logits(recorded.output)
+        if classes is None and not extractor.class_agnostic:
+            classes = class_scores(scores).argmax(1)
+        select = None if classes is None else ClassInput(classes)
+        request = Request(recorded, select, relu=self._relu, quiet=True)
+        raw = extractor._raw_maps(request, **self._options)
+        cam = fused_map(extractor, extractor._finished(raw, request, self._normalized))
+
+        # Runtimes lose NaN on the way, in a ReLU or a maximum: samples are marked at the end.
+        finite = torch.ones_like(is_finite(images)) if select is None else select.exists(scores)
+        gradients = extractor._gradient_grids(recorded, recorded.gradients, None) if recorded.gradients else []
+        for tensor in [*extractor._activations(request), *gradients, *raw]:
+            finite = finite & is_finite(tensor)  # type: ignore[arg-type]
+        scores = scores.detach()
+        if self._checks_input:
+            finite = finite & is_finite(images)
+            scores = _marked(scores, is_finite(images))
+        return scores, _marked(cam.detach(), finite)
+
+    def _recorded(self, images: Tensor) -> Pass:
+        """Run the model and return the pass, whose graph begins at the first target layer."""
+        extractor = self._extractor
+        recorded = Pass(extractor._recorder, (images,), {}, private=True)
+        recorded.layouts = dict(self._layouts)
+
+        def keep(index: int, output: Any) -> Any:
+            found = primary_tensors(output)
+            starts = {level: extractor.differentiates and not tensor.requires_grad for level, tensor in found.items()}
+            leaves = {
+                level: tensor.detach().requires_grad_() if starts[level] else tensor for level, tensor in found.items()
+            }
+            recorded.layers[index] = {level: (leaf, leaf) for level, leaf in leaves.items()}
+            return replace_tensors(output, [(tensor, leaves[level].clone()) for level, tensor in found.items()])
+
+        with ExitStack() as stack:
+            for index, name in enumerate(extractor.target_names):
+                layer = self.model.get_submodule(name)
+                handle = layer.register_forward_hook(lambda _layer, _args, output, index=index: keep(index, output))
+                stack.callback(handle.remove)
+            stack.enter_context(torch.enable_grad() if extractor.differentiates else torch.no_grad())
+            recorded.output = self.model(images)
+        recorded.collect()
+        return recorded
+
+
+def _marked(tensor: Tensor, finite: Tensor) -> Tensor:
+    """Set samples (N, ...) that are not finite to NaN."""
+    return torch.where(finite.reshape(-1, *[1] * (tensor.ndim - 1)), tensor, torch.nan)
+
+
+def fused_map(extractor: _CAM, maps: list[Tensor]) -> Tensor:
+    """Return the one map of all target layers."""
+    return maps[0] if len(maps) == 1 else extractor.fuse_cams(maps)
+
+
+def freeze(replica: nn.Module) -> None:
+    """Replace the parameters of a replica with copies of their values that need no gradient."""
+    copies: dict[nn.Parameter, nn.Parameter] = {}
+    for module in replica.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if parameter not in copies:
+                    copies[parameter] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+                module._parameters[name] = copies[parameter]
+
+
+def trace(
+    explained: ExplainedModel, images: Tensor, *, class_input: bool, dynamic_batch: bool, dynamic_size: bool
+) -> ExportedProgram:
+    """Trace a model and its maps, forward and backward, into a graph of operations that other runtimes have.
+
+    Raises:
+        RuntimeError: if this version of torch is too old, the model cannot be traced, or the graph holds a backward
+            operation that has no translation
+        ValueError: if the model fixes a size that is to be dynamic
+    """
+    check_torch()
+    images = torch.zeros_like(images)
+    shapes: dict[int, Any] = {0: Dim("batch", min=1, max=_LARGEST_BATCH)} if dynamic_batch else {}
+    arguments: tuple[Tensor, ...] = (images,)
+    dynamic: tuple[dict[int, Any], ...] = (shapes | {axis: Dim.AUTO for axis in range(2, images.ndim) if dynamic_size},)
+    if class_input:
+        arguments += (torch.zeros(images.shape[0], dtype=torch.long, device=images.device),)
+        dynamic += (shapes,)
+    name = type(explained.model).__name__
+    try:
+        with Rewritten(), explicit_attention():
+            program = _export(explained, arguments, dynamic).run_decompositions(_table())
+    except Exception as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if "specialized it to be a constant" in str(error) or "Constraints violated" in str(error):
+            raise ValueError(
+                f"{name} fixes the size of its batch while it is traced: export it with `dynamic_batch=False` for the "
+                f"batch of the example ({reason})"
+            ) from error
+        raise RuntimeError(f"{name} cannot be traced: {reason}") from error
+    mutated = sorted(program.graph_signature.buffers_to_mutate.values())
+    if mutated:
+        raise RuntimeError(f"{name} cannot be traced: it changes its buffer '{mutated[0]}' in evaluation mode")
+    if dynamic_size and not all(isinstance(side, torch.SymInt) for side in _placeholder_shape(program)[2:]):
+        raise ValueError(f"{name} fixes the size of its images while it is traced: export it without `dynamic_size`")
+    left = sorted({str(node.target) for node in program.graph.nodes if "backward" in str(node.target)})
+    if left:
+        raise RuntimeError(
+            f"the graph of {name} holds {', '.join(left)}, which other runtimes do not have: choose a `target_layer` "
+            "behind that operation"
+        )
+    _strip(program)
+    return program
+
+
+def check_torch() -> None:
+    """Raise a ``RuntimeError`` if this version of torch cannot trace backward passes."""
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        raise RuntimeError(f"`torchcam.export` needs torch {oldest} or newer, this is {torch.__version__}")
+
+
+def _export(module: nn.Module, example: tuple[Tensor, ...], dynamic: Sequence[Any]) -> ExportedProgram:
+    """Capture forward and backward pass. The public ``torch.export.export`` loses what autograd saves."""
+    from torch.export._trace import _export as export_
+
+    shapes, run = tuple(dynamic), cast("Callable[..., ExportedProgram]", export_)
+    return run(module, example, dynamic_shapes=shapes, strict=False, pre_dispatch=False)
+
+
+def _table() -> dict[Any, Any]:
+    return {**torch.export.default_decompositions(), **RULES}
+
+
+def _placeholder_shape(program: ExportedProgram) -> Sequence[Any]:
+    name = program.graph_signature.user_inputs[0]
+    node = next(node for node in program.graph.nodes if node.name == name)
+    shape: Sequence[Any] = node.meta["val"].shape
+    return shape
+
+
+def _strip(program: ExportedProgram) -> None:
+    """Remove what tells of the machine: lines of source code with their paths, and the example."""
+    for node in program.graph.nodes:
+        for key in ("stack_trace", "from_node", "source_fn_stack"):
+            node.meta.pop(key, None)
+    program.example_inputs = None
