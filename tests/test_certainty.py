@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from tests.models import shuffled
 from torchcam.layers import candidates
 from torchcam.layout import AmbiguousLayoutError, Layout
-from torchcam.methods import EigenCAM, GradCAM, MeanActivation
+from torchcam.methods import AblationCAM, EigenCAM, GradCAM, HiResCAM, MeanActivation, ReciproCAM, XGradCAM
 from torchcam.targets import ClassLogit, read_logits
 
 
@@ -321,3 +322,59 @@ def test_the_sign_of_a_component_is_not_decided_by_rounding() -> None:
     for order in ([0, 1, 2, 3], [3, 0, 2, 1], [1, 0, 3, 2]):
         cam = EigenCAM.map(EigenCAM.__new__(EigenCAM), activation[:, order])
         assert cam.flatten().argmax() == 10
+
+
+@pytest.mark.parametrize("reference", ["model", "autocast"])
+@pytest.mark.parametrize("method", [ReciproCAM, AblationCAM])
+def test_scores_in_bfloat16_do_not_round_variants_away(method: Any, reference: str) -> None:
+    model, x = Classifier(channels=16), noise(2, 3, 32, 32)
+    with torch.no_grad():
+        model.fc.bias += 40  # logits in bfloat16 are multiples of 0.25
+    with method(model, "stage") as extractor, torch.no_grad():
+        model(x)
+        (expected,) = extractor(1)
+    kept = [parameter.clone() for parameter in model.parameters()]
+    if reference == "model":
+        model, x = model.bfloat16(), x.bfloat16()
+        kept = [parameter.bfloat16() for parameter in kept]
+    with method(model, "stage") as extractor, torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16, enabled=reference == "autocast"):
+            model(x)
+        (cam,) = extractor(1)
+    torch.testing.assert_close(cam, expected, atol=0.1, rtol=0)
+    assert all(map(torch.equal, kept, model.parameters()))
+
+
+@pytest.mark.parametrize("method", [GradCAM, EigenCAM, HiResCAM, ReciproCAM, XGradCAM])
+def test_activations_of_1e25_are_explained_as_those_of_1(method: Any) -> None:
+    """The planted check and the sign of a component multiply activations with each other."""
+    maps = []
+    for scale in (1.0, 2.0**83):
+        model = Classifier(channels=8)  # as many channels as positions a side: the layout is tried out
+        model.stage.register_forward_hook(lambda _m, _i, output, scale=scale: output * scale)
+        with torch.no_grad():
+            model.fc.weight /= scale
+        with method(model, "stage") as extractor, torch.no_grad():
+            model(noise(2, 3, 32, 32))
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "'stage' has activations of both signs")
+                maps.append(extractor(1)[0])
+    torch.testing.assert_close(*maps)
+
+
+class Packed(Tensor):
+    """A tensor of a subclass that knows what layers need, as quantised weights are."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.any:
+            raise NotImplementedError
+        with torch._C.DisableTorchFunctionSubclass():
+            found = func(*args, **(kwargs or {}))
+        return found.as_subclass(cls) if func is Tensor.detach else found
+
+
+def test_weights_that_cannot_tell_whether_they_are_zero_are_not() -> None:
+    model = Classifier(channels=16)
+    model.fc.weight = nn.Parameter(model.fc.weight.detach().as_subclass(Packed))
+    assert candidates(model, noise(1, 3, 32, 48)).choice == "stage"

@@ -79,7 +79,7 @@ def changes_of(
         for level, tensor in primary_tensors(output).items():
             if tensor.ndim < 3 or not tensor.is_floating_point():
                 continue
-            values = tensor.float()
+            values = tensor.double()  # of which squares overflow in float32
             scales[layer + level] = float(values.square().mean())
             pairs = [(0, 1), (0, tensor.ndim - 1), *([(1, 2)] if tensor.ndim == 3 else [])]
             for batch, channels in pairs:

@@ -265,9 +265,17 @@ def _fill_zeros(replica: nn.Module, generator: torch.Generator) -> None:
             if parameter is None:
                 continue
             value = parameter.detach()
-            if value.is_floating_point() and value.numel() and not value.any():
+            if value.is_floating_point() and value.numel() and _is_zero(value):
                 value = torch.randn(value.shape, generator=generator).mul_(0.02).to(value)
             module._parameters[name] = nn.Parameter(value, requires_grad=False)
+
+
+def _is_zero(value: Tensor) -> bool:
+    """Check whether all values are zero; subclasses of tensors that cannot tell, as quantised ones, are not."""
+    try:
+        return not value.any()
+    except NotImplementedError:
+        return False
 
 
 def _influences(result: Any, tensors: list[Tensor], generator: torch.Generator) -> list[Tensor | None]:

@@ -24,6 +24,8 @@ __all__ = ["Edit", "Replay", "VariantRunner", "gaussian_noise", "is_close", "see
 Edit = Callable[[Tensor, Tensor], Tensor]
 Scorer = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]
 
+_SHORT = frozenset({torch.bfloat16, torch.float16})  # scores of these types round away what variants differ by
+
 
 def seeded(generator: torch.Generator | int, device: torch.device) -> torch.Generator:
     """Return the generator, or make one on ``device`` from a seed."""
@@ -184,8 +186,10 @@ class Replay:
 
         What follows the layer runs on copies of its output, and what comes before is not computed again: first with NaN
         in the place of everything else that the input decides, which shows whether the score depends on it, then with
-        the outputs of the modules before the layer. Where neither gives the score of the unedited output, or a hook of
-        the user's is on the model, which must see nothing but real rows, the whole model runs on repeated inputs.
+        the outputs of the modules before the layer. Scores in bfloat16 or float16 round away what variants differ by:
+        there, what follows the layer runs in float32, if it can. Where neither gives the score of the unedited output,
+        or a hook of the user's is on the model, which must see nothing but real rows, the whole model runs on repeated
+        inputs.
 
         Args:
             layer: the name of the module whose output is edited, in its last call
@@ -215,12 +219,14 @@ class Replay:
         """Return the scores of the unedited outputs, (N,), and a function that scores edited ones."""
         recorded = _Record.of(self, replica, layer, batch, known=False)
         if recorded.layer_calls == 1 and isinstance(recorded.layer_output, Tensor) and not has_hooks(replica):
-            head = _Head(self, replica, layer, recorded, batch)
-            if head.proves_itself():
-                return recorded.scores, head.score
-            head = _Head(self, replica, layer, _Record.of(self, replica, layer, batch, known=True), batch)
-            if head.proves_itself():
-                return recorded.scores, head.score
+            rounded = self.autocast is None and recorded.scores.dtype in _SHORT
+            for known in (False, True):
+                record = _Record.of(self, replica, layer, batch, known=True) if known else recorded
+                for widened in (True, False) if rounded else (False,):
+                    head = _Head(self, replica, layer, record, batch, widened)
+                    unedited = head.proven()
+                    if unedited is not None:
+                        return unedited if widened else recorded.scores, head.score
         return recorded.scores, _WholeModel(self, replica, layer, recorded.layer_calls).score
 
     def _chunks(self, evaluate: Callable[[slice], Tensor], total: int) -> list[Tensor]:
@@ -418,10 +424,23 @@ def _joined(parts: Sequence[Any], rows: Sequence[int]) -> Any:
     return map_tensors(lambda _: next(joined), parts[0])
 
 
-class _Head:
-    """What follows a layer, run on rows of its recorded output, with what came before answered from the record."""
+def _widened(value: Any) -> Any:
+    """Return a tensor or parameter of a short type in float32; other values as they are."""
+    if not isinstance(value, Tensor) or value.dtype not in _SHORT:
+        return value
+    wide = value.detach().float()
+    return nn.Parameter(wide, requires_grad=False) if isinstance(value, nn.Parameter) else wide
 
-    def __init__(self, replay: Replay, replica: nn.Module, layer: nn.Module, recorded: _Record, batch: int) -> None:
+
+class _Head:
+    """What follows a layer, run on rows of its recorded output, with what came before answered from the record.
+
+    Where it is ``widened``, it runs in float32 in the place of a short type.
+    """
+
+    def __init__(
+        self, replay: Replay, replica: nn.Module, layer: nn.Module, recorded: _Record, batch: int, widened: bool
+    ) -> None:
         self.replay = replay
         self.replica = replica
         self.layer = layer
@@ -429,28 +448,43 @@ class _Head:
         self.batch = batch
         self._nan: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         done = {inner for module, _ in recorded.before for inner in module.modules()} | set(layer.modules())
-        self._formats = fast_formats(module for module in replica.modules() if module not in done)
+        self.widened = widened
+        after = [module for module in replica.modules() if module not in done]
+        self._formats = fast_formats(after)
+        self._kept: list[tuple[dict[str, Any], dict[str, Any]]] = [
+            (v, dict(v)) for module in after if widened for v in (module._parameters, module._buffers)
+        ]
+        for values, kept in self._kept:
+            values.update({name: _widened(value) for name, value in kept.items()})
 
-    def proves_itself(self) -> bool:
-        """Check whether the scores of the outputs as they are are those of the pass, and one row's among others."""
+    def proven(self) -> Tensor | None:
+        """Return the scores of the outputs as they are, (N,), if they are those of the pass; else leave the replica."""
+        found = self._scores_proven()
+        if found is None:
+            for values, kept in self._kept:
+                values.update(kept)
+        return found
+
+    def _scores_proven(self) -> Tensor | None:
+        """Return the scores of the outputs as they are; None if they, or one row's among others, are not the pass's."""
         tensors = [tensor for _, output in self.recorded.before for tensor in _leaves(output)]
         if not self.recorded.known and not all(tensor.dtype.is_floating_point for tensor in tensors):
-            return False
+            return None
         samples = torch.arange(len(self.recorded.scores), device=self.recorded.layer_output.device)
         while True:
             count = min(3, self.replay.batch_size)
             try:
                 if not self._scores_alike(samples[:1], count):
-                    return False
+                    return None
                 found = torch.cat(
                     run_chunks(lambda chunk: self.score(samples[chunk]), len(samples), self.replay.batch_size)
                 )
-                return is_close(found, self.recorded.scores)
+                return found if is_close(found, self.recorded.scores) else None
             except torch.OutOfMemoryError:
                 if count == 1:
                     raise
             except Exception:  # noqa: BLE001 - whatever a model raises at what is not like its input
-                return False
+                return None
             warn_of_memory(count)
             self.replay.batch_size = count // 2
 
@@ -470,23 +504,24 @@ class _Head:
         """Score the outputs of samples, (B,), as they are or edited."""
         call = self.replay.call
         copies = self.recorded.layer_output.index_select(self.batch, samples)
+        copies = self._typed(copies)
         copies = copies if edit is None else edit(copies)
         if self.batch == 0:
             copies = in_format(copies, self._formats)
         image, old, new = call.image, self.recorded.rows, len(samples)
         rows = _rows(image, 0, samples) if self.recorded.known else _Form.of(image).unknown(len(image), new, self._nan)
-        args, kwargs = call.with_image(rows, samples)
+        args, kwargs = map_tensors(self._typed, call.with_image(rows, samples))
         answers: defaultdict[nn.Module, deque[Any]] = defaultdict(deque)
         for module, output in self.recorded.before:
             answers[module].append(output)
 
         def fill(part: Any) -> Any:
             if isinstance(part, _Form):
-                return part.unknown(old, new, self._nan)
+                return self._typed(part.unknown(old, new, self._nan))
             if not isinstance(part, Tensor):
                 return NotImplemented
             dimension = next((axis for axis, side in enumerate(part.shape[:2]) if side == old), None)
-            return part.clone() if dimension is None else _rows(part, dimension, samples)
+            return self._typed(part.clone() if dimension is None else _rows(part, dimension, samples))
 
         def answer(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
             def answered(*args: Any, **kwargs: Any) -> Any:
@@ -495,8 +530,13 @@ class _Head:
             return answered
 
         wrappers = dict.fromkeys(answers, answer)
-        with forwards_replaced({**wrappers, self.layer: lambda *_: lambda *_args, **_kwargs: copies}):
+        full = torch.autocast(call.device.type, enabled=False) if self.widened else nullcontext()
+        with forwards_replaced({**wrappers, self.layer: lambda *_: lambda *_args, **_kwargs: copies}), full:
             return self.replay.select(self.replica(*args, **kwargs), samples)
+
+    def _typed(self, tensor: Tensor) -> Tensor:
+        """Return a tensor in the type that the head runs in."""
+        return tensor.float() if self.widened and tensor.dtype in _SHORT else tensor
 
 
 class _WholeModel:

@@ -343,7 +343,7 @@ def along(projection: Tensor, reference: Tensor) -> Tensor:
 
     Where that correlation is rounding noise, the side of the larger deviations becomes positive.
     """
-    flat, projected = reference.flatten(1), projection.flatten(1)
+    flat, projected = reference.flatten(1).double(), projection.flatten(1).double()  # products overflow sooner
     centred = flat - flat.mean(1, keepdim=True)
     overlap = (projected * centred).sum(1)
     rounding = 16 * torch.finfo(reference.dtype).eps * flat.shape[1] ** 0.5
