@@ -261,7 +261,5 @@ class TestFactories:
 
     def test_options_that_do_not_go_together(self, mine: str, capsys: pytest.CaptureFixture[str]) -> None:
         base = ["explain", "digits.png", "--model-factory", f"{mine}:named"]
-        assert "give --arch or --model-factory, not both" in fails(
-            capsys, *base, "--arch", "resnet18"
-        )
+        assert "give --arch or --model-factory, not both" in fails(capsys, *base, "--arch", "resnet18")
         assert "--weights 'none' is not a file" in fails(capsys, *base, "--weights", "none")
