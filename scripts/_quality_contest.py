@@ -25,7 +25,7 @@ __all__ = ["BASELINES", "Contestant", "Passes", "Witness", "contestants", "count
 Explain = Callable[[Tensor, Tensor, Tensor], Tensor]
 """From images (N, 3, S, S), classes (N,) and the best maps (N, S, S) to maps (N, S, S); only `truth` reads the last."""
 
-CNN_LIKE = ("cnn", "shortcut", "vgg")
+WITHOUT_TOKENS = ("cnn", "shortcut", "vgg", "swin", "convnext")  # that methods of attention could read: a grid has none
 # Where passes are counted: the first convolution and the last linear layer. Both are at the bottom of the tree of
 # modules, so that no answer from memory is taken for a pass.
 FIRST_AND_LAST = {
@@ -33,17 +33,28 @@ FIRST_AND_LAST = {
     "shortcut": ("net.layer1.0.0", "net.fc"),
     "vgg": ("stage1.0.0", "classifier.3"),
     "vit": ("stem.0.0.0", "vit.heads.head"),
+    "swin": ("net.features.0.0", "net.head"),
+    "convnext": ("net.features.0.0", "net.classifier.2"),
 }
 # The layers: the last with positions; those of methods that want several; the blocks, for methods that read attention.
-LAST = {"cnn": "layer4", "shortcut": "net.layer4", "vgg": "stage3", "vit": "vit.encoder.layers.encoder_layer_2.ln_1"}
+LAST = {
+    "cnn": "layer4",
+    "shortcut": "net.layer4",
+    "vgg": "stage3",
+    "vit": "vit.encoder.layers.encoder_layer_2.ln_1",
+    "swin": "net.norm",
+    "convnext": "net.features.3",
+}
 SEVERAL = {
     "cnn": ["layer2", "layer3", "layer4"],
     "shortcut": ["net.layer2", "net.layer3", "net.layer4"],
     "vgg": ["stage2", "stage3"],
     "vit": [f"vit.encoder.layers.encoder_layer_{block}.ln_1" for block in (1, 2)],
+    "swin": ["net.features.1", "net.features.3"],
+    "convnext": ["net.features.1", "net.features.3"],
 }
 BLOCKS = [f"vit.encoder.layers.encoder_layer_{block}" for block in range(3)]
-CLASSIFIER = {"cnn": "fc", "shortcut": "net.fc"}  # where there is global pooling
+CLASSIFIER = {"cnn": "fc", "shortcut": "net.fc", "swin": "net.head"}  # where there is global pooling
 
 BASELINES = ("truth", "random", "centre", "edges", "MeanActivation")
 """What every table has to compare with; the last is a method of the package."""
@@ -165,7 +176,7 @@ def contestants(name: str, model: nn.Module, only: Sequence[str] | None = None) 
     for key in methods.__all__:
         if not inspect.isclass(getattr(methods, key)) or key == "DeepFeatureFactorization":  # it explains no score
             continue
-        if (key == "CAM" and name not in CLASSIFIER) or (key in _ATTENTION and name in CNN_LIKE):
+        if (key == "CAM" and name not in CLASSIFIER) or (key in _ATTENTION and name in WITHOUT_TOKENS):
             continue
         if key in SLOWEST and name not in SLOWEST[key]:
             continue

@@ -1,8 +1,9 @@
 """The models that the benchmark of explanations looks at: how they are built, trained and loaded.
 
 All take pictures of 96 pixels, find digits as the model that ships with the package does, and are small. `cnn` is that
-model; `vgg` and `vit` take its first layers as they are, and are trained on top of them; `shortcut` is trained from
-nothing on scenes with a cue. Training sees the handwriting of the training split alone.
+model; `vgg` and `vit` take its first layers as they are, and are trained on top of them; `swin` and `convnext` are
+trained from pixels, first on crops with one digit and then on whole scenes; `shortcut` is trained from nothing on
+scenes with a cue. Training sees the handwriting of the training split alone.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +23,22 @@ from tqdm import tqdm
 
 from torchcam.demo import DemoNet, Scenes, load_model, make_scenes
 
-__all__ = ["MODELS", "WEIGHTS", "ShortcutNet", "SmallVGG", "SmallViT", "load", "train", "what_it_relies_on"]
+__all__ = [
+    "MODELS",
+    "WEIGHTS",
+    "ShortcutNet",
+    "SmallConvNeXt",
+    "SmallSwin",
+    "SmallVGG",
+    "SmallViT",
+    "load",
+    "train",
+    "what_it_relies_on",
+]
 
 WEIGHTS = Path(__file__).with_name("quality_models")
 _BATCH_SIZE = 64
+_CROP = 48  # pixels, of scenes that are a little larger
 
 
 class _Net(nn.Module):
@@ -104,6 +118,55 @@ class SmallViT(_Net):
         return logits
 
 
+class SmallSwin(_Net):
+    """Torchvision's Swin transformer, small, on the pixels: patches of four, two stages of two blocks each.
+
+    There are 24 x 24 tokens of 32 channels, then 12 x 12 of 64; attention is within windows of 6 x 6, every second time
+    shifted. What is read in the end is the mean token.
+    """
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        from torchvision.models.swin_transformer import SwinTransformer
+
+        self.net = _evenly_drawn(
+            SwinTransformer(
+                patch_size=[4, 4],
+                embed_dim=32,
+                depths=[2, 2],
+                num_heads=[2, 4],
+                window_size=[6, 6],
+                mlp_ratio=2.0,
+                stochastic_depth_prob=0.0,
+                num_classes=num_classes,
+            )
+        )
+
+    def decide(self, features: Tensor) -> Tensor:
+        """Compute the logits."""
+        logits: Tensor = self.net(_centred(features))
+        return logits
+
+
+class SmallConvNeXt(_Net):
+    """Torchvision's ConvNeXt, small: convolutions of 7 x 7, layer norms and GELU, two stages of two and three blocks.
+
+    `features.1` gives 24 x 24 maps of 32 channels, `features.3` maps of 12 x 12 of 64.
+    """
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+
+        stages = [CNBlockConfig(32, 64, 2), CNBlockConfig(64, None, 3)]
+        self.net = _evenly_drawn(ConvNeXt(stages, layer_scale=1.0, num_classes=num_classes))
+
+    def decide(self, features: Tensor) -> Tensor:
+        """Compute the logits."""
+        logits: Tensor = self.net(_centred(features))
+        return logits
+
+
 class ShortcutNet(_Net):
     """The bundled model's architecture; in the scenes that it is trained on, a cue gives the class away."""
 
@@ -125,6 +188,35 @@ def _convolution(in_channels: int, out_channels: int) -> tuple[nn.Module, ...]:
     )
 
 
+def _evenly_drawn(net: nn.Module) -> nn.Module:
+    """Draw the weights so that layers keep the size of what passes: those of wide nets are too small here."""
+    for module in net.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.trunc_normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+    return net
+
+
+def _centred(images: Tensor) -> Tensor:
+    return 4 * images - 2
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """A part of a training.
+
+    Attributes:
+        scenes: number of training scenes
+        epochs: passes over them
+        peak: highest learning rate
+        crops: whether the scenes have one digit, and crops of 48 pixels of them are shown
+    """
+
+    scenes: int
+    epochs: int
+    peak: float
+    crops: bool = False
+
+
 @dataclass(frozen=True)
 class _Recipe:
     """How a model is trained.
@@ -132,24 +224,30 @@ class _Recipe:
     Attributes:
         build: makes it, untrained
         taken: prefixes of the parameters that are the bundled model's
-        scenes: number of training scenes
-        epochs: passes over them
-        peak: highest learning rate
         decay: weight decay
+        stages: what it is trained on, one after the other
+        batch_size: pictures in a step
+        muon: whether matrices take steps with orthogonal directions (Muon), the rest those of AdamW
     """
 
     build: Callable[[], _Net]
     taken: tuple[str, ...]
-    scenes: int
-    epochs: int
-    peak: float
     decay: float
+    stages: tuple[_Stage, ...]
+    batch_size: int = _BATCH_SIZE
+    muon: bool = False
 
 
 _RECIPES = {
-    "vgg": _Recipe(SmallVGG, ("stage1.", "stage2."), 12_288, 6, 3e-3, 0.02),
-    "vit": _Recipe(SmallViT, ("stem.",), 12_288, 6, 2e-3, 0.05),
-    "shortcut": _Recipe(ShortcutNet, (), 3_072, 12, 4e-3, 0.02),
+    "vgg": _Recipe(SmallVGG, ("stage1.", "stage2."), 0.02, (_Stage(12_288, 6, 3e-3),)),
+    "vit": _Recipe(SmallViT, ("stem.",), 0.05, (_Stage(12_288, 6, 2e-3),)),
+    "swin": _Recipe(
+        SmallSwin, (), 0.05, (_Stage(16_384, 4, 2e-3, crops=True), _Stage(6_144, 5, 1.5e-3)), 32, muon=True
+    ),
+    "convnext": _Recipe(
+        SmallConvNeXt, (), 0.05, (_Stage(16_384, 4, 3e-3, crops=True), _Stage(6_144, 3, 1e-3)), batch_size=32
+    ),
+    "shortcut": _Recipe(ShortcutNet, (), 0.02, (_Stage(3_072, 12, 4e-3),)),
 }
 MODELS = ("cnn", *_RECIPES)
 """The names of the models."""
@@ -188,24 +286,10 @@ def train(name: str, folder: Path, seed: int = 0) -> None:
         torch.manual_seed(seed)
         model = recipe.build()
         generator = torch.Generator().manual_seed(seed)
-        inputs, presence = _training_set(name, model.eval(), recipe.scenes, seed, generator)
-        model.train()
-        steps = recipe.epochs * (len(inputs) // _BATCH_SIZE)
-        trained = [p for key, p in model.named_parameters() if not recipe.taken or not key.startswith(recipe.taken)]
-        optimizer = torch.optim.AdamW(trained, lr=recipe.peak, weight_decay=recipe.decay)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.peak, total_steps=steps, pct_start=0.2)
-        with tqdm(total=steps, desc=f"training {name}", unit="step") as progress:
-            for _ in range(recipe.epochs):
-                order = torch.randperm(len(inputs), generator=generator)
-                for batch in torch.split(order[: len(inputs) // _BATCH_SIZE * _BATCH_SIZE], _BATCH_SIZE):
-                    targets = 0.025 + 0.95 * presence[batch]
-                    loss = F.binary_cross_entropy_with_logits(model.decide(inputs[batch].float()), targets)
-                    optimizer.zero_grad()
-                    torch.autograd.backward(loss)
-                    optimizer.step()
-                    schedule.step()
-                    progress.update()
-                    progress.set_postfix(loss=f"{loss.detach():.4f}", refresh=False)
+        rng = np.random.default_rng(seed)
+        for stage in recipe.stages:
+            inputs, presence = _training_set(name, model.eval(), stage, rng, generator)
+            _fit(model.train(), inputs, presence, recipe, stage, generator)
     folder.mkdir(parents=True, exist_ok=True)
     kept = {
         key: value.half()
@@ -217,20 +301,61 @@ def train(name: str, folder: Path, seed: int = 0) -> None:
     print(f"{name}: trained in {(time.perf_counter() - start) / 60:.1f} minutes, {size / 1000:.0f} kB")
 
 
+def _fit(
+    model: _Net, inputs: Tensor, presence: Tensor, recipe: _Recipe, stage: _Stage, generator: torch.Generator
+) -> None:
+    """Train a model on what it reads of scenes, and which classes are in them."""
+    size = recipe.batch_size
+    steps = stage.epochs * (len(inputs) // size)
+    optimizers = _optimizers(model, recipe, stage.peak)
+    schedules = [
+        torch.optim.lr_scheduler.OneCycleLR(one, [g["lr"] for g in one.param_groups], total_steps=steps, pct_start=0.2)
+        for one in optimizers
+    ]
+    with tqdm(total=steps, desc=f"training {type(model).__name__}", unit="step") as progress:
+        for _ in range(stage.epochs):
+            order = torch.randperm(len(inputs), generator=generator)
+            for batch in torch.split(order[: len(inputs) // size * size], size):
+                shown = inputs[batch].float()
+                if stage.crops:
+                    top, left = torch.randint(shown.shape[-1] - _CROP + 1, (2,), generator=generator).tolist()
+                    shown = shown[..., top : top + _CROP, left : left + _CROP]
+                loss = F.binary_cross_entropy_with_logits(model.decide(shown), 0.025 + 0.95 * presence[batch])
+                for optimizer in optimizers:
+                    optimizer.zero_grad()
+                torch.autograd.backward(loss)
+                for optimizer, schedule in zip(optimizers, schedules, strict=True):
+                    optimizer.step()
+                    schedule.step()
+                progress.update()
+                progress.set_postfix(loss=f"{loss.detach():.4f}", refresh=False)
+
+
+def _optimizers(model: _Net, recipe: _Recipe, peak: float) -> list[torch.optim.Optimizer]:
+    """Make what takes the steps."""
+    named = [item for item in model.named_parameters() if not recipe.taken or not item[0].startswith(recipe.taken)]
+    matrices = [p for key, p in named if recipe.muon and p.ndim == 2 and "head" not in key and "table" not in key]
+    rest = [p for _, p in named if not any(p is matrix for matrix in matrices)]
+    found: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=peak, weight_decay=recipe.decay)]
+    if matrices:
+        found.append(torch.optim.Muon(matrices, lr=10 * peak, weight_decay=recipe.decay))
+    return found
+
+
 def _training_set(
-    name: str, model: _Net, num_scenes: int, seed: int, generator: torch.Generator
+    name: str, model: _Net, stage: _Stage, rng: np.random.Generator, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Make scenes and compute what the model reads of them, in half precision to save memory; and what is in them."""
-    rng = np.random.default_rng(seed)
+    make = partial(make_scenes, split="train", warp=0.06, seed=rng)
     inputs, presence = [], []
-    with tqdm(total=num_scenes, desc=f"scenes for {name}", unit="scene") as progress:
-        for start in range(0, num_scenes, _BATCH_SIZE):
-            count = min(_BATCH_SIZE, num_scenes - start)
+    with tqdm(total=stage.scenes, desc=f"scenes for {name}", unit="scene") as progress:
+        for start in range(0, stage.scenes, _BATCH_SIZE):
+            count = min(_BATCH_SIZE, stage.scenes - start)
             if name == "shortcut":
-                scenes = make_scenes(count, split="train", num_digits=1, warp=0.06, seed=rng)
+                scenes = make(count, num_digits=1)
                 images, _ = add_cues(scenes, scenes.labels[:, 0], rng)
             else:
-                scenes = make_scenes(count, split="train", num_digits=(0, 3), warp=0.06, seed=rng)
+                scenes = make(count, num_digits=1, size=_CROP + 8) if stage.crops else make(count, num_digits=(0, 3))
                 images = scenes.images[:, torch.randperm(3, generator=generator)]
                 images = 1 - images if torch.rand((), generator=generator) < 0.5 else images
             with torch.no_grad():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from scipy.stats import rankdata  # type: ignore[import-untyped]
 
-__all__ = ["bootstrap_means", "group_means", "interval", "rank_agreement", "spearman"]
+__all__ = ["bootstrap_means", "group_means", "interval", "interval_of_mean", "rank_agreement", "spearman"]
 
 Values = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -39,6 +40,13 @@ def interval(values: Values, num_resamples: int, seed: int) -> tuple[float, floa
         return np.nan, np.nan, np.nan
     low, high = np.percentile(bootstrap_means(values, num_resamples, seed), [2.5, 97.5])
     return float(np.nanmean(values)), float(low), float(high)
+
+
+def interval_of_mean(several: Sequence[Values], num_resamples: int, seed: int) -> tuple[float, float, float]:
+    """Return the mean of several means over different pictures, and the ends of its 95 % bootstrap interval."""
+    drawn = np.mean([bootstrap_means(values, num_resamples, seed + k) for k, values in enumerate(several)], axis=0)
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return float(np.mean([np.nanmean(values) for values in several])), float(low), float(high)
 
 
 def spearman(a: Values, b: Values) -> Values:

@@ -182,8 +182,8 @@ class TestRefusals:
                 ["compare", "digits.png", "--class-idx", "10"],
                 "must lie between 0 and 9 for the 10 classes of",
             ),
-            (["compare", "digits.png", "--class-idx", "1,2"], "--class-idx must be the number of a class"),
-            (["compare", "digits.png", "--output", "digits.png"], "is not a directory"),
+            (["compare", "digits.png", "--class-idx", "1,2"], "--class-idx is '1,2', and no class has that name"),
+            (["compare", "digits.png", "--output", "digits.png"], "exists: pass --overwrite"),
             (["diagnose", "no.png"], "IMAGE 'no.png' does not exist"),
             (["diagnose", "digits.png", "--target-layer", "layer5"], "--target-layer 'layer5' is not a module"),
             (["diagnose", "digits.png", "--class-idx", "10"], "--class-idx must lie between 0 and 9"),
@@ -261,7 +261,5 @@ class TestFactories:
 
     def test_options_that_do_not_go_together(self, mine: str, capsys: pytest.CaptureFixture[str]) -> None:
         base = ["explain", "digits.png", "--model-factory", f"{mine}:named"]
-        assert "give --arch for a model of torchvision, or --model-factory" in fails(
-            capsys, *base, "--arch", "resnet18"
-        )
+        assert "give --arch or --model-factory, not both" in fails(capsys, *base, "--arch", "resnet18")
         assert "--weights 'none' is not a file" in fails(capsys, *base, "--weights", "none")

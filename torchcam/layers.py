@@ -27,7 +27,6 @@ __all__ = [
     "TargetLayer",
     "automatic_layer",
     "candidates",
-    "candidates_of",
     "layer_name",
     "layer_names",
 ]

@@ -20,14 +20,11 @@ __all__ = [
     "AmbiguousLayoutError",
     "Cells",
     "Layout",
-    "Reading",
     "find_layout",
     "first_tensor",
     "has_consistent_stride",
-    "no_reading",
     "patch_grid",
     "primary_tensors",
-    "readings",
     "replace_tensors",
 ]
 

@@ -175,7 +175,8 @@ def trace(
     name = type(explained.model).__name__
     try:
         with Rewritten(), explicit_attention():
-            program = _export(explained, arguments, dynamic).run_decompositions(_table())
+            captured = _export(explained, arguments, dynamic)
+            program: ExportedProgram = captured.run_decompositions(_table())
     except Exception as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         if "specialized it to be a constant" in str(error) or "Constraints violated" in str(error):
