@@ -27,7 +27,7 @@ from torchcam.methods import (
     TransformerAttribution,
     XGradCAM,
 )
-from torchcam.targets import ClassLogit, read_logits
+from torchcam.targets import BoxScores, ClassLogit, read_logits
 
 
 def noise(*shape: int) -> Tensor:
@@ -454,3 +454,46 @@ def test_rectifiers_in_compiled_parts_are_not_passed_over() -> None:
         model(noise(1, 3, 16, 16))
         with pytest.raises(ValueError, match=r"compiled by `torch.compile`"):
             extractor(0)
+
+
+def test_channels_of_a_detector_are_ablated_for_its_boxes() -> None:
+    """Proposals and suppression differ from variant to variant; by hand, the whole detector runs for each."""
+    from torchvision.models.detection import FasterRCNN
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+    from torchvision.ops import MultiScaleRoIAlign
+
+    backbone = nn.Sequential(nn.Conv2d(3, 6, 8, 8), nn.Tanh())
+    backbone.out_channels = 6
+    model = FasterRCNN(
+        backbone,
+        num_classes=3,
+        min_size=64,
+        max_size=64,
+        rpn_anchor_generator=AnchorGenerator(((16, 32),), ((1.0,),)),
+        box_roi_pool=MultiScaleRoIAlign(["0"], 2, 2),
+        box_score_thresh=0.0,
+        rpn_post_nms_top_n_test=12,
+        box_detections_per_img=8,
+    )
+    shuffled(model)
+    model.eval()
+    images = [noise(3, 64, 64).sigmoid()]
+    with torch.no_grad():
+        (found,) = model(images)
+        target = BoxScores(found["labels"][:2], found["boxes"][:2])
+        drops = []
+        for channel in range(6):
+
+            def without(_module: nn.Module, _args: Any, output: Tensor, channel: int = channel) -> Tensor:
+                return output.index_fill(1, torch.tensor([channel]), 0)
+
+            handle = backbone.register_forward_hook(without)
+            drops.append(target(found) - target(model(images)[0]))
+            handle.remove()
+        weights = torch.stack(drops) / target(found).abs()
+        assert weights.abs().max() > 1e-3
+        with AblationCAM(model, "backbone") as extractor:
+            model(images)
+            (cam,) = extractor(targets=target, normalized=False)
+            activation = backbone(model.transform(images)[0].tensors)
+    torch.testing.assert_close(cam, torch.einsum("c,nchw->nhw", weights, activation).relu(), atol=1e-5, rtol=1e-4)
