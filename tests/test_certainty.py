@@ -14,7 +14,19 @@ from torch import Tensor, nn
 from tests.models import shuffled
 from torchcam.layers import candidates
 from torchcam.layout import AmbiguousLayoutError, Layout
-from torchcam.methods import AblationCAM, EigenCAM, GradCAM, HiResCAM, MeanActivation, ReciproCAM, XGradCAM
+from torchcam.methods import (
+    AblationCAM,
+    AttentionRollout,
+    EigenCAM,
+    GradCAM,
+    GuidedBackprop,
+    HiResCAM,
+    LeGrad,
+    MeanActivation,
+    ReciproCAM,
+    TransformerAttribution,
+    XGradCAM,
+)
 from torchcam.targets import ClassLogit, read_logits
 
 
@@ -420,3 +432,67 @@ def test_a_scripted_layer_inside_takes_no_hook() -> None:
 class Pool(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.mean((2, 3))
+
+
+@pytest.mark.parametrize("method", [AblationCAM, ReciproCAM])
+def test_the_default_layer_must_count_for_the_target_of_edited_activations(method: Any) -> None:
+    model = Pooled()
+    with method(model, input_shape=(3, 32, 32)) as extractor, torch.no_grad():
+        model(noise(1, 3, 32, 32))
+        assert extractor.target_names == ["norm"]
+        with pytest.raises(ValueError, match=r"default layer 'norm', but on those of 'embed': name that"):
+            extractor(targets=lambda output: output[1][2])
+        assert extractor(0)[0].shape == (1, 8, 8)
+
+
+class Decoder(nn.Module):
+    """Tokens of a picture look at themselves, then at ten others."""
+
+    def __init__(self, explicit: bool) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 8, 4, 4)
+        self.block = CrossBlock(explicit)
+        self.fc = nn.Linear(8, 4)
+        shuffled(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.block(self.embed(x).flatten(2).mT).mean(1))
+
+
+class CrossBlock(nn.Module):
+    def __init__(self, explicit: bool) -> None:
+        super().__init__()
+        self.explicit = explicit
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        own = tokens.unsqueeze(1)
+        own, others = nn.functional.scaled_dot_product_attention(own, own, own), own[:, :, :10]
+        if self.explicit:
+            return ((own @ others.mT).softmax(-1) @ others).squeeze(1)
+        return nn.functional.scaled_dot_product_attention(own, others, others).squeeze(1)
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+@pytest.mark.parametrize("method", [LeGrad, AttentionRollout, TransformerAttribution])
+def test_blocks_of_cross_attention_are_refused(method: Any, explicit: bool) -> None:
+    model = Decoder(explicit)
+    options = {"score_projection": lambda tokens: model.fc(tokens.mean(1))} if method is LeGrad else {}
+    with method(model, "block", prefix_tokens=0, **options) as extractor:
+        model(noise(1, 3, 32, 32))
+        with pytest.raises(ValueError, match=r"'block' computes cross-attention, of shapes \[\(1, 1, 64, 10\)\]"):
+            extractor(0)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler reads it
+def test_rectifiers_in_compiled_parts_are_not_passed_over() -> None:
+    compiled = torch.compile(lambda t: t.relu(), backend="aot_eager")
+
+    class Net(Classifier):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(compiled(self.stage(self.stem(x))).flatten(2).mean(2))
+
+    model = Net(channels=16)
+    with GuidedBackprop(model) as extractor:
+        model(noise(1, 3, 16, 16))
+        with pytest.raises(ValueError, match=r"compiled by `torch.compile`"):
+            extractor(0)

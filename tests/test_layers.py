@@ -16,7 +16,7 @@ from tests.models import resnet, shuffled, tiny_vit
 from tests.test_promises import Snapshot, count_hooks
 from torchcam.layers import automatic_layer, candidates, layer_name, layer_names
 from torchcam.layout import find_layout, first_tensor
-from torchcam.methods import GradCAM, LayerCAM
+from torchcam.methods import CAM, GradCAM, LayerCAM
 
 
 def seeded(build: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
@@ -166,6 +166,22 @@ def test_the_choice_stays_where_one_position_is_left() -> None:
         model(image(64, 96))
         assert extractor.target_names == ["layer4"]
         assert extractor(0)[0].shape == (1, 2, 3)
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 64), (3, 32, 32)])
+def test_cam_looks_before_the_pooling_though_one_position_is_left(
+    shape: tuple[int, ...], recwarn: pytest.WarningsRecorder
+) -> None:
+    model = resnet()
+    with CAM(model, input_shape=shape) as extractor, torch.no_grad():
+        model(image(32, 32))
+        assert extractor.target_names == ["layer4"]
+        assert extractor(0)[0].tolist() == [[[0.0]]]
+        expected = (model.fc.weight[0] * extractor.hook_a[0].flatten()).sum()
+        torch.testing.assert_close(extractor(0, normalized=False)[0].flatten()[0], expected)
+    (warning,) = recwarn
+    assert "'layer4' has a single position for an input of shape (3, 32, 32)" in str(warning.message)
+    assert "such as 'layer3'" in str(warning.message)
 
 
 class SizeDecides(nn.Module):

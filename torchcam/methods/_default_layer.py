@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
 from torchcam._passes import Call, image_shape
-from torchcam.layers import Candidates, candidates_of, probe
+from torchcam.layers import Candidate, Candidates, candidates_of, probe
 
 from ._layouts import Layouts
 
@@ -28,17 +28,24 @@ class DefaultLayer:
         input_shape: shape of the model's input without the batch dimension
         wanted_input: name or position of the image-like input
         layouts: is told how the output of the layer is laid out
+        channels: how many channels the layer must have; by default any number
 
     Attributes:
         names: the chosen layer; empty if the model does not take such an input, for the first pass to decide
     """
 
     def __init__(
-        self, model: nn.Module, input_shape: tuple[int, ...], wanted_input: str | int | None, layouts: Layouts
+        self,
+        model: nn.Module,
+        input_shape: tuple[int, ...],
+        wanted_input: str | int | None,
+        layouts: Layouts,
+        channels: int | None = None,
     ) -> None:
         self.model = model
         self.wanted_input = wanted_input
         self.layouts = layouts
+        self.channels = channels
         self.names: list[str] = []
         self._probed: tuple[int, ...] | None = ()
         self._is_checked = False
@@ -68,26 +75,23 @@ class DefaultLayer:
             self._choose(found, () if shape is None else shape[1:])
             return self.names
         self.layouts.prove(kept.name, kept.layout)
-        if math.prod(kept.grid) == 1:
-            given = () if shape is None else shape[1:]
-            other = "" if found.choice is None else f", such as '{found.choice}'"
-            warnings.warn(
-                f"the default layer '{kept.name}' has a single position for an input of shape {given}, so its "
-                f"map shows no place: give the model a larger input, or name an earlier `target_layer`{other}",
-                UserWarning,
-                stacklevel=2,
-            )
+        _warn_of_one_position(kept, found, () if shape is None else shape[1:])
         return None
 
-    def check_target(self, call: Call, select: Callable[[Any], Tensor], gradients: Sequence[Tensor]) -> None:
-        """Check once that the explained score depends on the layer, where its gradient is 0.
+    def check_target(self, call: Call, select: Callable[[Any], Tensor], effects: Iterable[Tensor]) -> None:
+        """Check once that the explained score depends on the layer, where no position shows an effect on it.
+
+        Args:
+            call: the recorded call
+            select: the explained score
+            effects: gradients of the score for the positions, or its changes when they are edited
 
         Raises:
             ValueError: if it does not, but does on another layer, which the message names
         """
         if self._is_checked:
             return
-        if any(bool(gradient.any()) for gradient in map(self._of_positions, gradients)):
+        if any(bool(effect.any()) for effect in effects):
             self._is_checked = True
             return
         found = candidates_of(self.model, call, select)
@@ -98,7 +102,7 @@ class DefaultLayer:
                 f"those of '{found.choice}': name that as `target_layer`"
             )
 
-    def _of_positions(self, gradient: Tensor) -> Tensor:
+    def of_positions(self, gradient: Tensor) -> Tensor:
         """Leave out what is before the positions: a class token may be all that a score is read from."""
         prefix = self.layouts.prefix(self.names[0])
         if prefix is None:
@@ -113,12 +117,28 @@ class DefaultLayer:
             ValueError: if there is none
         """
         chosen = next((one for one in found if one.name == found.choice), None)
+        if self.channels is not None and (chosen is None or chosen.channels != self.channels):
+            fitting = [c for c in found if c.depends and c.channels == self.channels and "Pool" not in c.type]
+            chosen = fitting[-1] if fitting else chosen
         if chosen is None:
             raise ValueError(
                 f"no layer of {type(self.model).__name__} has positions that the score depends on, and that are those "
                 f"of the input, for an input of shape {shape}: name a `target_layer`"
             )
         self.layouts.prove(chosen.name, chosen.layout)
+        _warn_of_one_position(chosen, found, shape)
         if [chosen.name] != self.names:
             logger.warning("no value was provided for `target_layer`, thus set to '%s'.", chosen.name)
         self.names = [chosen.name]
+
+
+def _warn_of_one_position(layer: Candidate, found: Candidates, shape: tuple[int, ...]) -> None:
+    """Warn if a default layer has a single position for an input of a shape without the batch dimension."""
+    if math.prod(layer.grid) == 1:
+        other = "" if found.choice is None else f", such as '{found.choice}'"
+        warnings.warn(
+            f"the default layer '{layer.name}' has a single position for an input of shape {shape}, so its "
+            f"map shows no place: give the model a larger input, or name an earlier `target_layer`{other}",
+            UserWarning,
+            stacklevel=3,
+        )

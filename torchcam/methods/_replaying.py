@@ -133,6 +133,8 @@ class _EditingCAM(_ReplayCAM):
         unedited, edited = self._replay(request).edited(
             name, in_layout_of_layer, num_variants, batch=batch, chosen=chosen
         )
+        if self._default is not None:
+            self._default.check_target(recorded.call, self._selector(request), [edited - unedited.unsqueeze(1)])
         return to_float(unedited), to_float(edited)
 
     def _from_grid(self, recorded: Pass, grid: Tensor, output: Tensor, name: str) -> Tensor:

@@ -74,6 +74,8 @@ class CAM(_CAM):
             fc_layer = linear[-1]
             logger.warning("no value was provided for `fc_layer`, thus set to '%s'.", fc_layer)
         self.fc_name = layer_name(model, fc_layer, "fc_layer")
+        weight = getattr(model.get_submodule(self.fc_name), "weight", None)
+        self._channels = weight.shape[1] if isinstance(weight, Tensor) and weight.ndim > 1 else None
         super().__init__(model, target_layer, input_shape, **kwargs)
 
     @staticmethod

@@ -49,6 +49,7 @@ class _Watch:
     def __init__(self, recorded: Pass, differentiates: bool, everywhere: bool) -> None:
         self.recorded = recorded
         self.differentiates = differentiates
+        self.everywhere = everywhere
         self.blocks = [0] if everywhere else []  # the target layers that run, from the outermost to the innermost
         self.batch_size = 1 if recorded.input_shape is None else recorded.input_shape[0]
         if everywhere:
@@ -96,6 +97,7 @@ class _AttentionWatched(TorchFunctionMode):
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **options
         )
         if query.shape[-2] != key.shape[-2]:
+            _note_crossed((*query.shape[:-1], key.shape[-2]))
             return fused
         if enable_gqa:
             groups = query.shape[-3] // key.shape[-3]
@@ -123,6 +125,8 @@ def _note(probabilities: Tensor) -> Tensor:
     shape = probabilities.shape
     watches = [watch for watch in thread.watches if watch.blocks]
     if len(shape) not in {3, 4} or shape[-1] != shape[-2]:
+        if len(shape) == 4:
+            _note_crossed(shape)
         return probabilities
     if len(shape) == 3:
         batch_size = watches[0].batch_size
@@ -137,6 +141,14 @@ def _note(probabilities: Tensor) -> Tensor:
         if noted is not None:
             noted.append(probabilities if watch.differentiates else probabilities.detach())
     return probabilities.reshape(shape)
+
+
+def _note_crossed(shape: tuple[int, ...]) -> None:
+    """Show the watches of single blocks that there is attention to other tokens, by its shape."""
+    for watch in thread.watches:
+        noted = watch.recorded.attentions[watch.blocks[-1]] if watch.blocks and not watch.everywhere else None
+        if noted is not None:
+            noted.append(torch.empty(shape, device="meta"))
 
 
 class _BlockStarts(ExtractorHook):
@@ -231,13 +243,23 @@ class _AttentionCAM(_CAM):
         """Take what methods look at from the noted attention, when the model has returned."""
 
     def _activations(self, request: Request) -> list[Tensor]:
-        for name, noted in zip(self.target_names, request.recorded.attentions, strict=True):
+        self._check_attention(request.recorded)
+        return super()._activations(request)
+
+    def _check_attention(self, recorded: Pass) -> None:
+        """Check that each block computed attention, and none to other tokens than its own."""
+        for name, noted in zip(self.target_names, recorded.attentions, strict=True):
+            crossed = [tuple(one.shape) for one in noted or () if one.is_meta]
+            if crossed:
+                raise ValueError(
+                    f"`target_layer` '{name}' computes cross-attention, of shapes {crossed}, (..., queries, keys): "
+                    f"{type(self).__name__} reads attention among the tokens of a block, so name blocks without it"
+                )
             if noted == []:
                 raise ValueError(
                     f"`target_layer` '{name}' computed no attention between all tokens that can be read, by a softmax "
                     "or by F.scaled_dot_product_attention"
                 )
-        return super()._activations(request)
 
     def _batch_dimension(self, recorded: Pass, tensor: Tensor, name: str) -> int:
         return 0
@@ -439,6 +461,7 @@ class _RolledOut(_AttentionCAM):
 
     def _activations(self, request: Request) -> list[Tensor]:
         recorded = request.recorded
+        self._check_attention(recorded)
         shapes = [tuple(attention.shape) for attention in recorded.activations if attention is not None]
         batch_sizes = {shape[0] for shape in (*shapes, recorded.input_shape) if shape is not None}
         if len({shape[2:] for shape in shapes}) > 1 or (shapes and len(batch_sizes) > 1):

@@ -65,6 +65,7 @@ class _CAM:
     class_agnostic = False  # the map is the same for every class: none has to be named
 
     _default: DefaultLayer | None = None
+    _channels: int | None = None  # how many the default layer must have
     _relu = False
     _differentiates = False  # the pass keeps its graph from the target layers on
     _weighs_gradients = False  # gradients of the score for what layers return make the map
@@ -106,7 +107,7 @@ class _CAM:
         self.reshape_transform = reshape_transform
         wanted = input_name if input_index is None else input_index
         layouts = Layouts(model)
-        default = DefaultLayer(model, input_shape, wanted, layouts) if target_layer is None else None
+        default = DefaultLayer(model, input_shape, wanted, layouts, self._channels) if target_layer is None else None
         names = [] if target_layer is None else layer_names(model, target_layer)
         names = names if default is None else default.names
         self._default = default
@@ -516,7 +517,8 @@ class _CAM:
             balanced = (output, recorded.unbalanced) if self.gradients == "balanced" else None
             gradients = differentiate(score, recorded.rows, request.retain_graph, request.create_graph, balanced)
         if self._default is not None:
-            self._default.check_target(recorded.call, self._selector(request), gradients)
+            effects = map(self._default.of_positions, gradients)
+            self._default.check_target(recorded.call, self._selector(request), effects)
         recorded.gradients, recorded.num_scores = list(gradients), None if score.ndim == 1 else score.shape[1]
         recorded.score = score.detach()
         grids = self._gradient_grids(recorded, gradients, recorded.num_scores, request.create_graph)

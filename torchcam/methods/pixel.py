@@ -89,7 +89,7 @@ class GuidedBackprop(_PixelCAM):
         kwargs: arguments of the base class
 
     Raises:
-        ValueError: if there is a ``target_layer``
+        ValueError: if there is a ``target_layer``; when maps are asked for, if a part of the model is compiled
     """
 
     @staticmethod
@@ -251,7 +251,13 @@ def _clipped_at(names: re.Pattern[str], score: Tensor) -> Iterator[None]:
     def clip(gradients: Sequence[Tensor | None], *_: Any) -> tuple[Tensor | None, ...]:
         return tuple(None if gradient is None else gradient.relu() for gradient in gradients)
 
-    nodes = [node for node in _graph(score) if names.fullmatch(node.name())]
+    graph = list(_graph(score))
+    if any(node.name() == "CompiledFunctionBackward" for node in graph):
+        raise ValueError(
+            "a part of the model is compiled by `torch.compile`, and the rectifiers inside cannot be found: explain "
+            "the model with that part as it was before"
+        )
+    nodes = [node for node in graph if names.fullmatch(node.name())]
     handles = [register(clip) for node in nodes for register in (node.register_prehook, node.register_hook)]
     try:
         yield
