@@ -392,6 +392,48 @@ def test_weights_that_cannot_tell_whether_they_are_zero_are_not() -> None:
     assert candidates(model, noise(1, 3, 32, 48)).choice == "stage"
 
 
+class Sides(nn.Module):
+    """Four numbers of each of many boxes, (N, 4, boxes): as many as an input of 64 has patches of 32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1).unflatten(1, (4, -1)).softmax(2)
+
+
+class Boxes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.ReLU(), nn.Conv2d(8, 8, 4, 4))
+        self.stage = nn.Conv2d(8, 32, 2, 2)
+        self.sides = Sides()
+        shuffled(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.sides(self.stage(self.stem(x))) * torch.arange(32.0)).sum(2)
+
+
+def test_the_sides_of_boxes_are_no_picture() -> None:
+    """Two positions a side prove nothing: a layer that is certain comes first."""
+    found = candidates(Boxes().eval(), noise(1, 3, 64, 64))
+    assert {one.name for one in found} >= {"stage", "sides"}
+    assert found.choice == "stage"
+
+
+def test_a_scripted_layer_inside_takes_no_hook() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its deprecation: people still have such layers
+        scripted = torch.jit.trace(nn.ReLU(), noise(1, 4, 8, 8))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), scripted, Pool()).eval()
+    with GradCAM(model, input_shape=(3, 10, 10)) as extractor, torch.no_grad():
+        (cam,) = extractor(0, model(noise(1, 3, 10, 10)))
+    assert extractor.target_names == ["0"]
+    assert cam.shape == (1, 8, 8)
+
+
+class Pool(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3))
+
+
 @pytest.mark.parametrize("method", [AblationCAM, ReciproCAM])
 def test_the_default_layer_must_count_for_the_target_of_edited_activations(method: Any) -> None:
     model = Pooled()

@@ -6,7 +6,7 @@ import html
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
 from typing import Any
@@ -205,7 +205,7 @@ def candidates_of(model: nn.Module, call: Call, select: Callable[[Any], Tensor] 
 
     generator = torch.Generator().manual_seed(0)
     with replicated(model) as replica, torch.inference_mode(False), torch.enable_grad():
-        modules = {name: module for name, module in replica.named_modules() if name}
+        modules = {name: module for name, module in replica.named_modules() if name and _takes_hooks(module)}
         for name, module in modules.items():
             module.register_forward_hook(partial(inspect, name))
         _fill_zeros(replica, generator)
@@ -242,7 +242,14 @@ def candidates_of(model: nn.Module, call: Call, select: Callable[[Any], Tensor] 
         certainty.try_out([name for name in doubtful if len(shapes[name]) > 2])
         verdicts = {name: verdict or certainty.tried(shapes[name], name) for name, verdict in certain.items()}
         found = Candidates(filter(None, (candidate(name, verdict) for name, verdict in verdicts.items())))
+        surer = Candidates(one if one.is_proven else replace(one, is_proven=False) for one in found)
+        if surer.choice is not None:  # what has too few positions to prove anything is the last resort
+            found = surer
     return found
+
+
+def _takes_hooks(module: nn.Module) -> bool:
+    return not isinstance(module, torch.jit.ScriptModule)
 
 
 def _call_probed(replica: nn.Module, inputs: Any, kwargs: Any) -> Any:
