@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from _quality_contest import BLOCKS, LAST
 from _quality_models import load, predict
+from _quality_page import put, table
 from _quality_scenes import Task, shortcut, two_digits
 from _trust_models import LAYERS, OTHERS, load_other, train_other
-from benchmark_quality import put, table
 from torch import Tensor, nn
 
 from torchcam import methods

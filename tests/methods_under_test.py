@@ -58,7 +58,7 @@ class Transformer(nn.Module):
     def __init__(self, width: int = 8, classes: int = 3) -> None:
         super().__init__()
         self.patches = nn.Conv2d(3, width, 4, 4)
-        self.token = nn.Parameter(torch.randn(1, 1, width))
+        self.cls_token = nn.Parameter(torch.randn(1, 1, width))
         self.block1 = Block(width)
         self.block2 = Block(width)
         self.encoder = nn.Module()
@@ -69,7 +69,7 @@ class Transformer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
         x = self.patches(x).flatten(2).mT
-        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
         x = self.block2(self.block1(x))
         torch.rand(1)
         return self.heads(self.encoder.ln(x)[:, 0])

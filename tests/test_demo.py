@@ -226,7 +226,7 @@ class TestScenes:
             ({"num_scenes": 0}, "`num_scenes`"),
             ({"num_digits": 4}, "`num_digits`"),
             ({"num_digits": (2, 1)}, "`num_digits`"),
-            ({"size": 40}, "`digit_size`"),
+            ({"size": 8}, "`digit_size`"),
             ({"digit_size": (4, 20)}, "`digit_size`"),
             ({"warp": -0.1}, "`warp`"),
             ({"split": "valid"}, "`split`"),

@@ -138,7 +138,7 @@ def test_a_head_that_runs_alone_gives_what_the_model_gives(
     found = raw(method(model, layer, batch_size=batch_size), x)
     alone = alone or (net == "beside: batch" and batch_size == 1)  # a batch of one decides nothing
     assert (set(used) == {"alone"}) == alone
-    monkeypatch.setattr(_replay._Head, "proves_itself", lambda _: False)
+    monkeypatch.setattr(_replay._Head, "proven", lambda _: None)
     used.clear()
     expected = raw(method(model, layer, batch_size=batch_size), x)
     assert set(used) == {"whole"}

@@ -259,7 +259,7 @@ class TestErrors:
             ({"class_idx": [0, -1]}, ValueError, "`class_idx` must lie .* got -1"),
             ({"class_idx": []}, ValueError, "`class_idx` names no class"),
             ({"class_idx": [[0], [1]]}, ValueError, "`class_idx` of a batch .* got 2"),
-            ({"class_idx": "0"}, TypeError, "`class_idx` must be an integer, got '0' of type str"),
+            ({"class_idx": "0"}, ValueError, "`class_idx` is '0', but the names of the classes are not known"),
             ({"expected_class_idx": [0, 1]}, ValueError, "`expected_class_idx` must be one class, .* 1 inputs, got 2"),
             ({"targets": 3}, TypeError, "`targets` must be callable, got 3 of type int"),
             ({"targets": []}, ValueError, "`targets` names no target"),

@@ -305,8 +305,10 @@ def test_a_keyword_names_the_input() -> None:
         with methods.ScoreCAM(model, "right", input_index=1) as extractor:
             model(*inputs.values())
             maps_equal(named, extractor(1))
-        with methods.ScoreCAM(model, "right") as extractor:  # the first that looks like an image
+        with methods.ScoreCAM(model, "right") as extractor:  # the first that looks like an image: the other one
             model(**inputs)
+            with pytest.warns(UserWarning, match="where the input is changed is not where that grid changes"):
+                extractor(1)
             assert not torch.allclose(extractor(1, normalized=False)[0], named[0])
         for options, message in (
             ({"input_name": "middle"}, "`input_name` is 'middle', but the model was called with the keywords"),

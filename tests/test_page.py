@@ -228,7 +228,7 @@ class TestBrowser:
 
     def test_the_slider_changes_the_opacity(self, opened: Opened) -> None:
         slider = opened.page.get_by_label("Map opacity")
-        assert opened.opacity() == 0.5
+        assert opened.opacity() == 0.75
         for value in ("0", "25", "100"):
             slider.fill(value)
             assert opened.opacity() == int(value) / 100
@@ -283,7 +283,7 @@ class TestBrowser:
         assert reached[:6] == ["opacity", "colormap", "grey", "compare", "class-0", "method-0"]
         opened.page.locator("#opacity").focus()
         opened.page.keyboard.press("ArrowRight")
-        assert opened.opacity() == 0.51
+        assert opened.opacity() == 0.76
         opened.page.keyboard.press("Home")
         assert opened.opacity() == 0
         opened.page.locator("[name=class-0]").first.focus()

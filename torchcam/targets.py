@@ -200,7 +200,7 @@ class Selector:
         """Pick each row's class score from logits ``(B, K)``; ``(B, K, *S)`` is summed over positions."""
         logits = logits.reshape(-1, 1) if logits.ndim < 2 else logits
         class_idx = self.class_idx
-        if type(class_idx) is list and len(class_idx) == 1:
+        if self.batch_size == 1 and type(class_idx) is list and len(class_idx) == 1:
             class_idx = class_idx[0]
         if type(class_idx) is int and 0 <= class_idx < logits.shape[1] and (samples is not None or self._fits(logits)):
             scores = logits.select(1, class_idx)  # for all rows at once
