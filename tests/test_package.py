@@ -44,7 +44,7 @@ FLOORS = {
     "layout": 1,
     "targets": 1,
     "utils": 2,
-    "_views": 0,
+    "_views": 1,
     "_figures": 3,
     "_choice": 2,
     "_inputs": 2,

@@ -12,11 +12,10 @@ from ._architecture import Kind, Shown, hint_of, is_apart, is_composed, kind_of,
 from ._passes import Call, image_shape
 from ._planted import Changes, Trial, changes_of, try_reading
 from ._tensors import tensors_in
-from .layout import Layout, Reading, readings
+from .layout import FEW, Layout, Reading, readings
 
 __all__ = ["Certainty", "Verdict"]
 
-_FEW = 9  # positions without a token before them that anything may have as many of, such as the sides of a box
 _NEEDED = 0.4  # the score at which a grid follows the input
 _NEEDED_OF_SEVERAL = 0.6  # the same where several readings are possible
 _NEEDED_UNGUIDED = 0.8  # the same where many readings are tried that nothing else speaks for
@@ -105,7 +104,7 @@ class Certainty:
         alone = sum(t.numel() > 1 for t, _ in self.call.versions) <= len([*tensors_in(self.call.signal)])
         if only is None or not only.is_shown or not alone or is_apart(layer) or only.layout.channels == 1:
             return None
-        by_chance = not only.layout.prefix and math.prod(only.layout.grid) < _FEW
+        by_chance = not only.layout.prefix and math.prod(only.layout.grid) < FEW
         return None if by_chance else Verdict(only, True)
 
     def _has_twin(self) -> bool:

@@ -313,11 +313,13 @@ def _pictures(
     tensor: Tensor, normalisation: Normalisation | None, image: Any, views: Sequence[Views | None]
 ) -> tuple[tuple[Image.Image | None, ...], tuple[View, ...]]:
     """Return what is shown of each sample, and where the model's view lies on that."""
-    own: list[Image.Image | None] = [None] * len(tensor)
-    if tensor.ndim == 4 and tensor.is_floating_point():
-        own = [to_picture(sample, normalisation) for sample in tensor]
+    is_picture = tensor.ndim == 4 and tensor.is_floating_point()
+
+    def own(sample: Tensor) -> Image.Image | None:
+        return to_picture(sample, normalisation) if is_picture else None
+
     if image is None:
-        return tuple(own), (FULL,) * len(tensor)
+        return tuple(map(own, tensor)), (FULL,) * len(tensor)
     images = list(image) if isinstance(image, (list, tuple)) else [image]
     if len(images) != len(tensor):
         raise ValueError(f"`image` must hold a picture for each of the {len(tensor)} inputs, got {len(images)}")
@@ -327,7 +329,7 @@ def _pictures(
         if view is None and known is not None:
             warnings.warn(known.unknown(given[place].size), UserWarning, stacklevel=4)
     return (
-        tuple(mine if view is None else one for mine, view, one in zip(own, shown, given, strict=True)),
+        tuple(own(sample) if view is None else one for sample, view, one in zip(tensor, shown, given, strict=True)),
         tuple(view or FULL for view in shown),
     )
 

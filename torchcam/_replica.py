@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import random
 import sys
 import threading
 import weakref
@@ -13,11 +14,12 @@ from contextlib import contextmanager
 from types import FunctionType, MethodType, NoneType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["CallWrapper", "ExtractorHook", "has_hooks", "replicate", "replicated"]
+__all__ = ["CallWrapper", "ExtractorHook", "has_hooks", "random_states_kept", "replicate", "replicated"]
 
 _WRAPPED_CALL = nn.Module._wrapped_call_impl.__code__
 _SHARED = frozenset(
@@ -128,6 +130,17 @@ def replicated(model: nn.Module) -> Iterator[nn.Module]:
         if changed and (raised or threading.active_count() == 1 or last_call.draws_random_numbers()):
             for generator, state in zip(generators, states, strict=True):
                 generator.set_state(state)
+
+
+@contextmanager
+def random_states_kept() -> Iterator[None]:
+    """Restore the global random states of Python and NumPy; those of torch are restored by :func:`replicated`."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global state is what is meant
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
 
 
 class _Copier:

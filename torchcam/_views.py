@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from ._replica import random_states_kept
 
 __all__ = ["FULL", "View", "Views", "find_view"]
 
@@ -46,7 +46,7 @@ def find_view(
     along_y = np.broadcast_to(((np.arange(height) + 0.5) / height)[:, None], (height, width))
     black, white = np.zeros((height, width)), np.ones((height, width))
     try:
-        with _random_state_kept():
+        with random_states_kept(), torch.random.fork_rng(devices=[]):
             found = [to_tensor(_grey(values)) for values in (black, white, along_x, along_y, along_x)]
     except Exception:  # noqa: BLE001 - whatever a transform raises at a picture that is not its kind
         return None
@@ -99,17 +99,6 @@ def _line(values: np.ndarray[Any, Any], covered: np.ndarray[Any, Any], pixels: i
     ends = [float(start), float(start + slope)]
     near = [round(end) if abs(end - round(end)) < max(_STEP, 0.5 / pixels) else end for end in ends]
     return float(near[0]), float(near[1])
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - transforms draw from the global one
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
 
 
 @dataclass(frozen=True, eq=False)

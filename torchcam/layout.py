@@ -35,7 +35,7 @@ class AmbiguousLayoutError(ValueError):
 
 _MOST_PREFIX_TOKENS = 8
 _LARGEST_ANISOTROPY = 2.5  # of a grid that counts although it does not divide the input into squares
-_FEW = 9  # channels that may count as positions by chance
+FEW = 9  # positions that anything may have as many of by chance: channels, the sides of a box
 _USUAL_PREFIX_TOKENS = 5  # a class token and four registers
 
 
@@ -353,7 +353,7 @@ def _one_row(
         for prefix in shown.prefixes:
             count = shape[positions] - prefix
             if count > 0 and (batch or prefix):
-                is_shown = prefix > 0 and (count,) in grids and count >= _FEW
+                is_shown = prefix > 0 and (count,) in grids and count >= FEW
                 layout = Layout((count,), batch, channels, (positions,), prefix)
                 found.append(Reading(layout, axes, count <= input_shape[axes[0]], is_shown))
     return found
@@ -384,7 +384,7 @@ def _folded(
             if wide and len(axes) == 2:
                 grids += [(side, count // side) for side in range(2, count // 2 + 1) if count % side == 0]
             for grid, order in product(dict.fromkeys(grids), orders):
-                if channels == 1 and kind.channels is None and not wide and (grid not in known or count < _FEW):
+                if channels == 1 and kind.channels is None and not wide and (grid not in known or count < FEW):
                     continue
                 layout = Layout(grid, batch, channels, (positions,), prefix, order)
                 found.append(Reading(layout, axes, has_consistent_stride(grid, spatial), grid in known))

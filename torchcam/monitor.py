@@ -7,7 +7,6 @@ import inspect
 import io
 import math
 import os
-import random
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ from torchcam._chunks import run_chunks
 from torchcam._files import append_lines, atomic_write
 from torchcam._passes import model_device
 from torchcam._pictures import to_picture
-from torchcam._replica import replicated
+from torchcam._replica import random_states_kept, replicated
 from torchcam._tables import as_csv
 from torchcam._tensors import is_finite, min_max, over_channels, resize, to_float
 from torchcam._timeline import ProbeResult, Timeline
@@ -303,7 +302,7 @@ class CAMMonitor:
         """Return the maps (N, *spatial) in [0, 1], the scores (N,) by name, and the classes; on the CPU."""
         original = _unwrapped(self.model)
         with (
-            _random_states_kept(),
+            random_states_kept(),
             plain_tensors(),
             replicated(original) as model,
             _precision(model_device(model).type, self._autocast),
@@ -662,17 +661,6 @@ def _check_pictures(images: Tensor, pictures: Any) -> list[Image.Image]:
 
 
 # The surroundings of a probe pass.
-
-
-@contextmanager
-def _random_states_kept() -> Iterator[None]:
-    """Restore the global random states of Python and NumPy; those of torch are restored by ``replicated``."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global state is what is meant
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
 
 
 @contextmanager

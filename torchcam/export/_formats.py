@@ -97,7 +97,7 @@ def onnx_model(program: ExportedProgram, metadata: Mapping[str, Any]) -> onnx_ir
 
 
 def _name_sizes(model: onnx_ir.Model) -> None:
-    """Give the sizes that are dynamic the names that users expect in place of torch's symbols."""
+    """Name the sizes that are dynamic as users expect, in place of torch's symbols."""
     sizes = (model.graph.inputs[0].shape or ())[:1] + (model.graph.inputs[0].shape or ())[2:]
     wanted = ("batch", *("depth", "height", "width")[4 - len(sizes) :])
     names = {str(size): name for size, name in zip(sizes, wanted, strict=True) if not isinstance(size, int)}

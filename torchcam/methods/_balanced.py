@@ -407,7 +407,7 @@ def _batch_norm(_: Tensor, gradient: Tensor, x: Tensor, rstd: Tensor, weight: Te
 
 
 def _differentiable(rstd: Tensor, x: Tensor, axes: tuple[int, ...], *, centred: bool = True) -> Tensor:
-    """Give one by the standard deviation of x a graph, if gradients get one: torch saves it without."""
+    """Return one by the standard deviation of x with a graph, if gradients get one: torch saves it without."""
     rstd = rstd.detach()
     if not (torch.is_grad_enabled() and x.requires_grad):
         return rstd

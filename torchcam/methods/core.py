@@ -512,13 +512,14 @@ class _CAM:
             return self._gradients_of_copies(request)
         with with_graph():
             output = self._attached(request)
-            score = self._selector(request)(output)
+            select = self._selector(request)
+            score = select(output)
             recorded.unbalanced = set()
             balanced = (output, recorded.unbalanced) if self.gradients == "balanced" else None
             gradients = differentiate(score, recorded.rows, request.retain_graph, request.create_graph, balanced)
         if self._default is not None:
             effects = map(self._default.of_positions, gradients)
-            self._default.check_target(recorded.call, self._selector(request), effects)
+            self._default.check_target(recorded.call, select, effects)
         recorded.gradients, recorded.num_scores = list(gradients), None if score.ndim == 1 else score.shape[1]
         recorded.score = score.detach()
         grids = self._gradient_grids(recorded, gradients, recorded.num_scores, request.create_graph)

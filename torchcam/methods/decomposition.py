@@ -339,7 +339,7 @@ def first_component(features: Tensor) -> Tensor:
 
 
 def along(projection: Tensor, reference: Tensor) -> Tensor:
-    """Give a centred projection (N, *spatial) the sign with which it correlates positively with a reference.
+    """Return a centred projection (N, *spatial) with the sign that makes it correlate positively with a reference.
 
     Where that correlation is rounding noise, the side of the larger deviations becomes positive.
     """
