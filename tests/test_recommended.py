@@ -30,7 +30,8 @@ class PooledByAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.conv(x).relu().flatten(2).mT
-        return self.fc(self.pool(tokens.mean(1, keepdim=True), tokens, tokens)[0][:, 0])
+        scores: Tensor = self.fc(self.pool(tokens.mean(1, keepdim=True), tokens, tokens)[0][:, 0])
+        return scores
 
 
 class Hybrid(nn.Module):
@@ -49,7 +50,8 @@ class Hybrid(nn.Module):
         for layer in (self.first, self.second):
             tokens = grid.flatten(2).mT
             grid = self.conv(layer(tokens, tokens, tokens)[0].mT.reshape(grid.shape))
-        return self.fc(grid.mean((2, 3)))
+        scores: Tensor = self.fc(grid.mean((2, 3)))
+        return scores
 
 
 @pytest.mark.parametrize(
@@ -71,8 +73,9 @@ def test_transformers_are_explained_at_the_first_tokens(build: Callable[[], nn.M
 def test_a_transformer_of_transformers() -> None:
     from transformers import ViTConfig, ViTForImageClassification
 
-    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    model = seeded(ViTForImageClassification, ViTConfig(image_size=32, patch_size=8, num_labels=3, **sizes))
+    config = ViTConfig(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    config.image_size, config.patch_size = 32, 8
+    model = seeded(ViTForImageClassification, config)
     found = recommended(model, pixel_values=image(32, 32))
     assert found.target_layer == ["vit.embeddings.patch_embeddings"]
 
@@ -100,8 +103,8 @@ class TestTrust:
 
     def test_it_is_tried_as_recommended(self) -> None:
         model, x = tiny_vit(torch.float32, seed=4), image(16, 16)
-        model.conv_proj.weight.data.mul_(10)  # so that the input counts, and the map is doubted
-        model.heads.head.weight.data.mul_(3)
+        model.get_parameter("conv_proj.weight").data.mul_(10)  # so that the input counts, and the map is doubted
+        model.get_parameter("heads.head.weight").data.mul_(3)
         removal = trust(model, x, 2)[0].checks[2]
         by_hand = trust(
             model,
