@@ -26,6 +26,7 @@ FLOORS = {
     "__init__": 0,
     "_architecture": 0,
     "_certainty": 3,
+    "_monitor_checks": 2,
     "_checks": 0,
     "_chunks": 0,
     "_pictures": 1,
