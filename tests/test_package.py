@@ -40,6 +40,7 @@ FLOORS = {
     "_callable": 0,
     "_recipes": 7,
     "_trust_request": 8,
+    "tasks": 8,
     "_passes": 1,
     "_timeline": 3,
     "layout": 1,
