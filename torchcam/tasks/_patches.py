@@ -30,7 +30,7 @@ def as_patches(pixel_values: Tensor, size: int) -> dict[str, Tensor]:
             f"{tuple(image.shape)}"
         )
     rows, columns = image.shape[2] // size, image.shape[3] // size
-    grid = image.unflatten(3, (columns, size)).unflatten(2, (rows, size))  # (N, C, rows, size, columns, size)
+    grid = image.reshape(*image.shape[:2], rows, size, columns, size)
     patches = grid.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # (N, rows * columns, size * size * C)
     shapes = torch.tensor([[rows, columns]], device=image.device).expand(len(image), 2)
     mask = torch.ones(patches.shape[:2], dtype=torch.long, device=image.device)
@@ -69,5 +69,5 @@ def from_patches(inputs: Mapping[str, Tensor], size: int) -> Tensor:
         )
     rows, columns = shapes.pop()
     patches = inputs["pixel_values"][:, : rows * columns]
-    grid = patches.unflatten(2, (size, size, -1)).unflatten(1, (rows, columns))  # (N, rows, columns, size, size, C)
+    grid = patches.reshape(len(patches), rows, columns, size, size, -1)
     return grid.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
