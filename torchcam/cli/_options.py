@@ -52,10 +52,10 @@ def add_images(parser: Any, count: str | int = "+") -> None:
     parser.add_argument("images", metavar="IMAGE", nargs=count, type=Path, help="an image file")
 
 
-def add_model(parser: Any, *, weights: bool = True) -> None:
+def add_model(parser: Any, *, weights: bool = True, default: str = ARCH) -> None:
     """Add the options that name a model."""
     model = parser.add_argument_group("the model")
-    model.add_argument("--arch", help=f"a classification model of torchvision (default: {ARCH})")
+    model.add_argument("--arch", help=f"a classification model of torchvision (default: {default})")
     model.add_argument("--timm", metavar="NAME", help="a classification model of timm in place of --arch")
     model.add_argument(
         "--hf",
