@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         metrics,
         monitor,
         targets,
+        tasks,
         utils,
     )
     from torchcam.evaluation import evaluate
@@ -131,6 +132,7 @@ __all__ = [
     "overlay_map",
     "overlay_mask",
     "targets",
+    "tasks",
     "trust",
     "utils",
 ]

@@ -281,7 +281,8 @@ class HiResCAM(_GradientCAM):
     .. math::
         M(s) = \mathrm{ReLU}\Big(\sum_k G_k(s) A_k(s)\Big)
 
-    With a linear head the map sums, before the ReLU, to the score less the bias: it shows what the model used.
+    With a linear head the map sums, before the ReLU, to the score less the bias: it shows what the model used. The maps
+    of several layers are fused by their mean, as in pytorch-grad-cam: each is a sum of contributions to one score.
 
     Cost: the user's forward pass and a backward pass to the target layer.
     """
@@ -290,6 +291,10 @@ class HiResCAM(_GradientCAM):
     def weights(activation: Tensor, gradient: Tensor) -> Tensor:
         """Return the gradient, (N, C, *spatial)."""
         return gradient
+
+    @staticmethod
+    def _join_cams(cams: Tensor) -> Tensor:
+        return cams.mean(0)
 
 
 class GradCAMElementWise(_GradientCAM):
