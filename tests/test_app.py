@@ -36,7 +36,7 @@ EVIL = "<img src=x onerror=\"document.title='gone'\">{{value}}${1 + 1}"
 TRANSFORM = Compose([Resize(96), ToTensor()])
 SEGMENTER = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
 # Gradio and what it is built on use what their dependencies deprecate.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +148,15 @@ def drop(page: Any, path: Path) -> None:
     page.evaluate(script, [path.name, base64.b64encode(path.read_bytes()).decode()])
 
 
+def drop_folder(page: Any, path: Path) -> None:
+    session = page.context.new_cdp_session(page)
+    box = page.locator("#picture").bounding_box()
+    data = {"items": [], "files": [str(path)], "dragOperationsMask": 1}
+    for kind in ("dragEnter", "dragOver", "drop"):
+        place = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
+        session.send("Input.dispatchDragEvent", {"type": kind, "data": data, **place})
+
+
 def choose_class(page: Any, name: str) -> None:
     page.fill("#classes input", name)
     page.keyboard.press("Enter")
@@ -224,18 +233,22 @@ class TestInTheBrowser:
         shows(pages[1], expected(paths[1], class_idx=2))
         assert "first.png" not in pages[1].content()
 
-    def test_folder(self, opened: Any, window: Any, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("way", ["chosen", "dropped"])
+    def test_folder(self, way: str, opened: Any, window: Any, tmp_path: Path) -> None:
         folder = tmp_path / "pictures"
-        folder.mkdir()
-        for number, sample in enumerate(sample_images()[3:5]):
-            sample.image.resize((110, 100)).save(folder / f"{number}.png")
+        (folder / "more").mkdir(parents=True)
+        for place, sample in zip(("0.png", "more/1.png"), sample_images()[3:5], strict=True):
+            sample.image.resize((110, 100)).save(folder / place)
         (folder / "notes.txt").write_text("no picture")
         page = opened(window.local_url)
-        page.set_input_files("#folder input[type=file]", folder)
+        if way == "chosen":
+            page.set_input_files("#folder input[type=file]", folder)
+        else:
+            drop_folder(page, folder)
         shows(page, expected(folder / "0.png"))
         assert page.locator("#pictures img").count() == 2
         page.click("#pictures button >> nth=1")
-        shows(page, expected(folder / "1.png"))
+        shows(page, expected(folder / "more" / "1.png"))
 
     def test_what_is_no_picture_is_said_so(self, opened: Any, window: Any, tmp_path: Path) -> None:
         path = tmp_path / "broken.png"
