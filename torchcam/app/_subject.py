@@ -77,13 +77,15 @@ class Subject:
     def layers(self, picture: str) -> Candidates:
         """Return the layers that a map can be made from, by a pass over a picture."""
         inputs = read_inputs(self.model, picture, self._given.get("transform"))
-        call = Call((inputs.tensor,), {}) if inputs.kwargs is None else Call((), inputs.kwargs)
+        call = Call((inputs.tensor,), {}) if inputs.kwargs is None else Call((), dict(inputs.kwargs))
         usable = candidates_of(self.model, call).usable
         return Candidates([one for one in usable if one.is_stage] or usable)
 
     def answer(self, question: Question) -> PredictionExplanation:
         """Explain a picture. The maps are drawn on the picture itself, where the model saw it."""
-        return explain(self.model, question.picture, image=question.picture, **self._given, **_options(question))
+        options = {**self._given, **_options(question)}
+        result: PredictionExplanation = explain(self.model, question.picture, image=question.picture, **options)
+        return result
 
     def code(self, question: Question, picture: str, imports: str = "") -> str:
         """Return the code that gives the same answer.

@@ -214,7 +214,7 @@ class Window(gr.Blocks):  # type: ignore[misc]
             return "<p>There is no map yet.</p>"
         result = self._answer(self._question(picture, classes, layer, methods))
         try:
-            return _plain(result.trust()._repr_html_())
+            return _plain(str(result.trust()._repr_html_()))
         except (RuntimeError, ValueError) as error:
             raise gr.Error(_safe(str(error)), title="No verdict") from error
 
@@ -258,7 +258,7 @@ def _safe(text: str) -> str:
     return _plain(html.escape(text))
 
 
-def _path_of(payload: Any) -> str | None:
+def _path_of(payload: Any) -> Any:
     return None if payload is None else payload.path
 
 
@@ -273,4 +273,5 @@ def _pictures_in(files: Sequence[str] | None) -> tuple[Any, Any, Any]:
 
 
 def _chosen(gallery: Sequence[tuple[str, str | None]], event: gr.SelectData) -> str:
-    return gallery[event.index][0]
+    path: str = gallery[event.index][0]
+    return path
