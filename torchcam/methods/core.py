@@ -476,7 +476,7 @@ class _CAM:
         if len(maps) != len(names):  # of all layers together
             activations, gradients, names = [None] * len(maps), [None] * len(maps), [", ".join(names)] * len(maps)
         found = zip(maps, activations, gradients, names, strict=True)
-        return [broken_samples(*of_layer, quiet=request.quiet) for of_layer in found]
+        return [broken_samples(*of_layer) for of_layer in found]
 
     # Gradients.
 

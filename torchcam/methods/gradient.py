@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
@@ -17,6 +16,7 @@ from torchcam.layers import TargetLayer
 
 from ._gradients import OTHER_SIGN, share_of_other_sign
 from ._replay import VariantRunner, gaussian_noise
+from ._running import thread, warn
 from .core import _CAM, Request, on_replica
 
 __all__ = [
@@ -105,11 +105,11 @@ class _OneSignCAM(_GradientCAM):
         """Warn, once for each layer, if activations have both signs."""
         checked: set[str] = vars(self).setdefault("_checked", set())
         for name, activation in zip(request.recorded.names, activations, strict=True):
-            if request.quiet or name in checked:
+            if thread.quiet or name in checked:
                 continue
             checked.add(name)
             if bool((share_of_other_sign(activation) > OTHER_SIGN).any()):
-                warnings.warn(
+                warn(
                     f"'{name}' has activations of both signs, but the weights of {type(self).__name__} are meant for "
                     "one: sums over positions cancel. HiResCAM, the sum of G_k A_k over the channels at each position, "
                     "holds for both",
