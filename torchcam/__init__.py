@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         metrics,
         monitor,
         targets,
+        tasks,
         utils,
     )
     from torchcam.evaluation import evaluate
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
         TransformerAttribution,
         XGradCAM,
     )
+    from torchcam.tasks.answers import explain_answer
     from torchcam.trust import trust as _trust
     from torchcam.utils import overlay_map, overlay_mask
 
@@ -77,7 +79,12 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_FUNCTIONS = {"evaluate": "evaluation", "overlay_map": "utils", "overlay_mask": "utils"}  # and their modules
+_FUNCTIONS = {  # and their modules
+    "evaluate": "evaluation",
+    "explain_answer": "tasks.answers",
+    "overlay_map": "utils",
+    "overlay_mask": "utils",
+}
 
 __all__ = [
     "CAM",
@@ -119,6 +126,7 @@ __all__ = [
     "evaluate",
     "evaluation",
     "explain",
+    "explain_answer",
     "export",
     "integrations",
     "layers",
@@ -129,6 +137,7 @@ __all__ = [
     "overlay_map",
     "overlay_mask",
     "targets",
+    "tasks",
     "trust",
     "utils",
 ]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Protocol, overload
 
 import numpy as np
 from PIL import Image
@@ -31,17 +31,36 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
-__all__ = ["Explanations", "PredictionExplanation"]
+__all__ = ["Drawable", "Explanations", "Pictures", "PredictionExplanation", "free_directory"]
 
 SHOWN = 8  # inputs of a batch that a notebook shows
 SMALLEST = 256  # pictures with less on their longest side are enlarged, to 512 at least: maps over them are smooth
 
 
-class _Pictures:
-    """Figures, pages and notebook output, for one explanation and for several alike."""
+class Drawable(Protocol):
+    """One picture with its maps."""
 
     @property
-    def _items(self) -> Sequence[PredictionExplanation]:
+    def title(self) -> str:
+        """The heading of its figure."""
+        ...
+
+    def _drawable(self) -> bool: ...
+
+    def _sheet(self, alpha: float = ..., colormap: str | Colormap | None = ..., grey: bool = ...) -> Sheet: ...
+
+    def _page_item(self, name: str) -> _page.PageItem: ...
+
+    def _origin(self) -> list[tuple[str, str]]: ...
+
+
+class Pictures:
+    """Figures, pages and notebook output, for one explanation and for several alike."""
+
+    _sentence: Sequence[tuple[str, int | None]] = ()  # pieces of a text in which the reader of a page chooses a map
+
+    @property
+    def _items(self) -> Sequence[Drawable]:
         raise NotImplementedError
 
     @property
@@ -105,13 +124,14 @@ class _Pictures:
         if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 <= alpha < 1:
             raise ValueError(f"`alpha` must be a number in [0, 1), got {alpha!r}")
         pages = [item._page_item(f"{number}: {item.title}") for number, item in enumerate(items)]
-        page = _page.render(pages, self.title if title is None else title, items[0]._origin(), colormap, alpha)
+        heading = self.title if title is None else title
+        page = _page.render(pages, heading, items[0]._origin(), colormap, alpha, self._sentence)
         if path is not None:
             with atomic_write(Path(path)) as part:
                 part.write_text(page, encoding="utf-8")
         return page
 
-    def _checked_items(self) -> Sequence[PredictionExplanation]:
+    def _checked_items(self) -> Sequence[Drawable]:
         if not self._items:
             raise ValueError("there is no explanation in here, so there is nothing to draw")
         return self._items
@@ -134,7 +154,7 @@ class _Pictures:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class PredictionExplanation(_Pictures):
+class PredictionExplanation(Pictures):
     """The prediction of a model for one input, and the regions that made it. All tensors are on the CPU.
 
     A notebook shows it as a picture. `plot`, `overlay`, `save` and `to_html` make figures, images, files and a page.
@@ -404,7 +424,7 @@ class PredictionExplanation(_Pictures):
             TypeError: if ``image`` is not a PIL image
             ValueError: if the maps are not two-dimensional, ``alpha`` is out of range, or the image's mode unsupported
         """
-        directory = _free(directory)
+        directory = free_directory(directory)
         given = self.image if image is None else image
         if not isinstance(given, Image.Image):
             raise TypeError(f"`image` must be a PIL image, got {type(given).__name__}")
@@ -474,7 +494,7 @@ class PredictionExplanation(_Pictures):
         return {"class_idx": key, "class_name": None if self.class_names is None else self.class_names[key]}
 
 
-class Explanations(_Pictures, Sequence[PredictionExplanation]):
+class Explanations(Pictures, Sequence[PredictionExplanation]):
     """The predictions for the inputs of a batch, with their maps. A notebook shows the first of them as pictures.
 
     Args:
@@ -532,7 +552,7 @@ class Explanations(_Pictures, Sequence[PredictionExplanation]):
         Returns:
             the directory
         """
-        directory = _free(directory)
+        directory = free_directory(directory)
         pictures = [None] * len(self) if images is None else list(images)
         if len(pictures) != len(self):
             raise ValueError(f"`images` must hold one image for each of the {len(self)} inputs, got {len(pictures)}")
@@ -565,7 +585,7 @@ def _in_place(values: NDArray[np.float32], view: View, picture: Image.Image | No
     return on_picture(values, Cells.of_grid(values.shape, view), fitted_size(picture.size, 512))
 
 
-def _free(directory: str | Path) -> Path:
+def free_directory(directory: str | Path) -> Path:
     """Check that a directory can be written."""
     directory = Path(directory)
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
