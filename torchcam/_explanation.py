@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from PIL import Image
@@ -31,37 +31,23 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
-__all__ = ["Drawable", "Explanations", "Pictures", "PredictionExplanation", "free_directory"]
+__all__ = ["Explanations", "Pictures", "PredictionExplanation", "free_directory"]
 
 SHOWN = 8  # inputs of a batch that a notebook shows
 SMALLEST = 256  # pictures with less on their longest side are enlarged, to 512 at least: maps over them are smooth
 
 
-class Drawable(Protocol):
-    """One picture with its maps."""
-
-    @property
-    def title(self) -> str:
-        """The heading of its figure."""
-        ...
-
-    def _drawable(self) -> bool: ...
-
-    def _sheet(self, alpha: float = ..., colormap: str | Colormap | None = ..., grey: bool = ...) -> Sheet: ...
-
-    def _page_item(self, name: str) -> _page.PageItem: ...
-
-    def _origin(self) -> list[tuple[str, str]]: ...
-
-
 class Pictures:
     """Figures, pages and notebook output, for one explanation and for several alike."""
 
-    _sentence: Sequence[tuple[str, int | None]] = ()  # pieces of a text in which the reader of a page chooses a map
+    @property
+    def _items(self) -> Sequence[Any]:  # explanations, or whatever else has a title, a sheet and an item of a page
+        raise NotImplementedError
 
     @property
-    def _items(self) -> Sequence[Drawable]:
-        raise NotImplementedError
+    def _sentence(self) -> Sequence[tuple[str, int | None]]:
+        """Pieces of a text in which the reader of a page chooses a map, each with its number."""
+        return ()
 
     @property
     def title(self) -> str:
@@ -131,7 +117,7 @@ class Pictures:
                 part.write_text(page, encoding="utf-8")
         return page
 
-    def _checked_items(self) -> Sequence[Drawable]:
+    def _checked_items(self) -> Sequence[Any]:
         if not self._items:
             raise ValueError("there is no explanation in here, so there is nothing to draw")
         return self._items

@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
 from torchcam import _page
-from torchcam._explanation import SMALLEST, Drawable, Pictures, free_directory
+from torchcam._explanation import SMALLEST, Pictures, free_directory
 from torchcam._figures import Cell, Row, Sheet
 from torchcam._files import atomic_write
 from torchcam._pictures import enlarged, fitted, fitted_size
@@ -115,7 +115,7 @@ class AnswerExplanation(Pictures):
         Returns:
             the map, in [0, 1], or in [-1, 1] if it is ``signed``; NaN where the model sees nothing of the picture
         """
-        return self._raster(self._scaled(self.relevance(word), signed), self._picture(picture))
+        return self._rasters(self.relevance(word), signed)[self._picture(picture)]
 
     def _numbers(self, word: int | str | Sequence[int | str] | None) -> list[int]:
         """Return the numbers of maps."""
@@ -142,23 +142,27 @@ class AnswerExplanation(Pictures):
     def _boxes(self) -> NDArray[np.float64]:
         return np.concatenate([np.asarray(cells.boxes, dtype=np.float64) for cells in self.cells])
 
-    def _scaled(self, relevance: Tensor, signed: bool) -> NDArray[np.float32]:
-        """Return relevance per area, scaled so that 1 is the largest value on all pictures."""
+    def _rasters(self, relevance: Tensor, signed: bool = False) -> list[NDArray[np.float32]]:
+        """Lay relevance per area out on each picture, scaled so that 1 is the largest value on all of them.
+
+        The values of a grid that covers its picture stay as they are.
+        """
         boxes = self._boxes
         area = np.abs((boxes[:, 3] - boxes[:, 1]) * (boxes[:, 4] - boxes[:, 2]))
-        values = np.asarray(relevance, dtype=np.float64) / area
-        values = values if signed else np.maximum(values, 0)
-        peak = float(np.nanmax(np.abs(values), initial=0.0))
-        return (values / (peak or 1.0)).astype(np.float32)
-
-    def _raster(self, values: NDArray[np.float32], picture: int) -> NDArray[np.float32]:
-        """Lay the values of all visual tokens out on a picture; those of a grid that covers it stay as they are."""
-        start = sum(len(cells.boxes) for cells in self.cells[:picture])
-        cells = self.cells[picture]
-        own = values[start : start + len(cells.boxes)]
-        if cells.grid is not None and _covers(cells):
-            return own.reshape(cells.grid)
-        return on_picture(own, cells, fitted_size(self.images[picture].size, _EDGE), picture)
+        is_padding = (boxes[:, 1:3].max(1) >= 1) | (boxes[:, 3:].min(1) <= 0)
+        values = np.where(is_padding, np.nan, np.asarray(relevance, dtype=np.float64) / area)
+        values = (values if signed else np.maximum(values, 0)).astype(np.float32)
+        rasters, peak, start = [], 0.0, 0
+        for picture, (cells, image) in enumerate(zip(self.cells, self.images, strict=True)):
+            own = values[start : start + len(cells.boxes)]
+            start += len(cells.boxes)
+            is_plain = cells.grid is not None and _covers(cells)
+            size = fitted_size(image.size, _EDGE)
+            rasters.append(own.reshape(cells.grid) if is_plain else on_picture(own, cells, size, picture))
+            # Interpolation within a grid goes beyond its values; where cells lie over each other, their mean counts.
+            known = own if cells.grid is not None else rasters[-1]
+            peak = max(peak, float(np.nanmax(np.abs(known), initial=0.0)))
+        return [np.clip(raster / (peak or 1.0), -1 if signed else 0, 1) for raster in rasters]
 
     # Pictures.
 
@@ -185,24 +189,12 @@ class AnswerExplanation(Pictures):
         Raises:
             ValueError: if there is no such map or picture, or ``alpha`` is out of range
         """
-        values = self._scaled(self.relevance(word), signed)
-        return self._drawn(values, self._picture(picture), self.images[picture], alpha, colormap, grey, signed)
-
-    def _drawn(
-        self,
-        values: NDArray[np.float32],
-        picture: int,
-        below: Image.Image,
-        alpha: float,
-        colormap: str | Colormap | None,
-        grey: bool,
-        signed: bool = False,
-    ) -> Image.Image:
-        base = enlarged(below.convert("L") if grey else below, SMALLEST)
-        return overlay_map(base, self._raster(values, picture), colormap, alpha, signed=signed)
+        below = self.images[self._picture(picture)]
+        values = self.map(word, picture, signed=signed)
+        return _drawn(below, values, alpha, colormap, grey, signed)
 
     @property
-    def _items(self) -> Sequence[Drawable]:
+    def _items(self) -> Sequence[_AnsweredPicture]:
         return [_AnsweredPicture(self, number) for number in range(len(self.images))]
 
     @property
@@ -314,23 +306,35 @@ class _AnsweredPicture:
     def _sheet(self, alpha: float = ALPHA, colormap: str | Colormap | None = None, grey: bool = False) -> Sheet:
         of, base = self.of, fitted(enlarged(self.of.images[self.number], SMALLEST), 512)
         cells, captions = [], []
-        for number, relevance in enumerate(of.maps):
-            values = of._scaled(relevance, signed=False)
-            cells.append(Cell(of._drawn(values, self.number, base, alpha, colormap, grey), _note(values)))
+        for number in range(len(of.maps)):
+            values = of.map(number, self.number)
+            cells.append(Cell(_drawn(base, values, alpha, colormap, grey), _note(values)))
             captions.append((of._name_of(number), of._value_of(number)))
         return Sheet(self.title, base, captions, [Row(_METHOD, _LAYER, False, cells)])
 
     def _page_item(self, name: str) -> _page.PageItem:
         of = self.of
-        maps = [of._scaled(relevance, signed=False) for relevance in of.maps]
-        method = _page.PageMethod(
-            _METHOD, _LAYER, False, [of._raster(one, self.number) for one in maps], [_note(one) for one in maps]
-        )
-        words = [{"name": of._name_of(k), "value": of._value_of(k), "share": None, "tags": []} for k in range(len(maps))]
+        maps = [of.map(number, self.number) for number in range(len(of.maps))]
+        method = _page.PageMethod(_METHOD, _LAYER, False, maps, [*map(_note, maps)])
+        words = [
+            {"name": of._name_of(k), "value": of._value_of(k), "share": None, "tags": []} for k in range(len(maps))
+        ]
         return _page.PageItem(name, of.images[self.number], words, [method])
 
     def _origin(self) -> list[tuple[str, str]]:
         return self.of._origin()
+
+
+def _drawn(
+    below: Image.Image,
+    values: NDArray[np.float32],
+    alpha: float,
+    colormap: str | Colormap | None,
+    grey: bool,
+    signed: bool = False,
+) -> Image.Image:
+    base = enlarged(below.convert("L") if grey else below, SMALLEST)
+    return overlay_map(base, values, colormap, alpha, signed=signed)
 
 
 def _covers(cells: Cells) -> bool:

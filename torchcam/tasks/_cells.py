@@ -144,8 +144,9 @@ def _merged(picture: _Picture) -> Cells:
 
 def _packed(picture: _Picture) -> Cells:
     """Return the cells of tiles that the model packs: what is packed here are the coordinates of their patches."""
-    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+    from transformers.models.llava_next import modeling_llava_next
 
+    tiles_of: Any = modeling_llava_next.get_anyres_image_grid_shape  # untyped
     model = picture.model.model
     config = model.config
     tile = config.vision_config.image_size
@@ -153,7 +154,7 @@ def _packed(picture: _Picture) -> Cells:
     size = picture.inputs["image_sizes"][picture.index]
     parts = [picture.grid(side, side)]
     if picture.together == 1 or "batch_num_images" not in picture.inputs:
-        rows, columns = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, tile)
+        rows, columns = tiles_of(size, config.image_grid_pinpoints, tile)
         height, width = picture.size
         scale = min(rows * tile / height, columns * tile / width)
         inner = height * scale / tile, width * scale / tile  # of the picture on the canvas, in tiles

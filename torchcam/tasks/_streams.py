@@ -130,9 +130,7 @@ class VisualStreams:
             )
         return torch.stack([self._read(one) for one in gradients])
 
-    def _differentiate(
-        self, output: Any, score: Tensor, ends: Sequence[Tensor], start: Tensor
-    ) -> list[Tensor | None]:
+    def _differentiate(self, output: Any, score: Tensor, ends: Sequence[Tensor], start: Tensor) -> list[Tensor | None]:
         """Return balanced gradients, and keep the graph for further scores."""
         if not score.requires_grad:
             return [None] * len(ends)
@@ -242,7 +240,7 @@ class VisualStreams:
         args, kwargs = map_tensors(substitute, segment.arguments)
         with torch.enable_grad():
             output = _first(segment.layer(given, *args, **kwargs))
-        lower = []
+        lower: list[Tensor | None] = []
         is_first = segment is self._segments[0]
         for one, gradient in zip(gradients, upper, strict=True):
             if gradient is None:

@@ -108,7 +108,7 @@ def token_id(tokenizer: Any, token: Any) -> Any:
         TypeError: if it is neither
         ValueError: if there is no such token, or the text is several
     """
-    if token is None or token == "others":
+    if token in (None, "others"):
         return token
     size = len(tokenizer)
     if isinstance(token, int) and not isinstance(token, bool):

@@ -151,7 +151,7 @@ def explain_answer(
         explained = (weights * scores.unsqueeze(1)).sum(-1)  # (B, G)
         maps = streams.relevance(explained.sum(0))  # (G, V): the samples do not depend on each other
         probabilities = token_scores(logits.detach(), answers.ids, None, is_log=True).exp()
-    parts = maps.split(counts, 1)
+    parts = torch.split(maps, counts, 1)
     found = [
         AnswerExplanation(
             prompt=texts[b],
