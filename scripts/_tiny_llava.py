@@ -1,8 +1,8 @@
 """A tiny LLaVA that reads the shapes of coloured things in pictures, so that the evidence for each word is known.
 
-A picture has 5 × 5 cells, one for each visual token. Four of them hold a thing, each of another colour, of any shape. The
-prompt names two colours, and the answer is the shapes of these two things in that order. So the evidence for each word
-is one cell.
+A picture has 5 × 5 cells, one for each visual token. Four of them hold a thing, each of another colour, of any shape.
+The prompt names two colours, and the answer is the shapes of these two things in that order. So the evidence for each
+word is one cell.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def build() -> tuple[Any, Any]:
     import tokenizers
     import transformers
 
-    words = tokenizers.models.WordLevel({word: place for place, word in enumerate(_WORDS)}, unk_token="<unk>")
-    core = tokenizers.Tokenizer(words)
-    core.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     special = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), _SPECIAL, strict=False))
+    places = {word: place for place, word in enumerate(_WORDS)}
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(places, unk_token=special["unk_token"]))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, **special)
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     edge = SIDE * CELL

@@ -31,6 +31,7 @@ def tokens_of(processor: Any, asked: Tensor, shapes: Tensor) -> Tensor:
 
 
 def main() -> None:
+    """Train, and write the weights."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     parser.add_argument("--steps", type=int, default=STEPS)

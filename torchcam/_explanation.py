@@ -139,9 +139,9 @@ class Pictures:
         return _figures.png(_figures.draw([item._sheet() for item in shown], self.title, None, None))
 
     @property
-    def _shown(self) -> Sequence[PredictionExplanation]:
+    def _shown(self) -> Sequence[Any]:
         """The first of several inputs, as many as the output of a notebook cell shows."""
-        return self._items[: _figures.fitting([len(item.cams) * len(item.results) + 1 for item in self._items])]
+        return self._items[: _figures.fitting([item._panels for item in self._items])]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -340,6 +340,11 @@ class PredictionExplanation(Pictures):
             return picture, found or FULL
         warnings.warn(views.unknown(picture.size), UserWarning, stacklevel=3)
         return self.image, self.view
+
+    @property
+    def _panels(self) -> int:
+        """The number of pictures in a figure."""
+        return len(self.cams) * len(self.results) + 1
 
     def _sheet(self, alpha: float = ALPHA, colormap: str | Colormap | None = None, grey: bool = False) -> Sheet:
         """Draw the image and all maps, no larger than a figure shows them."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from torchcam import _page
 from torchcam._explanation import SMALLEST, Pictures, free_directory
-from torchcam._figures import Cell, Row, Sheet
+from torchcam._figures import Cell, Column, Row, Sheet
 from torchcam._files import atomic_write
 from torchcam._pictures import enlarged, fitted, fitted_size
 from torchcam.layout import Cells
@@ -300,23 +300,27 @@ class _AnsweredPicture:
         """The answer, and which picture it is where there are several."""
         return self.of.title if len(self.of.images) == 1 else f"picture {self.number}"
 
+    @property
+    def _panels(self) -> int:
+        return len(self.of.maps) + 1
+
     def _drawable(self) -> bool:
         return True
 
     def _sheet(self, alpha: float = ALPHA, colormap: str | Colormap | None = None, grey: bool = False) -> Sheet:
         of, base = self.of, fitted(enlarged(self.of.images[self.number], SMALLEST), 512)
-        cells, captions = [], []
+        rows = []
         for number in range(len(of.maps)):
             values = of.map(number, self.number)
-            cells.append(Cell(_drawn(base, values, alpha, colormap, grey), _note(values)))
-            captions.append((of._name_of(number), of._value_of(number)))
-        return Sheet(self.title, base, captions, [Row(_METHOD, _LAYER, False, cells)])
+            cell = Cell(_drawn(base, values, alpha, colormap, grey), _note(values))
+            rows.append(Row(of._name_of(number), of._value_of(number), [cell]))
+        return Sheet(base, [Column(_METHOD, _LAYER)], rows)
 
     def _page_item(self, name: str) -> _page.PageItem:
         of = self.of
         maps = [of.map(number, self.number) for number in range(len(of.maps))]
         method = _page.PageMethod(_METHOD, _LAYER, False, maps, [*map(_note, maps)])
-        words = [
+        words: list[dict[str, str]] = [
             {"name": of._name_of(k), "value": of._value_of(k), "share": None, "tags": []} for k in range(len(maps))
         ]
         return _page.PageItem(name, of.images[self.number], words, [method])

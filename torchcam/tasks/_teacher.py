@@ -192,13 +192,12 @@ def grown(model: Any, inputs: dict[str, Any], ids: Tensor) -> dict[str, Any]:
         inputs: the inputs for the prompts, ``input_ids`` (B, T) among them
         ids: the tokens of the answers, (B, K)
     """
-    from transformers.utils import ModelOutput
+    from transformers.utils import generic
 
+    output: Any = generic.ModelOutput  # untyped
     kept = dict(inputs)
     for _ in range(ids.shape[1]):
-        kept = model._update_model_kwargs_for_generation(
-            ModelOutput(), kept, is_encoder_decoder=False, num_new_tokens=1
-        )
+        kept = model._update_model_kwargs_for_generation(output(), kept, is_encoder_decoder=False, num_new_tokens=1)
     full = {name: kept.get(name, value) for name, value in inputs.items()}
     full["input_ids"] = torch.cat([inputs["input_ids"], ids], 1)
     full["use_cache"] = False
