@@ -320,9 +320,7 @@ class _AnsweredPicture:
         of = self.of
         maps = [of.map(number, self.number) for number in range(len(of.maps))]
         method = _page.PageMethod(_METHOD, _LAYER, False, maps, [*map(_note, maps)])
-        words: list[dict[str, str]] = [
-            {"name": of._name_of(k), "value": of._value_of(k), "share": None, "tags": []} for k in range(len(maps))
-        ]
+        words: list[dict[str, str]] = [{"name": of._name_of(k), "value": of._value_of(k)} for k in range(len(maps))]
         return _page.PageItem(name, of.images[self.number], words, [method])
 
     def _origin(self) -> list[tuple[str, str]]:
