@@ -65,8 +65,9 @@ FLOORS = {
     "explain": 9,
     "export": 9,
     "integrations": 9,
-    "cli": 10,
-    "__main__": 11,
+    "app": 10,
+    "cli": 11,
+    "__main__": 12,
 }
 # The rooms that are run, not imported.
 COMMANDS = {"cli"}

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from torchcam import (
+        app,
         demo,
         evaluation,
         export,
@@ -122,6 +123,7 @@ __all__ = [
     "TransformerAttribution",
     "XGradCAM",
     "__version__",
+    "app",
     "demo",
     "evaluate",
     "evaluation",
