@@ -43,6 +43,7 @@ PUBLIC_MODULES = [
     "torchcam.explain",
     "torchcam.integrations.lightning",
     "torchcam.integrations.transformers",
+    "torchcam.tasks.answers",
 ]
 
 

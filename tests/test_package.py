@@ -160,7 +160,7 @@ class TestNames:
 
     def test_modules_methods_and_functions_are_exported_and_nothing_else(self) -> None:
         methods = set(torchcam.methods.__all__) - {"OutputTarget"}
-        functions = {"evaluate", "overlay_map", "overlay_mask"}
+        functions = {"evaluate", "explain_answer", "overlay_map", "overlay_mask"}
         assert len(torchcam.__all__) == len(set(torchcam.__all__))
         assert set(torchcam.__all__) == rooms() | methods | functions | {"__version__"}
 
