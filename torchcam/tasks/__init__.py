@@ -1,0 +1,3 @@
+"""Questions beyond one class: why this box."""
+
+__all__: list[str] = []
