@@ -27,9 +27,10 @@ from torchcam._replica import replicated
 from torchcam._tensors import over_channels, to_float
 from torchcam._trust_request import TrustRequest
 from torchcam.layers import TargetLayer
-from torchcam.methods import GradCAM
+from torchcam.methods import GradCAM, HiResCAM
 from torchcam.methods.core import plain_tensors
 from torchcam.targets import Selector, read_logits
+from torchcam.tasks.boxes import Boxes, as_boxes, is_detector
 
 __all__ = ["Explanations", "MethodMaps", "PredictionExplanation", "explain", "explain_classes", "written_whole"]
 
@@ -44,14 +45,17 @@ class Options(TypedDict, total=False):
 
     expected_class_idx: Any
     class_names: Sequence[str] | None
-    method: Method | Sequence[Method] | Mapping[str, Method]
+    method: Method | Sequence[Method] | Mapping[str, Method] | None
     target_layer: Layers | Mapping[Any, Layers]
     method_kwargs: Mapping[Any, Any] | None
     top_k: int | None
     class_idx: Any
     targets: Any
+    box: Any
+    threshold: float | None
     relu: bool | Literal["negative"] | None
     transform: Any
+    processor: Any
     weights: Any
     image: Any
     to_probabilities: Callable[[Tensor], Tensor] | None
@@ -81,14 +85,17 @@ def explain(
     *,
     expected_class_idx: Any = None,
     class_names: Sequence[str] | None = None,
-    method: Method | Sequence[Method] | Mapping[str, Method] = GradCAM,
+    method: Method | Sequence[Method] | Mapping[str, Method] | None = None,
     target_layer: Layers | Mapping[Any, Layers] = None,
     method_kwargs: Mapping[Any, Any] | None = None,
     top_k: int | None = None,
     class_idx: Any = None,
     targets: Any = None,
+    box: Any = None,
+    threshold: float | None = None,
     relu: bool | Literal["negative"] | None = None,
     transform: Any = None,
+    processor: Any = None,
     weights: Any = None,
     image: Any = None,
     to_probabilities: Callable[[Tensor], Tensor] | None = None,
@@ -124,7 +131,7 @@ def explain(
         class_names: the names of all classes, in the order of the scores; by default those of ``weights``, or those
             that a model of transformers knows
         method: the class of the method, or its name in any spelling; several in a list, or in a mapping from labels of
-            your own
+            your own; by default GradCAM and, for boxes, HiResCAM
         target_layer: the layer(s) to look at, as the method takes them; for several methods the same, or a mapping from
             methods to layers
         method_kwargs: further arguments of the method: of its constructor, or of its call (``relu``,
@@ -136,10 +143,17 @@ def explain(
         targets: in place of classes, what to explain of any output: a callable from one sample's output to a scalar
             (see :mod:`torchcam.targets`), several in a mapping from their names, or in a list: of one input's several
             targets, of a batch's one for each input
+        box: of a detector, in place of classes: the number of a box that it finds, a list of them, or ``"all"``; by
+            default the box with the highest score. In place of a number also a :class:`torchcam.targets.Box` with it,
+            for a side, a mask or a point. For the wrappers of ultralytics, DETR and its relatives of transformers (with
+            their ``processor``) and the detectors of torchvision; ``input_tensor`` is an image then, or a list of them.
+            Their method is by default HiResCAM: the gradient of a box has a place, and GradCAM averages over it.
+        threshold: of a detector, the least score of a box; by default its own
         relu: True for the evidence for the classes, ``"negative"`` for that against them, False for both in signed
             maps; None for what each method does by itself
         transform: function from a PIL image to a tensor (C, *spatial), or an image processor of transformers. The image
             that is shown is the model's view, with the transform's normalisation undone where it can be found.
+        processor: of transformers, what makes inputs of images, and boxes of a detector's outputs
         weights: weights of torchvision, or their name, such as "ResNet18_Weights.DEFAULT" or, for a model as
             torchvision builds it, "DEFAULT": their transform is taken, and the names of the classes
         image: what to show in place of the model's view: an image as above, or a list of one for each input. If it is
@@ -161,12 +175,33 @@ def explain(
     if top_k is not None:
         positive_integer("top_k", top_k)
     positive_integer("batch_size", batch_size)
-    recipes = as_recipes(method, target_layer, method_kwargs, relu)
     names = as_class_names(class_names)
-    model = _original(model)
+    model = original = _original(model)
+    about_boxes = _asks_about_boxes(model, box, threshold, class_idx, expected_class_idx, top_k, targets)
+    if about_boxes and isinstance(input_tensor, (list, tuple)):
+        options = {name: value for name, value in given.items() if name != "input_tensor"}
+        return Explanations([explain(**options, input_tensor=one) for one in input_tensor])
+    recipes = as_recipes(method or (HiResCAM if about_boxes else GradCAM), target_layer, method_kwargs, relu)
+    boxes: Boxes | None = None
     with plain_tensors():
-        inputs = read_inputs(model, input_tensor, transform, weights, image)
-    names = inputs.class_names if names is None else names
+        if about_boxes:
+            wanted = any(recipe.searches_layer for recipe in recipes)
+            options = {"transform": transform, "weights": weights}
+            boxes = as_boxes(
+                model,
+                input_tensor,
+                box,
+                processor=processor,
+                threshold=threshold,
+                class_names=names,
+                needs_layer=wanted,
+                **options,
+            )
+            model, inputs, targets = boxes.model, boxes.inputs, boxes.targets
+            recipes = [recipe.at(boxes.layer) for recipe in recipes]
+        else:
+            inputs = read_inputs(model, input_tensor, transform or processor, weights, image)
+    names = None if boxes is not None else inputs.class_names if names is None else names
     count = len(inputs.tensor)
     choice = Choice(count, inputs.is_batch, class_idx, expected_class_idx, top_k, targets, names)
     input_shape = tuple(inputs.tensor.shape[1:])
