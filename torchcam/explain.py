@@ -26,11 +26,13 @@ from torchcam._recipes import Recipe, as_recipes, extractors_on, named_errors
 from torchcam._replica import replicated
 from torchcam._tensors import over_channels, to_float
 from torchcam._trust_request import TrustRequest
+from torchcam._views import FULL
 from torchcam.layers import TargetLayer
 from torchcam.methods import GradCAM, HiResCAM
 from torchcam.methods.core import plain_tensors
 from torchcam.targets import Selector, read_logits
-from torchcam.tasks.boxes import Boxes, as_boxes, is_detector
+from torchcam.tasks.boxes import as_boxes, is_detector
+from torchcam.tasks.texts import as_texts, own_scores
 
 __all__ = ["Explanations", "MethodMaps", "PredictionExplanation", "explain", "explain_classes", "written_whole"]
 
@@ -53,6 +55,8 @@ class Options(TypedDict, total=False):
     targets: Any
     box: Any
     threshold: float | None
+    texts: Sequence[str] | None
+    against: Literal["others"] | None
     relu: bool | Literal["negative"] | None
     transform: Any
     processor: Any
@@ -93,6 +97,8 @@ def explain(
     targets: Any = None,
     box: Any = None,
     threshold: float | None = None,
+    texts: Sequence[str] | None = None,
+    against: Literal["others"] | None = None,
     relu: bool | Literal["negative"] | None = None,
     transform: Any = None,
     processor: Any = None,
@@ -149,17 +155,23 @@ def explain(
             their ``processor``) and the detectors of torchvision; ``input_tensor`` is an image then, or a list of them.
             Their method is by default HiResCAM: the gradient of a box has a place, and GradCAM averages over it.
         threshold: of a detector, the least score of a box; by default its own
+        texts: of a model with an image and a text tower (CLIP, SigLIP, ...), the texts that the image is compared with.
+            They are embedded once, and are the classes from then on; so they are what ``class_idx`` names.
+        against: ``"others"`` to explain what tells a text from the others: its score less the mean of theirs
         relu: True for the evidence for the classes, ``"negative"`` for that against them, False for both in signed
             maps; None for what each method does by itself
         transform: function from a PIL image to a tensor (C, *spatial), or an image processor of transformers. The image
             that is shown is the model's view, with the transform's normalisation undone where it can be found.
-        processor: of transformers, what makes inputs of images, and boxes of a detector's outputs
+        processor: a processor, image processor or tokenizer of transformers: it makes a tensor of an image where there
+            is no ``transform``, boxes of a detector's output, and tokens of ``texts``. For the latter also a function
+            from a list of strings to what the text tower takes, as the tokenizers of open_clip are.
         weights: weights of torchvision, or their name, such as "ResNet18_Weights.DEFAULT" or, for a model as
             torchvision builds it, "DEFAULT": their transform is taken, and the names of the classes
         image: what to show in place of the model's view: an image as above, or a list of one for each input. If it is
             the original of an image that was cropped or padded, each map is drawn where the model saw it.
         to_probabilities: function from the scores (N, classes) to the probabilities that are shown: softmax by default;
-            ``torch.sigmoid`` where classes do not exclude each other. A single score is shown as it is.
+            ``torch.sigmoid`` where classes do not exclude each other, and by default where ``texts`` are judged one by
+            one (SigLIP). A single score is shown as it is.
         batch_size: largest number of inputs in one forward pass
 
     Returns:
@@ -172,21 +184,20 @@ def explain(
             there are fewer than ``top_k``, ``class_names`` has the wrong length, the scores are not (N, classes) or not
             finite, or a method cannot handle the model
     """
+    arguments = dict(locals())
     if top_k is not None:
         positive_integer("top_k", top_k)
     positive_integer("batch_size", batch_size)
     names = as_class_names(class_names)
-    model = original = _original(model)
-    about_boxes = _asks_about_boxes(model, box, threshold, class_idx, expected_class_idx, top_k, targets)
-    if about_boxes and isinstance(input_tensor, (list, tuple)):
-        options = {name: value for name, value in given.items() if name != "input_tensor"}
-        return Explanations([explain(**options, input_tensor=one) for one in input_tensor])
+    model = original = explained = _original(model)
+    others = {"class_idx": class_idx, "targets": targets, "texts": texts, "top_k": top_k}
+    about_boxes = _asks_about_boxes(model, box, threshold, {**others, "expected_class_idx": expected_class_idx})
+    if about_boxes and isinstance(input_tensor, (list, tuple)):  # of pictures of any size, with any number of boxes
+        return Explanations([explain(**{**arguments, "input_tensor": one}) for one in input_tensor])
     recipes = as_recipes(method or (HiResCAM if about_boxes else GradCAM), target_layer, method_kwargs, relu)
-    boxes: Boxes | None = None
+    boxes, compared = None, None
     with plain_tensors():
         if about_boxes:
-            wanted = any(recipe.searches_layer for recipe in recipes)
-            options = {"transform": transform, "weights": weights}
             boxes = as_boxes(
                 model,
                 input_tensor,
@@ -194,14 +205,20 @@ def explain(
                 processor=processor,
                 threshold=threshold,
                 class_names=names,
-                needs_layer=wanted,
-                **options,
+                needs_layer=any(recipe.searches_layer for recipe in recipes),
+                transform=transform,
+                weights=weights,
             )
             model, inputs, targets = boxes.model, boxes.inputs, boxes.targets
             recipes = [recipe.at(boxes.layer) for recipe in recipes]
+            explained = model
         else:
-            inputs = read_inputs(model, input_tensor, transform or processor, weights, image)
-    names = None if boxes is not None else inputs.class_names if names is None else names
+            inputs = read_inputs(model, input_tensor, transform, weights, image, processor)
+            compared = as_texts(model, texts, against, processor, batch_size)
+            names = inputs.class_names if names is None else names
+    if compared is not None:
+        model, names = compared.classifier(model), compared.names if class_names is None else names
+        to_probabilities = to_probabilities or compared.to_probabilities
     count = len(inputs.tensor)
     choice = Choice(count, inputs.is_batch, class_idx, expected_class_idx, top_k, targets, names)
     input_shape = tuple(inputs.tensor.shape[1:])
@@ -218,14 +235,16 @@ def explain(
                 request = None
                 if inputs.kwargs is None:
                     request = TrustRequest.of(
-                        model,
+                        explained,
                         inputs.tensor[number : number + 1],
                         recipes,
                         [result.target_layers for result in results.values()],
                         {} if choice.targets is None else choice.targets[number],
-                        images=None if picture is None else [picture],
+                        # A map that covers another part of the picture is judged over what the model sees.
+                        images=None if picture is None or inputs.shown[number] != FULL else [picture],
                         class_names=names,
                         to_probabilities=to_probabilities,
+                        view=None if compared is None else compared.classifier,
                     )
                 explanations.append(
                     PredictionExplanation(
@@ -235,7 +254,7 @@ def explain(
                         cams=first.cams,
                         method=first.method,
                         target_layers=first.target_layers,
-                        model=f"{type(model).__module__}.{type(model).__qualname__}",
+                        model=f"{type(original).__module__}.{type(original).__qualname__}",
                         input_shape=(1, *input_shape),
                         versions=MappingProxyType(versions),
                         class_names=names,
@@ -245,6 +264,7 @@ def explain(
                         probabilities=_probabilities(answer.logits, to_probabilities),
                         scores=MappingProxyType(answer.scores),
                         view=inputs.shown[number],
+                        detections=None if boxes is None else boxes.detections,
                         _try_out=request,
                         _views=inputs.views[number],
                     )
@@ -296,6 +316,22 @@ def explain_classes(
     return logits, cams, extractor
 
 
+def _asks_about_boxes(model: nn.Module, box: Any, threshold: float | None, others: Mapping[str, Any]) -> bool:
+    """Check whether a detector is asked about its boxes: it is, if nothing else is asked.
+
+    Raises:
+        ValueError: if it is asked about something else as well, or there is a ``threshold`` for no boxes
+    """
+    asked = [name for name, value in others.items() if value is not None]
+    if box is not None and asked:
+        raise ValueError(f"give `box` or `{asked[0]}`, not both: boxes take the place of classes and targets")
+    if box is not None or (not asked and is_detector(model)):
+        return True
+    if threshold is not None:
+        raise ValueError(f"`threshold` is {threshold}, the least score of a detector's boxes, but no `box` is asked about")
+    return False
+
+
 def _original(model: nn.Module) -> nn.Module:
     """Return the model, or what `torch.compile` was given: compiled code runs no hooks."""
     if not isinstance(model, nn.Module):
@@ -326,7 +362,7 @@ def _explain_samples(
     with inputs.named_errors():
         output = inputs.call(replica, samples)
     if choice.targets is None:
-        logits = _class_scores(output, count)
+        logits = _class_scores(own_scores(output), count)
         keys: list[list[Any]] = list(choice.keys(logits, samples))
         answers = _answers(logits, [{}] * count)
         columns: list[dict[str, Any]] = [{"class_idx": column if count > 1 else column[0]} for column in _columns(keys)]

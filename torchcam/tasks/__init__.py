@@ -1,3 +1,3 @@
-"""Questions beyond one class: why this box."""
+"""Questions beyond one class: which part of the image fits a text, and why a box is there."""
 
 __all__: list[str] = []

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from torchcam._detector_rows import corners
-from torchcam._inputs import Inputs, read_inputs
+from torchcam._inputs import Inputs, read_inputs, split_processor
 from torchcam._replica import replicated
 
 from ._found import Found, Looked, match_rows
@@ -32,7 +32,7 @@ def is_detector(model: nn.Module) -> bool:
 
 def find(model: nn.Module, looked: Looked) -> Found:
     """Ask a detector about a picture."""
-    processor = getattr(looked.processor, "image_processor", looked.processor) or looked.options.get("transform")
+    processor = looked.options.get("transform") if looked.processor is None else split_processor(looked.processor)[0]
     if not callable(getattr(processor, "post_process_object_detection", None)):
         given = "is missing" if processor is None else f"is a {type(processor).__name__}, which makes no boxes"
         raise ValueError(
