@@ -81,7 +81,9 @@ class Detections:
             )
             outline = min(left, right), min(top, bottom), max(left, right), max(top, bottom)
             pen.rectangle(outline, outline="black", width=width + 2)
-            pen.rectangle([outline[0] + 1, outline[1] + 1, outline[2] - 1, outline[3] - 1], outline="white", width=width)
+            pen.rectangle(
+                [outline[0] + 1, outline[1] + 1, outline[2] - 1, outline[3] - 1], outline="white", width=width
+            )
         return picture
 
 

@@ -85,7 +85,7 @@ def save_maps(
     place: str,
     draw: Callable[[NDArray[np.float32]], Image.Image],
 ) -> list[dict[str, Any]]:
-    """Write the maps of a class, and pictures of them, to ``place`` within ``folder``; return the names of the files."""
+    """Write the maps of a class, and pictures of them, to ``place`` within ``folder``; return the files' names."""
     entries = []
     subject = f"target-{list(result.cams).index(key)}" if isinstance(key, str) else f"class-{key}"
     for number, (names, cam) in enumerate(zip(result.layer_names(key), result.cams[key], strict=True)):

@@ -328,7 +328,9 @@ def _asks_about_boxes(model: nn.Module, box: Any, threshold: float | None, other
     if box is not None or (not asked and is_detector(model)):
         return True
     if threshold is not None:
-        raise ValueError(f"`threshold` is {threshold}, the least score of a detector's boxes, but no `box` is asked about")
+        raise ValueError(
+            f"`threshold` is {threshold}, the least score of a detector's boxes, but no `box` is asked about"
+        )
     return False
 
 

@@ -415,7 +415,7 @@ class Box:
         side: in place of the score ``"left"``, ``"top"``, ``"right"`` or ``"bottom"`` of the box, in the output's own
             units, or ``"mask"``: the sum of its mask over the pixels that belong to it
         keypoint: in place of the score, the confidence in this one of its points
-        label: the class, by default the one with the highest score in the row
+        label: the class, by default the one with the highest score in the row (of DETR, the last one is "no object")
         near: left, top, right and bottom of a box, in the output's own units. Then the row whose box overlaps it most
             is read, in place of the row at ``index``: for models whose rows have no place of their own (torchvision,
             RT-DETR), when they run on variants of the input. Where torchvision finds no box of the class that overlaps

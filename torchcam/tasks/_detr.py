@@ -35,7 +35,7 @@ def find(model: nn.Module, looked: Looked) -> Found:
     processor = looked.options.get("transform") if looked.processor is None else split_processor(looked.processor)[0]
     if not callable(getattr(processor, "post_process_object_detection", None)):
         given = "is missing" if processor is None else f"is a {type(processor).__name__}, which makes no boxes"
-        raise ValueError(
+        raise ValueError(  # noqa: TRY004 - most often it is missing
             f"`processor` {given}: {type(model).__name__} needs its own, "
             "`processor=AutoImageProcessor.from_pretrained(...)`"
         )
@@ -44,10 +44,10 @@ def find(model: nn.Module, looked: Looked) -> Found:
     inputs = _without_full_mask(
         read_inputs(model, looked.picture, **{**looked.options, "transform": processor}, image=looked.picture)
     )
-    with replicated(model) as replica, torch.inference_mode(False), torch.no_grad():
-        output = inputs.call(replica, slice(0, 1))
     size = looked.picture.size
     try:
+        with replicated(model) as replica, torch.inference_mode(False), torch.no_grad():
+            output = inputs.call(replica, slice(0, 1))
         (answer,) = processor.post_process_object_detection(
             output,
             target_sizes=[size[::-1]],
@@ -55,14 +55,15 @@ def find(model: nn.Module, looked: Looked) -> Found:
         )
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"`processor` {type(processor).__name__} makes no boxes of what {type(model).__name__} returns: pass the "
-            f"model's own ({type(error).__name__}: {error})"
+            f"`processor` {type(processor).__name__} does not fit {type(model).__name__}: pass the model's own "
+            f"({type(error).__name__}: {error})"
         ) from error
     boxes, labels, scores = (answer[name].detach().cpu() for name in ("boxes", "labels", "scores"))
     logits, places = output.logits[0].float().cpu(), output.pred_boxes[0].float().cpu()
+    has_no_object = logits.shape[-1] == model.config.num_labels + 1  # a class of its own: they exclude each other
     rows = match_rows(
         corners(places) * torch.tensor([*size, *size]),
-        [logits.softmax(-1), logits.sigmoid()],
+        logits.softmax(-1) if has_no_object else logits.sigmoid(),
         boxes.float(),
         labels,
         scores.float(),

@@ -67,14 +67,12 @@ class Found:
     least_stride: int | None = None
 
 
-def match_rows(
-    rows: Tensor, shares: Sequence[Tensor], boxes: Tensor, labels: Tensor, scores: Tensor, argument: str
-) -> list[int]:
+def match_rows(rows: Tensor, shares: Tensor, boxes: Tensor, labels: Tensor, scores: Tensor, argument: str) -> list[int]:
     """Return the row that each box came from, by its values; of rows with the same values, the first one left.
 
     Args:
-        rows: the boxes of the rows, (R, 4), in the units of ``boxes``; NaN for those that do not count
-        shares: the scores of all classes of the rows, (R, K): several if it is not known which way they were scaled
+        rows: the boxes of the rows, (R, 4), in the units of ``boxes``
+        shares: the scores of all classes of the rows, in the units of ``scores``, (R, K)
         boxes: the boxes to look for, (D, 4)
         labels: their classes, (D,)
         scores: their scores, (D,)
@@ -87,11 +85,10 @@ def match_rows(
     taken: set[tuple[int, int]] = set()
     found = []
     for box, label, score in zip(boxes, labels.tolist(), scores, strict=True):
-        of_class = [share[:, label] for share in shares if label < share.shape[1]]
-        if not of_class:
-            raise ValueError(f"{argument}: a box has class {label}, the model scores {shares[0].shape[1]}")
-        unlike = torch.stack([(share - score).abs() for share in of_class]).amin(0)
-        miss = (rows - box).abs().amax(1) + 1e3 * unlike  # a score is as exact as a thousandth of a pixel
+        if label >= shares.shape[1]:
+            raise ValueError(f"{argument}: a box has class {label}, the model scores {shares.shape[1]}")
+        # A thousandth of a score weighs as much as a pixel.
+        miss = (rows - box).abs().amax(1) + 1e3 * (shares[:, label] - score).abs()
         miss = miss.nan_to_num(torch.inf)
         for row, other in taken:
             if other == label:

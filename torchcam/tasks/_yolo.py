@@ -48,7 +48,9 @@ def find(wrapper: Any, looked: Looked) -> Found:
     result, prepared, stretched = _predicted(wrapper, looked)
     size = (result.orig_shape[1], result.orig_shape[0])
     if result.boxes is None:
-        raise ValueError(f"`model` finds no upright boxes: its task is {wrapper.task!r}. Leave `box` out, pass `targets`")
+        raise ValueError(
+            f"`model` finds no upright boxes: its task is {wrapper.task!r}. Leave `box` out, pass `targets`"
+        )
     answers = result.boxes.data.detach().float().cpu()
     boxes, scores, labels = answers[:, :4], answers[:, 4], answers[:, 5].long()
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
@@ -107,35 +109,45 @@ def _threads_kept() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Letterbox:
-    """How a picture was scaled and padded.
+    """Where a picture lies on the model's input, which holds all of it.
 
     Attributes:
-        scale: the pixels of the input for a pixel of the picture, across and down
-        offset: the padding at the left and the top
-        view: where the input lies on the picture
         size: the width and height of the picture
+        seen: those of the input
+        inner: those of the picture on the input
+        offset: the padding at the left and the top
     """
 
-    scale: tuple[float, float]
-    offset: tuple[int, int]
-    view: View
     size: tuple[int, int]
+    seen: tuple[int, int]
+    inner: tuple[int, int]
+    offset: tuple[int, int]
 
     @classmethod
     def of(cls, size: tuple[int, int], seen: tuple[int, int], stretched: bool) -> _Letterbox:
-        """Return how a picture of a size (width, height) became an input of another."""
+        """Return how a picture became an input: scaled alike in both directions, or stretched."""
         if stretched:
-            return cls((seen[0] / size[0], seen[1] / size[1]), (0, 0), (0.0, 0.0, 1.0, 1.0), size)
+            return cls(size, seen, seen, (0, 0))
         gain = min(seen[0] / size[0], seen[1] / size[1])
-        inner = round(size[0] * gain), round(size[1] * gain)
+        inner = max(round(size[0] * gain), 1), max(round(size[1] * gain), 1)
         left, top = (round((whole - part) / 2 - 0.1) for whole, part in zip(seen, inner, strict=True))
-        view = -top / inner[1], -left / inner[0], (seen[1] - top) / inner[1], (seen[0] - left) / inner[0]
-        return cls((gain, gain), (left, top), view, size)
+        return cls(size, seen, inner, (left, top))
 
-    def to_picture(self, boxes: Tensor) -> Tensor:
-        """Return boxes (R, 4) in pixels of the input as pixels of the picture, within it."""
-        scale, offset = (torch.tensor([*both, *both], dtype=boxes.dtype) for both in (self.scale, self.offset))
-        return torch.minimum(((boxes - offset) / scale).clamp_min(0), torch.tensor([*self.size, *self.size]))
+    @property
+    def view(self) -> View:
+        """Where the input lies on the picture."""
+        (left, top), (width, height) = self.offset, self.inner
+        return -top / height, -left / width, (self.seen[1] - top) / height, (self.seen[0] - left) / width
+
+    def to_input(self, boxes: Tensor) -> Tensor:
+        """Return boxes (R, 4) in pixels of the picture as pixels of the input."""
+        scale = [part / whole for part, whole in zip(self.inner, self.size, strict=True)]
+        return boxes * torch.tensor([*scale, *scale]) + torch.tensor([*self.offset, *self.offset])
+
+    def cut(self, boxes: Tensor) -> Tensor:
+        """Return boxes (R, 4) in pixels of the input, cut where the picture ends, as predicted ones are."""
+        low = torch.tensor([*self.offset, *self.offset])
+        return torch.minimum(torch.maximum(boxes, low), low + torch.tensor([*self.inner, *self.inner]))
 
 
 def _rows_of(
@@ -143,21 +155,21 @@ def _rows_of(
 ) -> tuple[list[int], Tensor | None]:
     """Return the row of each predicted box, and, where rows have no place of their own, its box in their units."""
     missing = "the prediction cannot be followed into the model"
+    wanted = frame.to_input(boxes), labels, scores, missing
     if read.labels is not None and read.boxes is not None:  # RT-DETR: shares of the picture, a row for each class
         places = read.boxes.float().cpu()
         shares = torch.zeros(len(places), int(read.labels.amax()) + 1)
         shares[torch.arange(len(places)), read.labels.cpu()] = read.scores[:, 0].float().cpu().sigmoid()
-        rows = match_rows(places * torch.tensor([*frame.size, *frame.size]), [shares], boxes, labels, scores, missing)
+        rows = match_rows(places * torch.tensor([*frame.seen, *frame.seen]), shares, *wanted)
         return rows, places[rows]
     shares = read.scores.float().cpu().sigmoid()
     if read.boxes is not None:
-        rows = match_rows(frame.to_picture(read.boxes.float().cpu()), [shares], boxes, labels, scores, missing)
-        return rows, None
+        return match_rows(frame.cut(read.boxes.float().cpu()), shares, *wanted), None
     assert read.ranked is not None  # noqa: S101 - for the type checker: one of both is there
     ranked = read.ranked.float().cpu()
     best = torch.zeros(len(ranked), shares.shape[1])
     best[torch.arange(len(ranked)), ranked[:, 5].long()] = ranked[:, 4]
-    among = match_rows(frame.to_picture(ranked[:, :4]), [best], boxes, labels, scores, missing)
+    among = match_rows(frame.cut(ranked[:, :4]), best, *wanted)
     found: list[int] = []
     for place, label in zip(among, labels.tolist(), strict=True):
         miss = (shares[:, label] - ranked[place, 4]).abs()

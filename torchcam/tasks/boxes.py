@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from torchcam._checks import finite_number
@@ -19,7 +17,6 @@ from torchcam._detections import Detections
 from torchcam._inputs import Inputs, as_rgb, read_picture
 from torchcam._passes import Call
 from torchcam._replica import replicated
-from torchcam._tensors import map_tensors
 from torchcam.layers import candidates_of
 from torchcam.layout import first_tensor, replace_tensors
 from torchcam.targets import Box, Selector
@@ -116,12 +113,16 @@ def _asked(box: Any, found: Found) -> list[Box]:
     if box is None:
         box = int(found.scores.argmax())
     asked = []
-    for one in box if isinstance(box, (list, tuple)) else range(count) if isinstance(box, str) and box == "all" else [box]:
+    for one in (
+        box if isinstance(box, (list, tuple)) else range(count) if isinstance(box, str) and box == "all" else [box]
+    ):
         index = one.index if isinstance(one, Box) else one
         if isinstance(index, (bool, np.bool_)) or not isinstance(index, (int, np.integer)):
             raise TypeError(f"`box` must be the number of a box, a list of them, or 'all', got {one!r}")
         if not 0 <= index < count:
-            raise ValueError(f"`box` must lie between 0 and {count - 1} for the {count} boxes that were found, got {index}")
+            raise ValueError(
+                f"`box` must lie between 0 and {count - 1} for the {count} boxes that were found, got {index}"
+            )
         asked.append(replace(one, index=int(index)) if isinstance(one, Box) else Box(int(index)))
     if not asked:
         raise ValueError("`box` is an empty list: name at least one box")
@@ -141,7 +142,7 @@ def _target(found: Found, box: Box) -> Box:
 
 
 def _layer(found: Found, targets: Sequence[Box]) -> str:
-    """Return the first layer that all targets depend on.
+    """Return the first of the layers that all targets depend on; of none of them, the default of any model.
 
     Raises:
         ValueError: if there is none
@@ -166,13 +167,25 @@ def _layer(found: Found, targets: Sequence[Box]) -> str:
         names = [name for name in found.layers if name in outputs]
         least = found.least_stride
         if least is not None:
-            names.sort(key=lambda name: (strides[name] < least, abs(strides[name] - least)))
-        for name in names:
-            gradients = [torch.autograd.grad(s, outputs[name], retain_graph=True, allow_unused=True)[0] for s in scores]
-            if all(gradient is not None and bool(gradient.any()) for gradient in gradients):
-                return name
+            # Grids are rounded up: a stride of 16 may count less.
+            names.sort(key=lambda name: (strides[name] < 0.75 * least, abs(strides[name] - least)))
+        depends = {name: [_has_gradient(score, outputs[name]) for score in scores] for name in names}
+    asked = [place for place in range(len(targets)) if any(found_on[place] for found_on in depends.values())]
+    for name, found_on in depends.items():  # a target that no layer moves, say an empty mask, decides nothing
+        if asked and all(found_on[place] for place in asked):
+            return name
     args, kwargs = ((inputs.tensor,), {}) if inputs.kwargs is None else ((), dict(inputs.kwargs))
     choice = candidates_of(found.model, Call(args, kwargs), Selector(None, targets[0], 1)).choice
     if choice is None:
-        raise ValueError(f"no layer of {type(found.model).__name__} is known to show the picture: name a `target_layer`")
+        raise ValueError(
+            f"no layer of {type(found.model).__name__} is known to show the picture: name a `target_layer`"
+        )
     return choice
+
+
+def _has_gradient(score: Tensor, output: Tensor) -> bool:
+    """Check whether a score depends on the output of a layer."""
+    if not score.requires_grad:
+        return False
+    (gradient,) = torch.autograd.grad(score, output, retain_graph=True, allow_unused=True)
+    return gradient is not None and bool(gradient.any())
