@@ -28,7 +28,9 @@ class TestTimm:
 
     def test_refusals(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         pytest.importorskip("timm")
-        assert "--timm 'resnet5o' is not a model of timm; try resnet50" in fails(capsys, "layers", "--timm", "resnet5o")
+        assert "--timm 'resnet5o' is not a model of timm; did you mean 'resnet50" in fails(
+            capsys, "layers", "--timm", "resnet5o"
+        )
         told = fails(capsys, "layers", "--timm", "test_resnet", "--arch", "resnet18")
         assert "give --arch or --timm, not both: each names a model" in told
         asked = ["export", "--timm", "test_resnet", "--output", str(tmp_path / "m.onnx"), "--weights", "nowhere.pt"]

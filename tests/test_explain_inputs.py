@@ -261,7 +261,7 @@ class TestTransformers:
 
     def test_without_a_processor_it_says_what_to_pass(self, vit: nn.Module, hopper: Image.Image) -> None:
         with pytest.raises(
-            ValueError, match=r"how ViTForImageClassification wants an image .*`transform=AutoImageProcessor"
+            ValueError, match=r"how ViTForImageClassification wants an image .*`processor=AutoImageProcessor"
         ):
             explain(vit, hopper)
 
@@ -356,7 +356,7 @@ class TestNames:
     @pytest.mark.parametrize(
         ("name", "names", "message"),
         [
-            ("cta", NAMES, "`class_idx` is 'cta', and no class has that name: did you mean 'cat'"),
+            ("cta", NAMES, "`class_idx` is 'cta', and no class has that name; did you mean 'cat'"),
             ("DOG", NAMES, r"which is the name of the classes \[1, 2\]"),
             ("cat", None, "the names of the classes are not known: pass `class_names`"),
         ],

@@ -7,7 +7,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -23,6 +22,7 @@ from ._figures import Cell, Column, Row, Sheet
 from ._files import atomic_write
 from ._inputs import as_rgb, read_picture
 from ._method_maps import MethodMaps, fuse_layers, save_maps
+from ._names import closest
 from ._pictures import enlarged, fitted, fitted_size
 from ._views import FULL, View, Views
 from .layout import Cells
@@ -86,6 +86,7 @@ class _Pictures:
         colormap: str | Colormap | None = None,
         alpha: float = ALPHA,
         title: str | None = None,
+        names: Sequence[str] | None = None,
     ) -> str:
         """Write a page to look at the maps with: opacity, class, method, and two maps side by side.
 
@@ -96,17 +97,22 @@ class _Pictures:
             colormap: the colormap of all maps; by default the reader has a choice
             alpha: the opacity of the image when the page opens, in [0, 1)
             title: the heading, by default the prediction
+            names: what the inputs are called, by default their numbers and predictions
 
         Returns:
             the page
 
         Raises:
-            ValueError: if the maps are not two-dimensional, ``alpha`` is out of range, or there are no explanations
+            ValueError: if the maps are not two-dimensional, ``alpha`` is out of range, there are no explanations, or
+                not as many names as inputs
         """
         items = self._checked_items()
+        if names is not None and len(names) != len(items):
+            raise ValueError(f"`names` must hold one name for each of the {len(items)} inputs, got {len(names)}")
         if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 <= alpha < 1:
             raise ValueError(f"`alpha` must be a number in [0, 1), got {alpha!r}")
-        pages = [item._page_item(f"{number}: {item.title}") for number, item in enumerate(items)]
+        told = [f"{number}: {item.title}" for number, item in enumerate(items)] if names is None else names
+        pages = [item._page_item(name) for name, item in zip(told, items, strict=True)]
         page = _page.render(pages, self.title if title is None else title, items[0]._origin(), colormap, alpha)
         if path is not None:
             with atomic_write(Path(path)) as part:
@@ -328,8 +334,7 @@ class PredictionExplanation(_Pictures):
         if method is None:
             return next(iter(self.results.values()))
         if method not in self.results:
-            close = get_close_matches(str(method), self.results, n=3, cutoff=0.4) or list(self.results)
-            raise ValueError(f"`method` {method!r} made no maps here; there are {', '.join(map(repr, close))}")
+            raise ValueError(f"`method` {method!r} made no maps here; {closest(str(method), self.results)}")
         return self.results[str(method)]
 
     def _picture(self, values: NDArray[np.float32]) -> Image.Image:

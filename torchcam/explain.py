@@ -32,7 +32,7 @@ from torchcam.methods import GradCAM, HiResCAM
 from torchcam.methods.core import plain_tensors
 from torchcam.targets import Selector, read_logits
 from torchcam.tasks.boxes import as_boxes, is_detector
-from torchcam.tasks.texts import as_texts, own_scores
+from torchcam.tasks.texts import as_images, as_texts, own_scores
 
 __all__ = ["Explanations", "MethodMaps", "PredictionExplanation", "explain", "explain_classes", "written_whole"]
 
@@ -211,10 +211,12 @@ def explain(
             )
             model, inputs, targets = boxes.model, boxes.inputs, boxes.targets
             recipes = [recipe.at(boxes.layer) for recipe in recipes]
-            explained = model
+            names, explained = None, model
         else:
+            compared = as_texts(model, input_tensor, texts, against, targets, processor, batch_size)
+            if compared is not None:
+                input_tensor, transform = as_images(model, input_tensor, transform, processor)
             inputs = read_inputs(model, input_tensor, transform, weights, image, processor)
-            compared = as_texts(model, texts, against, processor, batch_size)
             names = inputs.class_names if names is None else names
     if compared is not None:
         model, names = compared.classifier(model), compared.names if class_names is None else names

@@ -7,7 +7,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ._certainty import Certainty, Verdict
+from ._names import closest
 from ._passes import Call, model_device
 from ._replica import replicated
 from ._tensors import map_tensors, tensors_in
@@ -63,11 +63,9 @@ def layer_name(model: nn.Module, layer: Any, argument: str = "target_layer") -> 
     if not isinstance(layer, str):
         raise TypeError(f"`{argument}` must be a module or its name, got {layer!r} of type {type(layer).__name__}")
     if layer not in modules:
-        closest = get_close_matches(layer, modules, n=3, cutoff=0.4)
-        known = closest or [name for name, _ in model.named_children()]
+        children = [name for name, _ in model.named_children()]
         raise ValueError(
-            f"`{argument}` '{layer}' is not a module of {type(model).__name__}; "
-            f"{'closest' if closest else 'its children are'}: " + ", ".join(f"'{name}'" for name in known)
+            f"`{argument}` '{layer}' is not a module of {type(model).__name__}; {closest(layer, modules, children)}"
         )
     return layer
 

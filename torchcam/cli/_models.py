@@ -7,9 +7,10 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torchcam._names import closest
 
 from ._messages import UserError, printable
 from ._options import ARCH
@@ -45,6 +46,14 @@ class Classifier:
     preprocess: Callable[[Image.Image], Tensor]
     categories: Sequence[str] | None = None
     is_random: bool = False
+
+    @property
+    def file_name(self) -> str:
+        """The name as a part of a file's name: the model, and its weights unless they are the usual ones."""
+        place, _, weights = self.name.partition(", ")
+        usual = not weights or weights in {"weights of timm", "its weights"} or weights.startswith("weights IMAGENET1K")
+        told = "" if usual else "-random" if self.is_random else f"-{Path(weights.removeprefix('weights ')).stem}"
+        return f"{place if ':' in place else Path(place).name}{told}".replace(":", ".")
 
     @property
     def blank(self) -> Tensor:
@@ -174,9 +183,11 @@ def _known_timm(name: str) -> Any:
         import timm
     except ImportError as error:
         raise UserError("--timm needs timm: pip install timm") from error
-    if not timm.is_model(name.partition(".")[0]):
-        close = get_close_matches(name, timm.list_models(), n=3, cutoff=0.5) or ["resnet50", "vit_base_patch16_224"]
-        raise UserError(f"--timm '{name}' is not a model of timm; try {', '.join(close)}")
+    arch, _, tag = name.partition(".")
+    known = timm.list_models() if not timm.is_model(arch) else timm.list_pretrained(f"{arch}.*") if tag else [name]
+    if name not in known:
+        examples = known if timm.is_model(arch) else ["resnet50", "vit_base_patch16_224", "and more"]
+        raise UserError(f"--timm '{name}' is not a model of timm; {closest(name, known, examples)}")
     return timm
 
 
@@ -198,7 +209,10 @@ def load_timm(name: str, weights: str) -> Classifier:
             model.load_state_dict(state)
     told = f"random weights (seed {SEED})" if is_random else "weights of timm" if pretrained else f"weights {file.name}"
     preprocess = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model), is_training=False)
-    return Classifier(model.eval(), f"{name}, {told}", preprocess, None, is_random)
+    subset = timm.data.infer_imagenet_subset(model) if is_random or pretrained else None
+    names = timm.data.ImageNetInfo(subset).label_descriptions() if subset else []
+    categories = [name.partition(",")[0] for name in names] or None
+    return Classifier(model.eval(), f"{name}, {told}", preprocess, categories, is_random)
 
 
 def load_hf(place: str, weights: str) -> Classifier:
@@ -248,8 +262,10 @@ def _known_arch(arch: str) -> str:
     known = models.list_models(module=models)
     arch = arch.lower()
     if arch not in known:
-        close = get_close_matches(arch, known, n=3, cutoff=0.5) or ["resnet50", "mobilenet_v3_large", "convnext_tiny"]
-        raise UserError(f"--arch '{arch}' is not a classification model of torchvision; try {', '.join(close)}")
+        examples = ["resnet50", "mobilenet_v3_large", "convnext_tiny", "and more"]
+        raise UserError(
+            f"--arch '{arch}' is not a classification model of torchvision; {closest(arch, known, examples)}"
+        )
     return arch
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import _options
 from ._images import prepare, read_image, save_reports
-from ._messages import UserError, library_errors, print_json, printable
+from ._messages import UserError, library_errors, listed, print_json, print_line, print_marked
 
 if TYPE_CHECKING:
     import argparse
@@ -15,6 +15,14 @@ __all__ = ["add_to"]
 
 METHODS = "GradCAM,LayerCAM,ReciproCAM"
 SUFFIXES = (".html", ".json", ".txt")
+MARKS = {
+    r"^ *Do not believe": "bold red",
+    r"^ *Take th\w+ pictures? with care": "bold yellow",
+    r"^ *Believe": "bold green",
+    r"^  ✓": "green",
+    r"^  [?!]": "yellow",
+    r"^  ✗": "red",
+}
 
 HELP = """\
 Test the map of a prediction, and report whether to believe it: is there evidence in the image, does the score fall
@@ -81,7 +89,7 @@ def run(arguments: argparse.Namespace) -> None:
         images = [str(path) for path in arguments.images]
         print_json({"images": images, "random_weights": classifier.is_random, **report.to_dict()})
         return
-    print(classifier.name)
-    print(report)
-    for path in outputs:
-        print("\n" + printable(f"-> {path}"))
+    print_line(classifier.name)
+    print_marked(report, MARKS)
+    if outputs:
+        print_line(f"\nThe report is in {listed([str(path) for path in outputs])}.")
