@@ -18,6 +18,7 @@ from torchcam import __version__
 from torchcam._callable import make_callable
 from torchcam._checks import positive_integer
 from torchcam._choice import Choice, as_class_names
+from torchcam._detections import Detections
 from torchcam._explanation import Explanations, PredictionExplanation
 from torchcam._files import written_whole
 from torchcam._inputs import Inputs, read_inputs
@@ -34,7 +35,15 @@ from torchcam.targets import Selector, read_logits
 from torchcam.tasks.boxes import as_boxes, is_detector
 from torchcam.tasks.texts import as_images, as_texts, own_scores
 
-__all__ = ["Explanations", "MethodMaps", "PredictionExplanation", "explain", "explain_classes", "written_whole"]
+__all__ = [
+    "Detections",
+    "Explanations",
+    "MethodMaps",
+    "PredictionExplanation",
+    "explain",
+    "explain_classes",
+    "written_whole",
+]
 
 Method = type[Any] | str
 Layers = TargetLayer | Sequence[TargetLayer] | None
