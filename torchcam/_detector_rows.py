@@ -114,9 +114,10 @@ class Rows:
         stride = round(float(box[2] - box[0]) / (left + right))
         cells = 0
         for level in self.raw["feats"]:
-            cells += level.shape[-2] * level.shape[-1]
+            height, width = level.shape[-2:]
+            cells += height * width
             if row < cells:
-                return stride * level.shape[-1] / self.protos.shape[-1]
+                return float(stride * width / self.protos.shape[-1])
         raise ValueError(f"`index` must lie between 0 and {cells - 1}, got {row}")
 
 

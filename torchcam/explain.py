@@ -203,7 +203,8 @@ def explain(
     about_boxes = _asks_about_boxes(model, box, threshold, {**others, "expected_class_idx": expected_class_idx})
     if about_boxes and isinstance(input_tensor, (list, tuple)):  # of pictures of any size, with any number of boxes
         return Explanations([explain(**{**arguments, "input_tensor": one}) for one in input_tensor])
-    recipes = as_recipes(method or (HiResCAM if about_boxes else GradCAM), target_layer, method_kwargs, relu)
+    method = (HiResCAM if about_boxes else GradCAM) if method is None else method
+    recipes = as_recipes(method, target_layer, method_kwargs, relu)
     boxes, compared = None, None
     with plain_tensors():
         if about_boxes:

@@ -30,9 +30,11 @@ def is_detector(model: nn.Module) -> bool:
     return is_one and type(model).__name__.endswith("ForObjectDetection") and not hasattr(config, "text_config")
 
 
-def find(model: nn.Module, looked: Looked) -> Found:
+def find(model: Any, looked: Looked) -> Found:
     """Ask a detector about a picture."""
-    processor = looked.options.get("transform") if looked.processor is None else split_processor(looked.processor)[0]
+    processor: Any = (
+        looked.options.get("transform") if looked.processor is None else split_processor(looked.processor)[0]
+    )
     if not callable(getattr(processor, "post_process_object_detection", None)):
         given = "is missing" if processor is None else f"is a {type(processor).__name__}, which makes no boxes"
         raise ValueError(  # noqa: TRY004 - most often it is missing
