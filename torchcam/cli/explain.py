@@ -51,6 +51,8 @@ examples:
       weights from a file: for machines without network
   torchcam explain dog.jpg --model-factory mine.models:load
       your own model, which the function `load` of `mine/models.py` returns
+  torchcam explain dog.jpg --hf CLIP-FOLDER --texts "a cat" --texts "a dog"
+      where the text is that fits best; `--top-k 2` for both
   torchcam explain dog.jpg --arch resnet18 --weights none
       random weights: to try the command, not to learn about the image
 
@@ -78,6 +80,15 @@ def add_to(commands: Any) -> None:
         "explain the N most probable classes, before those of --class-idx (default: 1, or 0 with --class-idx)",
         lowest=0,
     )
+    maps.add_argument(
+        "--texts",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help="a text that images are compared with, by a model of --hf with an image and a text tower (CLIP, SigLIP); "
+        "repeated, the texts are the classes",
+    )
+    maps.add_argument("--against", choices=["others"], help="explain what tells a text from the others")
     result = explain.add_argument_group("the result")
     _options.add_picture(result)
     result.add_argument("--html", action="store_true", help="write a page as well, to look into the maps of all images")
@@ -92,6 +103,8 @@ def run(arguments: argparse.Namespace) -> None:
     methods = _options.find_methods(arguments.methods, METHOD)
     if arguments.top_k == 0 and not arguments.class_idx:
         raise UserError("--top-k must be at least 1 without --class-idx, got 0")
+    if arguments.texts and arguments.hf is None:
+        raise UserError("--texts compares images with texts by a model of --hf, such as CLIP: name one")
     sources = find_sources(arguments.images)
     file = [arguments.output] if is_picture(arguments.output) else []
     if file and len(sources) > 1:
@@ -175,7 +188,10 @@ def explain_image(
             method_kwargs={**{method: {"progress": True} for method in shown}, **(options or {})},
             class_idx=arguments.class_idx or None,
             top_k=top_k,
+            texts=list(classifier.texts) or None,
+            against=getattr(arguments, "against", None),
             transform=classifier.preprocess,
+            processor=classifier.tokenizer,
             class_names=classifier.categories,
         )
 
