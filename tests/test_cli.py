@@ -28,7 +28,7 @@ from torchcam.cli._models import Classifier, load_classifier
 from torchcam.cli._options import find_method
 from torchcam.demo import load_model, sample_images
 
-COMMANDS = {"compare", "demo", "diagnose", "evaluate", "explain", "export", "layers", "trust"}
+COMMANDS = {"app", "compare", "demo", "diagnose", "evaluate", "explain", "export", "layers", "trust"}
 RESULT = "photo-mobilenet_v3_small-random-features-GradCAM-class3.png"
 SMALL = ["--arch", "mobilenet_v3_small", "--weights", "none"]
 FAMILIES = [

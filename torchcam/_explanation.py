@@ -31,17 +31,22 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
-__all__ = ["Explanations", "PredictionExplanation"]
+__all__ = ["Explanations", "Pictures", "PredictionExplanation", "free_directory"]
 
 LINES = 8  # for the inputs of a batch that is printed
 
 
-class _Pictures:
+class Pictures:
     """Figures, pages and notebook output, for one explanation and for several alike."""
 
     @property
-    def _items(self) -> Sequence[PredictionExplanation]:
+    def _items(self) -> Sequence[Any]:  # explanations, or whatever else has a title, a sheet and an item of a page
         raise NotImplementedError
+
+    @property
+    def _sentence(self) -> Sequence[tuple[str, int | None]]:
+        """Pieces of a text in which the reader of a page chooses a map, each with its number."""
+        return ()
 
     @property
     def title(self) -> str:
@@ -112,13 +117,14 @@ class _Pictures:
             raise ValueError(f"`alpha` must be a number in [0, 1), got {alpha!r}")
         told = [f"{number}: {item.title}" for number, item in enumerate(items)] if names is None else names
         pages = [item._page_item(name) for name, item in zip(told, items, strict=True)]
-        page = _page.render(pages, self.title if title is None else title, items[0]._origin(), colormap, alpha)
+        heading = self.title if title is None else title
+        page = _page.render(pages, heading, items[0]._origin(), colormap, alpha, self._sentence)
         if path is not None:
             with atomic_write(Path(path)) as part:
                 part.write_text(page, encoding="utf-8")
         return page
 
-    def _checked_items(self) -> Sequence[PredictionExplanation]:
+    def _checked_items(self) -> Sequence[Any]:
         if not self._items:
             raise ValueError("there is no explanation in here, so there is nothing to draw")
         return self._items
@@ -140,13 +146,13 @@ class _Pictures:
         return _figures.png(_figures.draw([item._sheet() for item in shown], self.title, None, None))
 
     @property
-    def _shown(self) -> Sequence[PredictionExplanation]:
+    def _shown(self) -> Sequence[Any]:
         """The first of several inputs, as many as the output of a notebook cell shows."""
-        return self._items[: _figures.fitting([len(item.cams) * len(item.results) + 1 for item in self._items])]
+        return self._items[: _figures.fitting([item._panels for item in self._items])]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class PredictionExplanation(_Pictures):
+class PredictionExplanation(Pictures):
     """The prediction of a model for one input, and the regions that made it. All tensors are on the CPU.
 
     A notebook shows it as a picture. `plot`, `overlay`, `save` and `to_html` make figures, images, files and a page.
@@ -345,6 +351,11 @@ class PredictionExplanation(_Pictures):
         warnings.warn(views.unknown(picture.size), UserWarning, stacklevel=3)
         return self.image, self.view
 
+    @property
+    def _panels(self) -> int:
+        """The number of pictures in a figure."""
+        return len(self.cams) * len(self.results) + 1
+
     def _sheet(self, alpha: float = ALPHA, colormap: str | Colormap | None = None, grey: bool = False) -> Sheet:
         """Draw the image and all maps, no larger than a figure shows them."""
         columns = [Column(name, ", ".join(one.target_layers), one.signed) for name, one in self.results.items()]
@@ -429,7 +440,7 @@ class PredictionExplanation(_Pictures):
             TypeError: if ``image`` is not a PIL image
             ValueError: if the maps are not two-dimensional, ``alpha`` is out of range, or the image's mode unsupported
         """
-        directory = _free(directory)
+        directory = free_directory(directory)
         given = self.image if image is None else image
         if not isinstance(given, Image.Image):
             raise TypeError(f"`image` must be a PIL image, got {type(given).__name__}")
@@ -499,7 +510,7 @@ class PredictionExplanation(_Pictures):
         return {"class_idx": key, "class_name": None if self.class_names is None else self.class_names[key]}
 
 
-class Explanations(_Pictures, Sequence[PredictionExplanation]):
+class Explanations(Pictures, Sequence[PredictionExplanation]):
     """The predictions for the inputs of a batch, with their maps. A notebook shows the first of them as pictures.
 
     Args:
@@ -557,7 +568,7 @@ class Explanations(_Pictures, Sequence[PredictionExplanation]):
         Returns:
             the directory
         """
-        directory = _free(directory)
+        directory = free_directory(directory)
         pictures = [None] * len(self) if images is None else list(images)
         if len(pictures) != len(self):
             raise ValueError(f"`images` must hold one image for each of the {len(self)} inputs, got {len(pictures)}")
@@ -590,7 +601,7 @@ def _in_place(values: NDArray[np.float32], view: View, picture: Image.Image | No
     return on_picture(values, Cells.of_grid(values.shape, view), fitted_size(picture.size, 512))
 
 
-def _free(directory: str | Path) -> Path:
+def free_directory(directory: str | Path) -> Path:
     """Check that a directory can be written."""
     directory = Path(directory)
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):

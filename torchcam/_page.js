@@ -22,12 +22,13 @@
   const several = data.items.length > 1 || first.methods.length * first.classes.length > 1;
   const beginning = {
     input: 0, view: "one", picture: "hidden", swipe: 50, opacity: data.opacity, threshold: 0, zoom: 1, x: 0.5, y: 0.5,
-    colormap: 0, grey: false, a: "0.0", b: first.methods.length > 1 ? "0.1" : "1.0",
+    colormap: 0, grey: false, a: `${data.sentence.find((piece) => piece.class !== null)?.class ?? 0}.0`, b: first.methods.length > 1 ? "0.1" : "1.0",
   };
   const state = { ...beginning };
   const item = () => data.items[state.input];
+  let pointed = null; // the class of a word that the pointer is over
   const chosen = (pane) => {
-    const [kind, method] = state[pane].split(".").map(Number);
+    const [own, method] = state[pane].split(".").map(Number), kind = pane === "a" && pointed !== null ? pointed : own;
     return { class: Math.min(kind, item().classes.length - 1), method: Math.min(method, item().methods.length - 1) };
   };
   let timer = 0;
@@ -194,7 +195,7 @@
 
   // The panes.
 
-  const letters = ["A", "B"];
+  const letters = ["A", "B"], words = [];
   const panes = ["a", "b"].map((name, number) => {
     const pane = { name, number, spot: null };
     pane.picture = element("canvas", { role: "img", label: "The untouched picture" });
@@ -317,7 +318,8 @@
   const fill = (pane) => {
     const entries = { class: item().classes, method: item().methods };
     for (const { kind, title, legend, choices, fieldset } of pane.groups) {
-      fieldset.hidden = entries[kind].length < 2 && kind === "method";
+      const isInSentence = kind === "class" && pane.number === 0 && words.length > 0;
+      fieldset.hidden = isInSentence || (entries[kind].length < 2 && kind === "method");
       legend.textContent = state.view === "two" ? `${title}, map ${letters[pane.number]}` : title;
       choices.replaceChildren(...entries[kind].map((entry, index) => {
         const radio = element("input", { type: "radio", name: `${kind}-${pane.number}`, value: index });
@@ -369,6 +371,46 @@
     pane.area.textContent = state.threshold > 0 ? `${(100 * share).toFixed(1)}% of the picture at ${state.threshold} or beyond` : "";
     if (pane.spot) probe(pane, pane.spot, !pane.cross.hidden);
   };
+
+  // A sentence: to point at a word is to see its map, to click on it or move to it by the arrow keys is to choose it.
+
+  const choose = (kind) => {
+    pointed = null;
+    state.a = `${kind}.${chosen("a").method}`;
+    markWord();
+    show(panes[0]);
+    remember();
+  };
+  const markWord = () => {
+    for (const word of words) {
+      const isChosen = word.kind === chosen("a").class;
+      word.button.setAttribute("aria-checked", isChosen);
+      word.button.tabIndex = isChosen ? 0 : -1;
+    }
+  };
+  const point = (kind) => {
+    pointed = kind;
+    show(panes[0]);
+  };
+  for (const piece of data.sentence) {
+    if (piece.class === null) { byId("sentence").append(piece.text); continue; }
+    const text = piece.text.trim() || piece.text, start = piece.text.indexOf(text);
+    const button = element("button", { type: "button", textContent: text, role: "radio" });
+    button.addEventListener("click", () => choose(piece.class));
+    button.addEventListener("mouseenter", () => point(piece.class));
+    button.addEventListener("mouseleave", () => point(null));
+    byId("sentence").append(piece.text.slice(0, start), button, piece.text.slice(start + text.length));
+    words.push({ button, kind: piece.class });
+  }
+  byId("sentence").addEventListener("keydown", (event) => {
+    const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
+    const from = words.findIndex(({ button }) => button === document.activeElement);
+    const next = event.key === "Home" ? 0 : event.key === "End" ? words.length - 1 : from + (step ?? NaN);
+    if (from < 0 || !words[next]) return;
+    event.preventDefault();
+    words[next].button.focus();
+    choose(words[next].kind);
+  });
 
   // All maps: methods in columns, inputs and their classes in rows, the untouched picture first. Drawn when in sight.
 
@@ -520,7 +562,10 @@
   };
   const render = () => {
     const all = state.view === "all";
-    byId("panes").className = `panes ${state.view} ${state.picture}`;
+    const isAlone = words.length > 0 && item().methods.length < 2;
+    byId("panes").className = `panes ${state.view} ${state.picture}${isAlone ? " alone" : ""}`;
+    byId("sentence").hidden = !words.length || all;
+    markWord();
     byId("panes").hidden = all;
     byId("all").hidden = !all;
     byId("inputs").hidden = data.items.length < 2 || all;

@@ -24,7 +24,7 @@ from torchcam._inputs import Inputs, read_inputs
 from torchcam._method_maps import MethodMaps
 from torchcam._recipes import Recipe, as_recipes, extractors_on, named_errors
 from torchcam._replica import replicated
-from torchcam._tensors import over_channels, to_float
+from torchcam._tensors import over_positions, to_float
 from torchcam._trust_request import TrustRequest
 from torchcam.layers import TargetLayer
 from torchcam.methods import GradCAM
@@ -325,7 +325,7 @@ def _explain_samples(
     for recipe, extractor in zip(recipes, extractors, strict=True):
         with named_errors(recipe, recipes):
             maps = [
-                _fused_on_cpu(recipe.compute_maps(extractor, output, **column), extractor, inputs.tensor.ndim - 2)
+                _fused_on_cpu(recipe.compute_maps(extractor, output, **column), extractor, inputs.tensor[samples])
                 for column in columns
             ]
         for sample, named in enumerate(keys):
@@ -383,11 +383,10 @@ def _answers_of_targets(
     return [_Answer(torch.zeros(1, 0), None, one) for one in scores]
 
 
-def _fused_on_cpu(maps: list[Tensor], extractor: Any, num_spatial: int) -> tuple[list[Tensor], Tensor]:
+def _fused_on_cpu(maps: list[Tensor], extractor: Any, image: Tensor) -> tuple[list[Tensor], Tensor]:
     """Return the maps (N, *spatial) of all layers, and the one that is drawn."""
     fused = extractor.fuse_cams(maps) if len(maps) > 1 else maps[0]
-    drawn = over_channels(fused) if fused.ndim - 1 > num_spatial else fused
-    return [cam.cpu() for cam in maps], drawn.cpu()
+    return [cam.cpu() for cam in maps], over_positions(fused, image).cpu()
 
 
 def _probabilities(logits: Tensor, function: Callable[[Tensor], Tensor] | None) -> Tensor | None:

@@ -123,9 +123,14 @@ class Candidates(Sequence[Candidate]):
         return len(self._items)
 
     @property
+    def usable(self) -> Candidates:
+        """Those whose maps tell positions apart: the score depends on several, and none is known to be out of place."""
+        return Candidates(c for c in self if c.depends and math.prod(c.grid) > 1 and c.is_proven is not False)
+
+    @property
     def choice(self) -> str | None:
         """The layer that extractors take by default: the last of the best kind there is."""
-        wanted = [c for c in self if c.depends and math.prod(c.grid) > 1 and c.is_proven is not False]
+        wanted = self.usable
         for kind in (
             [c for c in wanted if c.fits and c.is_stage],
             [c for c in wanted if c.fits],

@@ -28,6 +28,7 @@ __all__ = [
     "Segmentation",
     "Selector",
     "Similarity",
+    "Token",
     "read_logits",
 ]
 
@@ -464,6 +465,52 @@ class Difference:
     def __call__(self, output: Any) -> Tensor:
         """Score one sample's output, an embedding (D,)."""
         return 1 - Similarity(self.embedding)(output)
+
+
+@dataclass(frozen=True)
+class Token:
+    """The logit of a token of a text that a language model generates, alone or less that of another token.
+
+    Attributes:
+        position: the position of the scores that the token is chosen by, which is that of the token before it; counted
+            from the end where it is negative, so that padding on the left does not move it
+        token_id: the token
+        against: another token whose logit is subtracted; ``"others"`` for the mean of all others'
+    """
+
+    position: int
+    token_id: int
+    against: int | str | None = None
+
+    def __call__(self, output: Any) -> Tensor:
+        """Score one sample's output, logits (T, V)."""
+        logits = read_logits(output)
+        if logits.ndim != 2 or not -len(logits) <= self.position < len(logits):
+            raise ValueError(f"`position` is {self.position}, but the output has logits of shape {tuple(logits.shape)}")
+        named = {"token_id": self.token_id} | ({} if self.against in {None, "others"} else {"against": self.against})
+        for name, token in named.items():
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < logits.shape[1]:
+                raise ValueError(f"`{name}` must be a token id in [0, {logits.shape[1]}), got {token!r}")
+        return token_scores(logits[self.position], torch.tensor(self.token_id, device=logits.device), self.against)
+
+
+def token_scores(logits: Tensor, tokens: Tensor, against: Any = None, is_log: bool = False) -> Tensor:
+    """Return the score of one token at each position, less that of another one.
+
+    Args:
+        logits: (..., V)
+        tokens: the token at each position, (...)
+        against: another token; "others" for the mean of all others; None for nothing
+        is_log: whether log-probabilities are the scores, and not logits
+    """
+    scores = to_float(logits)
+    scores = scores.log_softmax(-1) if is_log else scores
+    own = scores.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    if against is None:
+        return own
+    if against == "others":
+        return own - (scores.sum(-1) - own) / (scores.shape[-1] - 1)
+    return own - scores[..., against]
 
 
 def _class_scores(scores: Any, class_idx: int) -> Tensor:

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 
 from torchcam import __version__
 
-from . import compare, demo, diagnose, evaluate, explain, export, layers, trust
+from . import app, compare, demo, diagnose, evaluate, explain, export, layers, trust
 from ._completion import complete
 from ._messages import HelpFormatter, Parser, UserError, one_line, plain_messages
 
 __all__ = ["main"]
 
-COMMANDS = (demo, explain, compare, diagnose, trust, evaluate, layers, export)
+COMMANDS = (demo, app, explain, compare, diagnose, trust, evaluate, layers, export)
 
 DESCRIPTION = "Class activation maps for PyTorch: see which regions of an image made a model's score."
 

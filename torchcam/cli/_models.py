@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 __all__ = ["RANDOM_WEIGHTS", "SEED", "Classifier", "check_model", "find_device", "load_classifier", "load_model"]
 
 SEED = 0
+TIMM_NAMES = """\
+names = timm.data.ImageNetInfo(timm.data.infer_imagenet_subset(model)).label_descriptions()
+class_names = [name.partition(",")[0] for name in names]
+"""
 RANDOM_WEIGHTS = "The weights are random: these maps say nothing of what is in an image."
 
 
@@ -39,6 +43,7 @@ class Classifier:
         preprocess: the transform from a PIL image to an input (C, H, W)
         categories: the names of the classes, if they are known
         is_random: whether the weights are random
+        code: the lines of Python that make ``model``, ``transform`` and, if they are known, ``class_names``
     """
 
     model: nn.Module
@@ -46,6 +51,7 @@ class Classifier:
     preprocess: Callable[[Image.Image], Tensor]
     categories: Sequence[str] | None = None
     is_random: bool = False
+    code: str = ""
 
     @property
     def file_name(self) -> str:
@@ -145,8 +151,15 @@ def load_own(factory: str, weights: str | None = None) -> Classifier:
         with _fitting(weights, factory):
             model.load_state_dict(state)
         name = f"{factory}, weights {Path(weights).name}"
-    preprocess = ImageClassification(crop_size=224) if preprocess is None else preprocess
-    return Classifier(model.eval(), name, preprocess, None if categories is None else list(categories))
+    module, _, function = factory.partition(":")
+    result = f"(*{function}(), None, None)[:3]" if isinstance(made, tuple) else f"{function}(), None, None"
+    code = f"from {module} import {function.partition('.')[0]}\n\nmodel, transform, class_names = {result}\n"
+    if preprocess is None:
+        preprocess = ImageClassification(crop_size=224)
+        code = f"from torchvision.transforms._presets import ImageClassification\n{code}"
+        code += "transform = ImageClassification(crop_size=224)\n"
+    code += _state_code(weights) + "model.eval()\n"
+    return Classifier(model.eval(), name, preprocess, None if categories is None else list(categories), code=code)
 
 
 def _find_function(path: str) -> Callable[[], Any]:
@@ -212,7 +225,13 @@ def load_timm(name: str, weights: str) -> Classifier:
     subset = timm.data.infer_imagenet_subset(model) if is_random or pretrained else None
     names = timm.data.ImageNetInfo(subset).label_descriptions() if subset else []
     categories = [name.partition(",")[0] for name in names] or None
-    return Classifier(model.eval(), f"{name}, {told}", preprocess, categories, is_random)
+    code = (
+        f"import timm\n\n{_seed_code(is_random)}model = timm.create_model({name!r}, pretrained={pretrained})\n"
+        f"{'' if is_random or pretrained else _state_code(weights)}model.eval()\n"
+        "transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model), is_training=False)\n"
+        f"{TIMM_NAMES if categories else ''}"
+    )
+    return Classifier(model.eval(), f"{name}, {told}", preprocess, categories, is_random, code)
 
 
 def load_hf(place: str, weights: str) -> Classifier:
@@ -243,7 +262,24 @@ def load_hf(place: str, weights: str) -> Classifier:
         return pixels
 
     categories = [str(labels[index]) for index in range(len(labels))]
-    return Classifier(model.eval(), f"{place}, {told}", preprocess, categories, is_random)
+    loader = f"from_config(AutoConfig.from_pretrained({place!r}))" if is_random else f"from_pretrained({place!r})"
+    code = (
+        "from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification\n\n"
+        f"{_seed_code(is_random)}model = AutoModelForImageClassification.{loader}.eval()\n"
+        f"transform = AutoImageProcessor.from_pretrained({place!r})\n"
+        "class_names = [str(model.config.id2label[index]) for index in range(model.config.num_labels)]\n"
+    )
+    return Classifier(model.eval(), f"{place}, {told}", preprocess, categories, is_random, code)
+
+
+def _seed_code(is_random: bool) -> str:
+    return f"import torch\n\ntorch.manual_seed({SEED})\n" if is_random else ""
+
+
+def _state_code(weights: str | None) -> str:
+    if weights is None:
+        return ""
+    return f"import torch\n\nmodel.load_state_dict(torch.load({weights!r}, map_location='cpu', weights_only=True))\n"
 
 
 @contextmanager
@@ -285,19 +321,28 @@ def load_classifier(arch: str, weights: str) -> Classifier:
             torch.manual_seed(SEED)
             model = models.get_model(arch, weights=None, **options)
         name = f"{arch}, random weights (seed {SEED})"
+        options_code = "".join(f", {key}={value}" for key, value in options.items())
+        code = f"{_seed_code(True)}model = models.get_model({arch!r}{options_code})\n"
     else:
         if weights.upper() in entries.__members__:
             entry = entries[weights.upper()]
             path = _download(arch, entry.url)
             name = f"{arch}, weights {entry.name}"
+            code = f"model = models.get_model({arch!r}, weights=weights)\n"
         else:
             path = Path(weights)
             name = f"{arch}, weights {path.name}"
+            code = f"model = models.get_model({arch!r})\n{_state_code(weights)}"
             if not path.is_file():
                 names = ", ".join(entries.__members__)
                 raise UserError(f"--weights '{weights}' is neither a file nor one of {names}, none")
         model = _build(arch, entries, entry, path)
-    return Classifier(model.eval(), name, entry.transforms(), entry.meta["categories"], is_random)
+    code = (
+        f"from torchvision import models\n\nweights = models.get_model_weights({arch!r}).{entry.name}\n"
+        f"{code}model.eval()\n"
+        'transform, class_names = weights.transforms(), weights.meta["categories"]\n'
+    )
+    return Classifier(model.eval(), name, entry.transforms(), entry.meta["categories"], is_random, code)
 
 
 def _download(arch: str, url: str) -> Path:

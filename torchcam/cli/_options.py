@@ -64,10 +64,10 @@ def add_sources(parser: Any) -> None:
     )
 
 
-def add_model(parser: Any, *, weights: bool = True) -> None:
+def add_model(parser: Any, *, weights: bool = True, default: str = ARCH) -> None:
     """Add the options that name a model."""
     model = parser.add_argument_group("the model")
-    arch = model.add_argument("--arch", help=f"a classification model of torchvision (default: {ARCH})")
+    arch = model.add_argument("--arch", help=f"a classification model of torchvision (default: {default})")
     arch.completer = _completion.architectures
     timm = model.add_argument("--timm", metavar="NAME", help="a classification model of timm in place of --arch")
     timm.completer = _completion.timm_models
