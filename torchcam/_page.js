@@ -37,7 +37,9 @@
     timer = setTimeout(() => {
       const changed = Object.entries(state).filter(([name, value]) => value !== beginning[name]);
       const text = new URLSearchParams(changed.map(([name, value]) => [name, String(value)])).toString();
-      if (location.hash.slice(1) !== text) history.replaceState(null, "", `#${text}`);
+      try {
+        if (location.hash.slice(1) !== text) history.replaceState(null, "", `#${text}`);
+      } catch { /* a frame of a notebook has no address of its own */ }
     }, 100);
   };
   const recall = () => {
