@@ -153,13 +153,13 @@ class TestFile:
 
     def test_the_verdict_of_trust_is_there_once_it_was_asked_for(self, result: PredictionExplanation) -> None:
         asked = replace(result)  # reports of its own
-        assert "trust" not in data_of(asked.to_html())["items"][0]["classes"][0]
+        assert data_of(asked.to_html())["items"][0]["classes"][0]["trust"] is None
         report = asked.trust(2)
-        told = [entry.get("trust") for entry in data_of(asked.to_html())["items"][0]["classes"]]
+        told = [entry["trust"] for entry in data_of(asked.to_html())["items"][0]["classes"]]
         assert told[0] is told[2] is None
         assert told[1] == {"verdict": report.verdict, "headline": report.headline, "reasons": list(report[0].reasons)}
         asked.trust(6, methods=["LayerCAM"])  # a verdict on another map than that of the first method
-        assert "trust" not in data_of(asked.to_html())["items"][0]["classes"][0]
+        assert data_of(asked.to_html())["items"][0]["classes"][0]["trust"] is None
 
     @pytest.mark.parametrize("alpha", [1, -0.1, True, "0.5"])
     def test_alpha_out_of_range(self, alpha: Any, result: PredictionExplanation) -> None:
