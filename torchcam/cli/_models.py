@@ -44,6 +44,7 @@ class Classifier:
         categories: the names of the classes, if they are known
         is_random: whether the weights are random
         code: the lines of Python that make ``model``, ``transform`` and, if they are known, ``class_names``
+        processor: of transformers, what makes inputs of images, and boxes of a detector's outputs
     """
 
     model: nn.Module
@@ -52,6 +53,7 @@ class Classifier:
     categories: Sequence[str] | None = None
     is_random: bool = False
     code: str = ""
+    processor: Any = None
 
     @property
     def file_name(self) -> str:
@@ -109,7 +111,7 @@ def load_model(arguments: argparse.Namespace) -> Classifier:
     if arguments.timm is not None:
         return load_timm(arguments.timm, weights)
     if arguments.hf is not None:
-        return load_hf(arguments.hf, weights)
+        return load_hf(arguments.hf, weights, boxes=bool(getattr(arguments, "box", None)))
     return load_classifier(arguments.arch or ARCH, weights)
 
 
@@ -234,8 +236,8 @@ def load_timm(name: str, weights: str) -> Classifier:
     return Classifier(model.eval(), f"{name}, {told}", preprocess, categories, is_random, code)
 
 
-def load_hf(place: str, weights: str) -> Classifier:
-    """Load an image classifier of transformers."""
+def load_hf(place: str, weights: str, *, boxes: bool = False) -> Classifier:
+    """Load an image classifier of transformers, or a detector."""
     try:
         import transformers
     except ImportError as error:
@@ -243,7 +245,8 @@ def load_hf(place: str, weights: str) -> Classifier:
     import torch
 
     library: Any = transformers  # but partly typed
-    classifiers = library.AutoModelForImageClassification
+    kind = "AutoModelForObjectDetection" if boxes else "AutoModelForImageClassification"
+    classifiers = getattr(library, kind)
     if weights.lower() not in {"none", "default"}:
         raise UserError(f"--weights '{weights}': a model of --hf has the weights of its folder, or none")
     is_random = weights.lower() == "none"
@@ -264,12 +267,12 @@ def load_hf(place: str, weights: str) -> Classifier:
     categories = [str(labels[index]) for index in range(len(labels))]
     loader = f"from_config(AutoConfig.from_pretrained({place!r}))" if is_random else f"from_pretrained({place!r})"
     code = (
-        "from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification\n\n"
-        f"{_seed_code(is_random)}model = AutoModelForImageClassification.{loader}.eval()\n"
+        f"from transformers import AutoConfig, AutoImageProcessor, {kind}\n\n"
+        f"{_seed_code(is_random)}model = {kind}.{loader}.eval()\n"
         f"transform = AutoImageProcessor.from_pretrained({place!r})\n"
         "class_names = [str(model.config.id2label[index]) for index in range(model.config.num_labels)]\n"
     )
-    return Classifier(model.eval(), f"{place}, {told}", preprocess, categories, is_random, code)
+    return Classifier(model.eval(), f"{place}, {told}", preprocess, categories, is_random, code, processor)
 
 
 def _seed_code(is_random: bool) -> str:
