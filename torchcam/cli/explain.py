@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import _options
-from ._images import file_errors, prepare, read_image, save_array, save_figure
+from ._images import file_errors, prepare, read_image, recommend, save_array, save_figure
 from ._messages import UserError, count_of, library_errors, listed, print_json, print_line, print_warning, printable
 from ._models import RANDOM_WEIGHTS, Classifier
 from ._paths import Source, check_folder, check_output, find_sources, is_picture, result_path
@@ -38,6 +38,8 @@ EXAMPLES = """\
 examples:
   torchcam explain dog.jpg
       the most probable class of a resnet50, Grad-CAM on its last layer with positions
+  torchcam explain dog.jpg --arch vit_b_16
+      a transformer: HiResCAM with balanced gradients at its first tokens, which the leaderboard found best
   torchcam explain photos --output maps --html
       all images in a folder and in those below it, and a page to look into their maps
   torchcam explain dog.jpg cat.jpg --top-k 3 --methods GradCAM,LayerCAM
@@ -52,11 +54,15 @@ examples:
       your own model, which the function `load` of `mine/models.py` returns
   torchcam explain street.jpg --model-factory mine.models:yolo --box 0
       why a detector found its first box; --box all for every box, --hf FOLDER for a detector of transformers
+  torchcam explain dog.jpg --hf CLIP-FOLDER --texts "a cat" --texts "a dog"
+      where the text is that fits best; `--top-k 2` for both
   torchcam explain dog.jpg --arch resnet18 --weights none
       random weights: to try the command, not to learn about the image
 
-what to try first: GradCAM is quick and a good default. LayerCAM gives fine maps in early layers. ScoreCAM needs no
-gradients, but one forward pass per channel. FinerCAM shows what tells a class from those most like it.
+what to try first: nothing. Without --methods and --target-layer you get what the leaderboard found best for the kind of
+model: GradCAM for convolutions, HiResCAM with balanced gradients for transformers. LayerCAM gives fine maps in early
+layers. ScoreCAM needs no gradients, but one forward pass per channel. FinerCAM shows what tells a class from those most
+like it.
 """
 
 
@@ -68,7 +74,11 @@ def add_to(commands: Any) -> None:
     _options.add_sources(explain)
     _options.add_model(explain)
     maps = explain.add_argument_group("the maps")
-    _options.add_methods(maps, f"{METHOD}; of boxes {METHOD_OF_BOXES}")
+    _options.add_methods(
+        maps,
+        f"{METHOD}; of boxes {METHOD_OF_BOXES}; for a transformer, without --target-layer, HiResCAM with balanced "
+        "gradients",
+    )
     _options.add_layers(maps)
     _options.add_classes(maps, "class to explain, by its number or name; several as with --target-layer", several=True)
     _options.add_count(
@@ -78,6 +88,15 @@ def add_to(commands: Any) -> None:
         lowest=0,
     )
     _options.add_boxes(maps)
+    maps.add_argument(
+        "--texts",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help="a text that images are compared with, by a model of --hf with an image and a text tower (CLIP, SigLIP); "
+        "repeated, the texts are the classes",
+    )
+    maps.add_argument("--against", choices=["others"], help="explain what tells a text from the others")
     result = explain.add_argument_group("the result")
     _options.add_picture(result)
     result.add_argument("--html", action="store_true", help="write a page as well, to look into the maps of all images")
@@ -93,6 +112,8 @@ def run(arguments: argparse.Namespace) -> None:
     _check_boxes(arguments)
     if arguments.top_k == 0 and not arguments.class_idx:
         raise UserError("--top-k must be at least 1 without --class-idx, got 0")
+    if arguments.texts and arguments.hf is None:
+        raise UserError("--texts compares images with texts by a model of --hf, such as CLIP: name one")
     sources = find_sources(arguments.images)
     file = [arguments.output] if is_picture(arguments.output) else []
     if file and len(sources) > 1:
@@ -105,7 +126,7 @@ def run(arguments: argparse.Namespace) -> None:
     found: dict[str, PredictionExplanation] = {}
     images: list[dict[str, Any]] = []
     left_out: list[str] = []
-    page = None
+    page = best = None
     for source in _with_progress(sources):
         try:
             image = read_image(source.path)
@@ -115,12 +136,20 @@ def run(arguments: argparse.Namespace) -> None:
             print_warning(f"{error}: it is left out")
             left_out.append(str(source.path))
             continue
-        explanation = explain_image(arguments, classifier, image, methods, target, top_k=arguments.top_k or None)
+        if not images:
+            best = None if arguments.box else recommend(arguments, classifier, image)
+            methods, target = ([best.method], best.target_layer) if best else (methods, target)
+        options = {best.method: dict(best.method_kwargs)} if best else {}
+        explanation = explain_image(
+            arguments, classifier, image, methods, target, top_k=arguments.top_k or None, options=options
+        )
         if arguments.html and page is None:
             page = _page_of(arguments, classifier, sources, explanation)
             check_output([page], inputs, arguments.overwrite)
         if not images and not arguments.json:
             print_line(_title(classifier, explanation))
+            if best is not None:
+                print_line(f"With balanced gradients, best for {best.kind}; --methods {METHOD} for another view.")
         images.append(_write(arguments, classifier, source, explanation, inputs))
         if arguments.html:
             found[source.name] = replace(explanation, _try_out=None)  # which holds the input
@@ -143,8 +172,8 @@ def _check_boxes(arguments: argparse.Namespace) -> None:
         if arguments.threshold is not None:
             raise UserError("--threshold is the least score of a box: name one with --box, or --box all")
         return
-    if arguments.class_idx or arguments.top_k is not None:
-        raise UserError("--box takes the place of --class-idx and --top-k: give one of them")
+    if arguments.class_idx or arguments.texts or arguments.top_k is not None:
+        raise UserError("--box takes the place of --class-idx, --texts and --top-k: give one of them")
     if arguments.hf is None and arguments.model_factory is None:
         raise UserError("--box needs a detector: name it with --model-factory or --hf")
 
@@ -161,22 +190,23 @@ def explain_image(
     arguments: argparse.Namespace,
     classifier: Classifier,
     image: Image.Image,
-    methods: Sequence[type[Any]],
+    methods: Sequence[type[Any] | str],
     target: Any,
     top_k: int | None = None,
+    options: Mapping[Any, dict[str, Any]] | None = None,
 ) -> PredictionExplanation:
-    """Explain one image by some methods."""
-    from torchcam._methods import takes
+    """Explain one image by some methods; ``options`` holds arguments of theirs."""
+    from torchcam._methods import find_method, takes
     from torchcam.explain import explain
 
-    shown = [method for method in methods if sys.stderr.isatty() and takes(method, "progress")]
+    shown = [method for method in methods if sys.stderr.isatty() and takes(find_method(method), "progress")]
     with library_errors(arguments.target_layer):
         return explain(
             classifier.model,
             image,
             method=methods,
             target_layer=target,
-            method_kwargs={method: {"progress": True} for method in shown},
+            method_kwargs={**{method: {"progress": True} for method in shown}, **(options or {})},
             class_names=classifier.categories,
             **_asked(arguments, classifier, top_k),
         )
@@ -188,7 +218,14 @@ def _asked(arguments: argparse.Namespace, classifier: Classifier, top_k: int | N
     if boxes:
         box = "all" if "all" in boxes else boxes
         return {"box": box, "threshold": arguments.threshold, "processor": classifier.processor}
-    return {"class_idx": arguments.class_idx or None, "top_k": top_k, "transform": classifier.preprocess}
+    return {
+        "class_idx": arguments.class_idx or None,
+        "top_k": top_k,
+        "texts": list(classifier.texts) or None,
+        "against": getattr(arguments, "against", None),
+        "transform": classifier.preprocess,
+        "processor": classifier.processor,
+    }
 
 
 def _part(key: int | str) -> str:
