@@ -136,8 +136,8 @@ def run(arguments: argparse.Namespace) -> None:
             print_warning(f"{error}: it is left out")
             left_out.append(str(source.path))
             continue
-        if not images:
-            best = None if arguments.box else recommend(arguments, classifier, image)
+        if not images and not arguments.box:
+            best = recommend(arguments, classifier, image)
             methods, target = ([best.method], best.target_layer) if best else (methods, target)
         options = {best.method: dict(best.method_kwargs)} if best else {}
         explanation = explain_image(
