@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
@@ -32,6 +32,8 @@ __all__ = [
 ]
 
 TargetLayer = nn.Module | str
+
+_SINGLE_SCORES = 4  # of a dense output, that are looked at one by one
 
 
 def layer_names(model: nn.Module, target_layer: TargetLayer | Sequence[TargetLayer]) -> list[str]:
@@ -87,6 +89,8 @@ class Candidate:
         is_stage: whether it is more than a projection within a layer, or the layer that makes the scores
         is_proven: whether its positions are those of the input, by what the module and the model show or by an
             experiment; None where nothing tells
+        reach: the share of the single scores of a dense output (boxes, pixels) that depend on it at all, of some that
+            are spread over the output; 1 where there is one score of each class
     """
 
     name: str
@@ -98,6 +102,7 @@ class Candidate:
     fits: bool
     is_stage: bool
     is_proven: bool | None = True
+    reach: float = 1.0
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -126,8 +131,12 @@ class Candidates(Sequence[Candidate]):
 
     @property
     def choice(self) -> str | None:
-        """The layer that extractors take by default: the last of the best kind there is."""
+        """The layer that extractors take by default: the last of the best kind there is.
+
+        Of a dense output, say of boxes from several levels, that is a layer which all of it depends on, if one exists.
+        """
         wanted = [c for c in self if c.depends and math.prod(c.grid) > 1 and c.is_proven is not False]
+        wanted = [c for c in wanted if c.reach == max(one.reach for one in wanted)]
         for kind in (
             [c for c in wanted if c.fits and c.is_stage],
             [c for c in wanted if c.fits],
@@ -187,7 +196,8 @@ def candidates_of(model: nn.Module, call: Call, select: Callable[[Any], Tensor] 
     Args:
         model: the model
         call: how it is called
-        select: function from its output to the scores that count, in place of a random sum of all
+        select: function from its output to the scores that count, (N,), or (N, K), each of which has to depend on the
+            layer, in place of a random sum of all
     """
     outputs: dict[str, Tensor] = {}
     calls: Counter[str] = Counter()
@@ -210,8 +220,11 @@ def candidates_of(model: nn.Module, call: Call, select: Callable[[Any], Tensor] 
             module.register_forward_hook(partial(inspect, name))
         _fill_zeros(replica, generator)
         result = _call_probed(replica, call.args, call.kwargs)
-        explained = result if select is None else select(result)
-        gradients = dict(zip(outputs, _influences(explained, list(outputs.values()), generator), strict=True))
+        watched = {name: tensor for name, tensor in outputs.items() if tensor.requires_grad}
+        explained = _all_scores(result) if select is None else [select(result)]
+        singles = _single_scores(result) if select is None else explained[0].unbind(1) if explained[0].ndim > 1 else ()
+        gradients = _gradients(_random_sum(explained, generator), watched)
+        reach = _reach(singles, watched)
     scores = _dense_scores(result)
     certainty = Certainty(model, call)
 
@@ -226,11 +239,12 @@ def candidates_of(model: nn.Module, call: Call, select: Callable[[Any], Tensor] 
             type(modules[name]).__name__,
             reading.layout,
             num_channels,
-            max(_share(one.layout, gradients[name]) for one in possible),
+            max(_share(one.layout, gradients.get(name)) for one in possible),
             calls[name],
             reading.fits,
             not isinstance(modules[name], nn.Linear) and (scores is None or num_channels != scores.shape[1]),
             verdict.holds,
+            reach.get(name, 1.0),
         )
 
     shapes = {name: tuple(tensor.shape) for name, tensor in outputs.items()}
@@ -285,19 +299,49 @@ def _is_zero(value: Tensor) -> bool:
         return False
 
 
-def _influences(result: Any, tensors: list[Tensor], generator: torch.Generator) -> list[Tensor | None]:
-    """Differentiate a random sum of a model's scores with respect to tensors; None where there is no connection."""
+def _all_scores(result: Any) -> list[Tensor]:
+    """Return the scores in a model's output or, where nothing says which tensors they are, all that it holds."""
     try:
-        outputs = [read_logits(result)]
+        return [read_logits(result)]
     except TypeError:
-        outputs = []
-    outputs = [t for t in outputs or tensors_in(result) if t.requires_grad]
-    score = [(torch.randn(t.shape, generator=generator).to(t) * t).sum() for t in outputs]
-    watched = [tensor for tensor in tensors if tensor.requires_grad]
-    if not score or not watched:
-        return [None] * len(tensors)
-    found = iter(torch.autograd.grad(torch.stack(score).sum(), watched, allow_unused=True))
-    return [next(found) if tensor.requires_grad else None for tensor in tensors]
+        return list(tensors_in(result))
+
+
+def _random_sum(scores: list[Tensor], generator: torch.Generator) -> Tensor | None:
+    """Return a random sum of scores that carry a graph; None if none does."""
+    terms = [(torch.randn(t.shape, generator=generator).to(t) * t).sum() for t in scores if t.requires_grad]
+    return torch.stack(terms).sum() if terms else None
+
+
+def _single_scores(result: Any) -> Iterator[Tensor]:
+    """Yield some of the numbers in a dense output, of scores (N, C, *S) or a detector's boxes, spread over it."""
+    dense = _dense_scores(result)
+    parts = [] if dense is None else [dense.sum(0)]
+    if isinstance(result, list) and result and isinstance(result[0], Mapping):
+        parts = [part for part in tensors_in(result[0]) if part.is_floating_point()]
+    parts = [part for part in parts if part.ndim and part.numel() and part.requires_grad]
+    for number in range(_SINGLE_SCORES if parts else 0):
+        share = number / (_SINGLE_SCORES - 1)
+        yield torch.stack([part[*(round(share * (side - 1)) for side in part.shape)].float() for part in parts]).sum()
+
+
+def _gradients(score: Tensor | None, watched: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Differentiate a score with respect to tensors; those without a connection are left out."""
+    if score is None or not score.requires_grad or not watched:
+        return {}
+    found = torch.autograd.grad(score, [*watched.values()], retain_graph=True, allow_unused=True)
+    return {name: gradient for name, gradient in zip(watched, found, strict=True) if gradient is not None}
+
+
+def _reach(singles: Iterable[Tensor], watched: dict[str, Tensor]) -> dict[str, float]:
+    """Return the share of single scores that depend on each tensor; none if there are no such scores.
+
+    A number that depends on no tensor, as that of a class, does not count.
+    """
+    found = [_gradients(score, watched) for score in singles]
+    moved = [{name for name, gradient in one.items() if bool(gradient.any())} for one in found]
+    moved = [names for names in moved if names]
+    return {name: sum(name in names for names in moved) / len(moved) for name in watched} if moved else {}
 
 
 def _dense_scores(result: Any) -> Tensor | None:

@@ -516,7 +516,12 @@ class _CAM:
             score = select(output)
             recorded.unbalanced = set()
             balanced = (output, recorded.unbalanced) if self.gradients == "balanced" else None
-            gradients = differentiate(score, recorded.rows, request.retain_graph, request.create_graph, balanced)
+            try:
+                gradients = differentiate(score, recorded.rows, request.retain_graph, request.create_graph, balanced)
+            except RuntimeError:
+                if self._default is not None:  # which says what other layer there is
+                    self._default.check_target(recorded.call, select, ())
+                raise
         if self._default is not None:
             effects = map(self._default.of_positions, gradients)
             self._default.check_target(recorded.call, select, effects)
