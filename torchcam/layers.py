@@ -237,7 +237,7 @@ def candidates_of(model: nn.Module, call: Call, select: Callable[[Any], Tensor] 
         return Candidate(
             name,
             type(modules[name]).__name__,
-            reading.layout,
+            reading.placed,
             num_channels,
             max(_share(one.layout, gradients.get(name)) for one in possible),
             calls[name],

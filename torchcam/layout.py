@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import permutations, product
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ __all__ = [
     "find_layout",
     "first_tensor",
     "has_consistent_stride",
+    "input_axes",
     "patch_grid",
     "primary_tensors",
     "replace_tensors",
@@ -77,6 +78,7 @@ class Layout:
         prefix: the number of tokens before the positions (class, distillation, registers), 0 for maps
         fold: the dimensions of the grid in the order in which a row goes through them, the slowest first; by default
             the grid's own
+        axes: the dimension of the input that each side of the grid follows, where that is known
     """
 
     grid: tuple[int, ...]
@@ -85,6 +87,7 @@ class Layout:
     positions: tuple[int, ...]
     prefix: int = 0
     fold: tuple[int, ...] = ()
+    axes: tuple[int, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def _is_row(self) -> bool:
@@ -162,6 +165,11 @@ class Reading(NamedTuple):
     fits: bool = True
     is_shown: bool = False
     is_plausible: bool = True
+
+    @property
+    def placed(self) -> Layout:
+        """The layout, with the dimensions of the input that it follows."""
+        return replace(self.layout, axes=self.axes)
 
 
 @dataclass(frozen=True)
@@ -264,7 +272,7 @@ def readings(
         wide: whether readings count that nothing speaks for, for an experiment to find the right one among them
     """
     found: list[Reading] = []
-    for axes in _input_axes(input_shape):
+    for axes in input_axes(input_shape):
         if kind.spatial is not None and kind.spatial != len(shape) - 2:
             continue
         if len(shape) == len(axes) + 2:
@@ -278,7 +286,7 @@ def readings(
     return tuple(dict.fromkeys(found))
 
 
-def _input_axes(input_shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+def input_axes(input_shape: tuple[int, ...]) -> list[tuple[int, ...]]:
     """Return the dimensions of an input that its positions may be in: (N, C, *spatial) by convention."""
     few = {1, 2, 3, 4}
     if len(input_shape) == 2:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -79,7 +80,7 @@ class Layouts:
             verdict = certainty.tried(shape, layer, name[len(layer) :])
         if verdict.reading is None:
             raise _no_layout(shape, certainty.input_shape, name, verdict.others)
-        layout = verdict.reading.layout
+        layout = verdict.reading.placed
         if verdict.holds is False:
             warnings.warn(
                 f"the output of `target_layer` '{name}', of shape {shape}, is read as {layout}, but where the input is "
@@ -97,7 +98,7 @@ class Layouts:
         if known is None:
             return None
         found = {one.layout for one in possible if one.layout.is_like(known)}
-        return found.pop() if len(found) == 1 else None
+        return replace(found.pop(), axes=known.axes) if len(found) == 1 else None
 
 
 def _no_layout(

@@ -18,6 +18,7 @@ from torchcam._checks import one_of, torch_module
 from torchcam._passes import Call
 from torchcam._tensors import map_tensors, min_max, tensors_in, to_float
 from torchcam.layers import TargetLayer, layer_names
+from torchcam.layout import input_axes
 from torchcam.targets import ClassIndex, OutputTarget, Selector, check_one_of, class_columns
 
 from ._default_layer import DefaultLayer
@@ -277,6 +278,42 @@ class _CAM:
     def _batch_dimension(self, recorded: Pass, tensor: Tensor, name: str) -> int:
         """Return which dimension of a layer's output is the batch."""
         return 0 if self.reshape_transform is not None else recorded.layout(tensor, name).batch
+
+    def _axes(self, recorded: Pass, index: int) -> tuple[int, ...]:
+        """Return the dimensions of the image-like input that the sides of a layer's grid follow."""
+        shape, activation, name = recorded.input_shape or (), recorded.activations[index], recorded.names[index]
+        usual = tuple(range(2, len(shape)))
+        if activation is None:
+            return usual
+        if self.reshape_transform is None:
+            return recorded.layout(activation, name).axes or usual
+        possible = [
+            axes for axes in input_axes(shape) if len(axes) == self._to_grid(recorded, activation, name).ndim - 2
+        ]
+        return possible[0] if len(possible) == 1 else usual
+
+    def check_positions(self, scores: Any = None) -> None:
+        """Check that the positions of the recorded input follow its channels, (N, C, *spatial).
+
+        Args:
+            scores: the model's output; may be left out
+
+        Raises:
+            ValueError: if they do not, as far as the target layers show
+        """
+        recorded = self._recorder.find(scores)
+        shape = recorded.input_shape or ()
+        if not recorded.layouts and self.reshape_transform is None:
+            return
+        for index in range(len(recorded.names)):
+            axes = self._axes(recorded, index)
+            if axes != tuple(range(2, len(shape))):
+                raise ValueError(
+                    f"the positions of the model's input of shape {shape} lie along its dimensions {axes}, as the "
+                    f"`target_layer` '{recorded.names[index]}' shows, but what changes parts of the input needs them "
+                    "behind the channels, (N, C, *spatial): wrap the model in a module that takes such an input and "
+                    "permutes it"
+                )
 
     def _to_grid(self, recorded: Pass, tensor: Tensor, name: str) -> Tensor:
         """Lay out a layer's output as (N, C, *spatial), in float32 at least."""

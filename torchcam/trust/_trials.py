@@ -22,7 +22,7 @@ from torchcam.layers import TargetLayer
 from torchcam.methods.core import on_replica, plain_tensors
 from torchcam.metrics import Localization
 from torchcam.metrics._statistics import descending_ranks, energy, pearson
-from torchcam.metrics.core import as_image, explaining, run_to_explain
+from torchcam.metrics.core import as_image, check_positions, explaining, run_to_explain
 from torchcam.metrics.localization import _checked_mask
 from torchcam.targets import ClassIndex, OutputTarget, Selector, check_one_of, read_logits
 
@@ -357,6 +357,7 @@ class _Trials:
             with plain_tensors(), explaining(extractor, None) as own:
                 output = run_to_explain(own, image)
                 parts.append(to_float(own.fuse_cams(own(scores=output, **self.question.arguments(batch))).detach()))
+                check_positions(own, output)
         maps = torch.cat(parts)
         return over_channels(maps) if maps.ndim == self.question.image.ndim else maps
 
