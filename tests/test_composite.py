@@ -244,7 +244,7 @@ def test_the_batch_size_changes_no_map_of_windows(batch_size: int, dropped: floa
 
 
 def test_twelve_scales_make_122_windows() -> None:
-    from torchcam.methods.composite import _Windows
+    from torchcam.methods.augmented import _Windows
 
     windows = _Windows(torch.zeros(1, 1, 100, 100), 224, 12)
     assert len(windows) == 122
@@ -255,7 +255,7 @@ def test_twelve_scales_make_122_windows() -> None:
 
 
 def test_the_windows_of_an_image_as_large_as_they_are_cut_it_out() -> None:
-    from torchcam.methods.composite import _Windows
+    from torchcam.methods.augmented import _Windows
 
     x = image(2, 2)  # 9 x 11
     windows = _Windows(x, 9, 1)

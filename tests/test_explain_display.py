@@ -9,6 +9,7 @@ import itertools
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import matplotlib
@@ -22,6 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.models import ResNet18_Weights, resnet18
 
+from tests.browsers import chromium
 from tests.methods_under_test import LAYERS, make_input, make_model
 from tests.oracles import faded, looks_like
 from torchcam.explain import Explanations, PredictionExplanation, explain
@@ -192,13 +194,33 @@ class TestPlot:
         assert sorted(axes.get_xlim() for axes in bars(mixed.plot())) == [(-1, 1), (0, 1)]
         assert len(pictures(mixed.plot())) == 1 + 4
 
-    def test_one_method_is_wrapped(self) -> None:
-        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 9))
-        figure = explain(net, make_input(CPU, 1), target_layer="0", top_k=6).plot()
-        places = [axes.get_window_extent() for axes in pictures(figure)]
-        assert len(places) == 7
-        assert len({round(place.x0) for place in places}) == 4
-        assert len({round(place.y0) for place in places}) == 2
+    @pytest.mark.parametrize(("name", "columns", "rows"), [("grid", 3, 3), ("plain", 1, 1), ("batch", 1, 20)])
+    def test_methods_in_columns_and_questions_in_rows(
+        self, name: str, columns: int, rows: int, request: pytest.FixtureRequest
+    ) -> None:
+        """The untouched pictures come first, each beside the first map of its input."""
+        found = request.getfixturevalue(name)
+        figure = found.plot()
+        figure.draw_without_rendering()
+        items = list(found) if isinstance(found, Explanations) else [found]
+        boxes = [axes.get_window_extent() for axes in pictures(figure)]
+        assert len(boxes) == columns * rows + len(items)
+        lefts = sorted({round(box.x0) for box in boxes})
+        tops = sorted({round(box.y0) for box in boxes}, reverse=True)
+        assert (len(lefts), len(tops)) == (columns + 1, rows)
+        drawn = {
+            (tops.index(round(box.y0)), lefts.index(round(box.x0))): axes.images[0].get_array()
+            for axes, box in zip(pictures(figure), boxes, strict=True)
+        }
+        line = 0
+        for item in items:
+            sheet = item._sheet()
+            assert np.array_equal(drawn[line, 0], np.asarray(sheet.image))
+            for key in item.cams:
+                for column, method in enumerate(item.methods, 1):
+                    over = item.overlay(key, method, image=sheet.image)
+                    assert np.array_equal(drawn[line, column], np.asarray(over))
+                line += 1
 
     def test_pyplot_does_not_hear_of_it(self) -> None:
         code = (
@@ -254,7 +276,7 @@ class TestNotebook:
             with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
                 assert max(picture.size) <= 512
         for key in grid.cams:
-            assert page.count(html.escape(grid.value_of(key))) >= 3
+            assert html.escape(f"{grid.name_of(key)} · {grid.value_of(key)}") in page
         assert re.search(r"linear-gradient\(to right,#ffffff,[^)]*,#fde725\)", page)  # viridis, from nothing on
         assert "<script" not in page
         assert "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt; &amp; &quot;co&quot; (1)" in page
@@ -305,19 +327,71 @@ class TestNotebook:
         assert len(hopper._repr_html_()) < 200_000
         assert len(hopper._repr_png_()) < BYTES
 
-    def test_of_a_batch_only_the_first_are_shown(self, batch: Explanations) -> None:
-        page = batch._repr_html_()
-        assert page.count("<img") == 8 * 3
-        assert "2 more inputs" in page
-        assert len(page) < BYTES
+    def test_a_batch_that_is_cut_short_ends_between_inputs(
+        self, batch: Explanations, grid: PredictionExplanation
+    ) -> None:
+        whole = batch._repr_html_()
+        assert whole.count("<img") == 10 * 3
+        assert "more" not in whole
+        assert len(whole) < BYTES
         assert len(batch._repr_png_()) < BYTES
+        several = Explanations([*batch, *batch])
+        assert several._repr_html_().count("<img") == 12 * 3
+        assert "… 8 more inputs: <code>" in several._repr_html_()
+        assert Explanations([grid] * 4)._repr_html_().count("<img") == 3 * 10
+        assert "… 1 more input: <code>" in Explanations([grid] * 4)._repr_html_()
         assert batch[:1]._repr_html_().count("<img") == 3
 
     def test_of_many_maps_only_the_first_are_shown(self) -> None:
         net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 50))
-        page = explain(net, make_input(CPU, 1), target_layer="0", top_k=50)._repr_html_()
-        assert page.count("<img") == 36
-        assert "15 more panels" in page
+        result = explain(net, make_input(CPU, 1), target_layer="0", method=["GradCAM", "EigenCAM"], top_k=50)
+        page = result._repr_html_()
+        assert page.count("<img") == 1 + 2 * 17  # no row is cut in two
+        assert "66 more maps" in page
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    yield from chromium()
+
+
+@pytest.fixture(scope="module")
+def wide(model: nn.Module) -> PredictionExplanation:
+    methods = {f"{name} of a method": name for name in ("GradCAM", "LayerCAM", "EigenCAM", "HiResCAM", "XGradCAM")}
+    return explain(
+        model, make_input(CPU, 1), method=methods, target_layer="block2", class_names=NAMES, class_idx=[0, 1, 2]
+    )
+
+
+class TestGridInABrowser:
+    """The notebook's representation in a page 900 pixels wide."""
+
+    def test_scrolls_and_keeps_the_picture_and_the_heads_in_sight(
+        self, browser: Any, wide: PredictionExplanation
+    ) -> None:
+        page = browser.new_page(viewport={"width": 900, "height": 700})
+        page.set_content(f'<body style="margin:0"><div style="max-width:700px">{wide._repr_html_()}</div>')
+        region = page.get_by_role("region")
+        inside, outside = region.evaluate("one => [one.scrollWidth, one.clientWidth]")
+        assert (inside, outside) == (6 * 168 + 5 * 10, 700)
+        assert page.evaluate("document.documentElement.scrollWidth") == 900
+        table = [[cell.get_attribute("alt") for cell in row.get_by_role("img").all()] for row in self.rows(page)]
+        names = [wide.name_of(key) for key in wide.cams]
+        assert table[1][0] == "input"
+        assert [row[-5:] for row in table[1:]] == [
+            [f"{method} map of {name}" for method in wide.methods] for name in names
+        ]
+        heads = page.get_by_role("columnheader")
+        before = heads.nth(4).bounding_box()
+        region.evaluate("one => one.scrollTo(200, 150)")
+        assert page.get_by_alt_text("input", exact=True).bounding_box()["x"] == 0
+        assert heads.nth(4).bounding_box() == {**before, "x": before["x"] - 200}
+        page.close()
+
+    @staticmethod
+    def rows(page: Any) -> list[Any]:
+        found: list[Any] = page.get_by_role("row").all()
+        return found
 
 
 class TestColormaps:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         metrics,
         monitor,
         targets,
+        tasks,
         utils,
     )
     from torchcam.evaluation import evaluate
@@ -129,6 +130,7 @@ __all__ = [
     "overlay_map",
     "overlay_mask",
     "targets",
+    "tasks",
     "trust",
     "utils",
 ]

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from . import _figures, _page
-from ._figures import Cell, Row, Sheet
+from ._figures import Cell, Column, Row, Sheet
 from ._files import atomic_write
 from ._inputs import as_rgb, read_picture
 from ._method_maps import MethodMaps, fuse_layers, save_maps
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Explanations", "PredictionExplanation"]
 
-SHOWN = 8  # inputs of a batch that a notebook shows
+LINES = 8  # for the inputs of a batch that is printed
 SMALLEST = 256  # pictures with less on their longest side are enlarged, to 512 at least: maps over them are smooth
 
 
@@ -60,9 +60,9 @@ class _Pictures:
     ) -> Figure:
         """Draw images and maps into a matplotlib figure.
 
-        Of one input, it has a row for each method and a column for each class; of several inputs, a row for each. The
-        figure is not one of pyplot's, so that nothing has to be closed. All maps share one scale of colours, signed
-        ones another.
+        It has a column for each method, after the image, and a row for each class or target, of several inputs one
+        after the other. The figure is not one of pyplot's, so that nothing has to be closed. All maps share one scale
+        of colours, signed ones another.
 
         Args:
             colormap: as for `overlay`
@@ -117,7 +117,7 @@ class _Pictures:
         return self._items
 
     def _repr_html_(self) -> str:
-        shown = self._items[:SHOWN]
+        shown = self._shown
         if not all(item._drawable() for item in shown):
             return "".join(
                 _figures.scores_as_html(item.title, [(item.name_of(key), item.value_of(key)) for key in item.cams])
@@ -127,10 +127,15 @@ class _Pictures:
         return _figures.to_html([item._sheet() for item in shown], self.title, None, more=more)
 
     def _repr_png_(self) -> bytes | None:
-        shown = self._items[:SHOWN]
+        shown = self._shown
         if not shown or not all(item._drawable() for item in shown):
             return None
         return _figures.png(_figures.draw([item._sheet() for item in shown], self.title, None, None))
+
+    @property
+    def _shown(self) -> Sequence[PredictionExplanation]:
+        """The first of several inputs, as many as the output of a notebook cell shows."""
+        return self._items[: _figures.fitting([len(item.cams) * len(item.results) + 1 for item in self._items])]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -332,16 +337,16 @@ class PredictionExplanation(_Pictures):
 
     def _sheet(self, alpha: float = ALPHA, colormap: str | Colormap | None = None, grey: bool = False) -> Sheet:
         """Draw the image and all maps, no larger than a figure shows them."""
+        columns = [Column(name, ", ".join(one.target_layers), one.signed) for name, one in self.results.items()]
         rows = []
-        for name, result in self.results.items():
+        for key in self.cams:
             cells = []
-            for key in result.cams:
+            for result in self.results.values():
                 base = fitted(self._picture(result.values(key)), 512)
                 cells.append(Cell(_drawn(base, result, key, self.view, colormap, alpha, grey), result.note(key)))
-            rows.append(Row(name, ", ".join(result.target_layers), result.signed, cells))
-        captions = [(self.name_of(key), self.value_of(key)) for key in self.cams]
+            rows.append(Row(self.name_of(key), self.value_of(key), cells))
         image = None if self.image is None else fitted(enlarged(self.image, SMALLEST), 512)
-        return Sheet(self.title, image, captions, rows)
+        return Sheet(image, columns, rows)
 
     def _page_item(self, name: str) -> _page.PageItem:
         methods = [
@@ -504,8 +509,8 @@ class Explanations(_Pictures, Sequence[PredictionExplanation]):
         return iter(self._items)
 
     def __repr__(self) -> str:
-        lines = [f"  {item!r}," for item in self._items[:SHOWN]]
-        more = [f"  … and {len(self) - SHOWN} more"] if len(self) > SHOWN else []
+        lines = [f"  {item!r}," for item in self._items[:LINES]]
+        more = [f"  … and {len(self) - LINES} more"] if len(self) > LINES else []
         return "\n".join([f"<{type(self).__name__} of {len(self)} inputs:", *lines, *more, ">"])
 
     @property

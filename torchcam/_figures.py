@@ -1,4 +1,4 @@
-"""Maps side by side: as a matplotlib figure, and as HTML for a notebook."""
+"""Maps in a grid, methods in columns and questions in rows: as a matplotlib figure, and as HTML for a notebook."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import math
 import textwrap
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
-__all__ = ["Cell", "Row", "Sheet", "data_uri", "draw", "fitted", "png", "scores_as_html", "to_html"]
+__all__ = ["Cell", "Column", "Row", "Sheet", "draw", "fitting", "png", "scores_as_html", "to_html"]
 
 SCALES = {
     False: ("relevance, each map scaled by itself", ("0", "0.5", "1")),
@@ -31,7 +32,6 @@ SCALES = {
 # In inches: the width of a picture, the heights of a colour bar with its text, of a note below a picture and of a line
 # of text, the gaps between pictures, and the margin of the figure.
 CELL, BAR, NOTE, LINE, GAP, MARGIN = 2.3, 0.72, 0.22, 0.155, 0.1, 0.1
-COLUMNS = 4  # of the maps of one method
 PAPER, INK = {False: "#ffffff", True: "#16181c"}, {False: "#16181c", True: "#e8e8e8"}
 MAX_PIXELS = 640_000  # of all pictures in the output of a notebook cell
 MAX_PANELS = 36  # in the output of a notebook cell
@@ -44,13 +44,25 @@ class Cell(NamedTuple):
     note: str = ""
 
 
-class Row(NamedTuple):
-    """The maps of one method: its name, its layers, whether the maps are signed, and a cell for each class."""
+class Column(NamedTuple):
+    """The head of a method's maps: its name, its layers, and whether the maps are signed."""
 
     name: str
-    layers: str
-    signed: bool
+    layers: str = ""
+    signed: bool = False
+
+
+class Row(NamedTuple):
+    """The maps of one class or target: its name, its probability or score, and a cell for each column."""
+
+    name: str
+    value: str
     cells: Sequence[Cell]
+
+    @property
+    def heading(self) -> str:
+        """What is asked, in one line."""
+        return " · ".join(filter(None, (self.name, self.value)))
 
 
 @dataclass(frozen=True)
@@ -58,21 +70,14 @@ class Sheet:
     """The image and the maps of one input.
 
     Attributes:
-        title: the prediction of the model
         image: the input as a picture
-        captions: the name of each class, and its probability or score
-        rows: the maps
+        columns: the methods
+        rows: the classes or targets, with their maps
     """
 
-    title: str
     image: Image.Image | None
-    captions: Sequence[tuple[str, str]]
+    columns: Sequence[Column]
     rows: Sequence[Row]
-
-    @property
-    def panels(self) -> int:
-        """The number of pictures."""
-        return len(self.rows) * len(self.captions) + (self.image is not None)
 
 
 # A figure.
@@ -83,17 +88,25 @@ class _Panel:
     """A picture in a figure and its place, in inches from the left and the top."""
 
     cell: Cell
-    caption: str
     left: float
     top: float
-    label: str = ""
+
+
+@dataclass(frozen=True)
+class _Label:
+    """A text in a figure: where it begins or has its middle, in inches from the left, and its lower edge."""
+
+    text: str
+    left: float
+    bottom: float
+    ha: str
 
 
 def draw(sheets: Sequence[Sheet], title: str, colormap: str | Colormap | None, dark: bool | None) -> Figure:
     """Draw the maps of one or several inputs into a figure that is not registered with pyplot.
 
     Args:
-        sheets: the image and maps of each input
+        sheets: the image and maps of each input, all by the same methods
         title: the figure's title
         colormap: the colormap of all maps; None for the defaults
         dark: whether to draw light text on dark paper; None for the colours that matplotlib is set to
@@ -107,17 +120,17 @@ def draw(sheets: Sequence[Sheet], title: str, colormap: str | Colormap | None, d
         paper, ink = PAPER[dark], INK[dark]
     elif to_rgba(paper)[3] < 1:  # the background is unknown
         paper = PAPER[sum(to_rgba(ink)[:3]) > 1.5]
-    signs = sorted({row.signed for sheet in sheets for row in sheet.rows})
+    signs = sorted({column.signed for sheet in sheets for column in sheet.columns})
     size = (CELL, CELL / _aspect(sheets))
-    panels = _place_one(sheets[0], size) if len(sheets) == 1 else _place_several(sheets, size)
+    panels, labels = _places(sheets, size)
     width = max(4.6, *(panel.left + size[0] + MARGIN for panel in panels))
     heading = _wrapped(title, int(12.5 * width))
     head = MARGIN + 0.2 * (heading.count("\n") + 1)
     body = max(panel.top + size[1] + (NOTE if panel.cell.note else 0) for panel in panels)
     height = head + body + BAR * len(signs)
     figure = Figure(figsize=(width, height), dpi=120, facecolor=paper)
-    text: dict[str, Any] = {"color": ink, "parse_math": False, "ha": "center"}
-    figure.text(0.5, 1 - MARGIN / height, heading, fontsize=11, va="top", **text)
+    text: dict[str, Any] = {"color": ink, "parse_math": False}
+    figure.text(0.5, 1 - MARGIN / height, heading, fontsize=11, ha="center", va="top", **text)
     for panel in panels:
         bottom = height - head - panel.top - size[1]
         axes = figure.add_axes((panel.left / width, bottom / height, size[0] / width, size[1] / height))
@@ -125,11 +138,10 @@ def draw(sheets: Sequence[Sheet], title: str, colormap: str | Colormap | None, d
         axes.imshow(np.asarray(panel.cell.picture), interpolation="nearest" if sharp else "antialiased")
         axes.set_axis_off()
         middle = (panel.left + size[0] / 2) / width
-        above = (bottom + size[1] + 0.05) / height
-        figure.text(middle, above, panel.caption, fontsize=9, va="bottom", **text)
-        figure.text(middle, (bottom - 0.04) / height, panel.cell.note, fontsize=8, va="top", **text)
-        beside, centre = (panel.left - 0.06) / width, (bottom + size[1] / 2) / height
-        figure.text(beside, centre, panel.label, fontsize=9, va="center", rotation=90, **{**text, "ha": "right"})
+        figure.text(middle, (bottom - 0.04) / height, panel.cell.note, fontsize=8, ha="center", va="top", **text)
+    for label in labels:
+        place = (label.left / width, (height - head - label.bottom) / height)
+        figure.text(*place, label.text, fontsize=9, ha=label.ha, va="bottom", **text)
     for number, signed in enumerate(signs):
         _draw_bar(figure, colormap, signed, ink, BAR * (len(signs) - number))
     # Notebooks show only figures of pyplot by themselves.
@@ -142,54 +154,33 @@ def _aspect(sheets: Sequence[Sheet]) -> float:
     return min(max(0.5, *(width / height for width, height in sizes)), 2.5)
 
 
-def _captions(sheet: Sheet, method: str = "") -> list[str]:
-    return ["\n".join(filter(None, (method, _wrapped(name, 26), value))) for name, value in sheet.captions]
-
-
-def _captions_height(captions: Sequence[str]) -> float:
-    """Return the height of a row's captions, in inches."""
-    return 0.12 + LINE * max(caption.count("\n") + 1 for caption in captions)
-
-
-def _place_one(sheet: Sheet, size: tuple[float, float]) -> list[_Panel]:
-    """Place the pictures of one input: the classes of one method wrapped, or each of several methods in a row."""
-    image = [] if sheet.image is None else [(Cell(sheet.image), "input")]
-    if len(sheet.rows) == 1:
-        entries = [*image, *zip(sheet.rows[0].cells, _captions(sheet), strict=True)]
-        rows = [entries[start : start + COLUMNS] for start in range(0, len(entries), COLUMNS)]
-        return _place_rows(rows, size)
-    top = _captions_height(_captions(sheet))
-    left = MARGIN + len(image) * (size[0] + GAP) + 0.12 + LINE * 2
-    panels = []
-    for r, row in enumerate(sheet.rows):
-        label = "\n".join(filter(None, (_short(row.name), _short(row.layers))))
-        for c, (cell, caption) in enumerate(zip(row.cells, _captions(sheet), strict=True)):
-            place = (left + c * (size[0] + GAP), top)
-            panels.append(_Panel(cell, "" if r else caption, *place, "" if c else label))
-        top += size[1] + (NOTE if any(cell.note for cell in row.cells) else 0) + 2 * GAP
-    middle = (panels[0].top + panels[-1].top) / 2
-    return [*(_Panel(cell, caption, MARGIN, middle) for cell, caption in image), *panels]
-
-
-def _place_several(sheets: Sequence[Sheet], size: tuple[float, float]) -> list[_Panel]:
-    """Place the pictures of several inputs, a row each."""
-    rows = []
+def _places(sheets: Sequence[Sheet], size: tuple[float, float]) -> tuple[list[_Panel], list[_Label]]:
+    """Place the pictures and texts of all inputs: the methods' names above, and above each row what is asked."""
+    columns, panels, labels = sheets[0].columns, [], []
+    left = MARGIN + (size[0] + GAP) * any(sheet.image is not None for sheet in sheets)
+    lefts = [left + number * (size[0] + GAP) for number in range(len(columns))]
+    room = max(lefts[-1] + size[0], 4.6 - MARGIN) - left
+    heads = ["\n".join(filter(None, (_wrapped(c.name, 26), _short(c.layers)))) for c in columns]
+    top = _height(heads)
+    for head, start in zip(heads, lefts, strict=True):
+        labels.append(_Label(head, start + size[0] / 2, top, "center"))
     for number, sheet in enumerate(sheets):
-        entries = [] if sheet.image is None else [(Cell(sheet.image), f"input {number}")]
         for row in sheet.rows:
-            method = _wrapped(row.name, 26) if len(sheet.rows) > 1 else ""
-            entries += zip(row.cells, _captions(sheet, method), strict=True)
-        rows.append(entries)
-    return _place_rows(rows, size)
+            heading = _wrapped(row.heading, int(11.5 * room))
+            top += _height([heading])
+            labels.append(_Label(heading, left, top - 0.04, "left"))
+            if sheet.image is not None and row is sheet.rows[0]:
+                name = f"input {number}" if len(sheets) > 1 else "input"
+                labels.append(_Label(name, MARGIN, top - 0.04, "left"))
+                panels.append(_Panel(Cell(sheet.image), MARGIN, top))
+            panels += [_Panel(cell, start, top) for cell, start in zip(row.cells, lefts, strict=True)]
+            top += size[1] + (NOTE if any(cell.note for cell in row.cells) else 0)
+    return panels, labels
 
 
-def _place_rows(rows: Sequence[Sequence[tuple[Cell, str]]], size: tuple[float, float]) -> list[_Panel]:
-    panels, top = [], 0.0
-    for row in rows:
-        top += _captions_height([caption for _, caption in row])
-        panels += [_Panel(cell, caption, MARGIN + c * (size[0] + GAP), top) for c, (cell, caption) in enumerate(row)]
-        top += size[1] + (NOTE if any(cell.note for cell, _ in row) else 0)
-    return panels
+def _height(texts: Sequence[str]) -> float:
+    """Return the height of texts beside each other, in inches."""
+    return 0.12 + LINE * max(text.count("\n") + 1 for text in texts)
 
 
 def _draw_bar(figure: Figure, colormap: str | Colormap | None, signed: bool, ink: str, top: float) -> None:
@@ -232,38 +223,36 @@ def png(figure: Figure, max_pixels: int = MAX_PIXELS) -> bytes:
 # HTML.
 
 
+def fitting(panels: Sequence[int]) -> int:
+    """Return how many inputs, of so many panels each, a notebook cell shows whole; the first one in any case."""
+    return max(sum(total <= MAX_PANELS for total in accumulate(panels)), 1)
+
+
 def to_html(sheets: Sequence[Sheet], title: str, colormap: str | Colormap | None, more: int = 0) -> str:
     """Return the maps of one or several inputs as HTML without scripts, in the colours of the notebook.
 
+    What is wider or higher than its place scrolls; the pictures and the names of the methods stay in sight.
+
     Args:
-        sheets: the image and maps of each input
+        sheets: the image and maps of each input, all by the same methods
         title: a heading
         colormap: the colormap of all maps; None for the defaults
         more: the number of inputs that are left out
     """
-    total = sum(sheet.panels for sheet in sheets)
-    edge = int(min(512, max(96, math.sqrt(MAX_PIXELS / max(total, 1)))))
-    left = MAX_PANELS
     parts = [
         f'<div style="font:14px/1.4 system-ui,sans-serif;color:inherit"><div><strong>{_escaped(title)}</strong></div>'
     ]
     omitted = 0
-    for number, sheet in enumerate(sheets):
-        if number and sheet.panels > left:  # no input is cut in two
-            more += len(sheets) - number
-            break
-        if len(sheets) > 1:
-            parts.append(f'<div style="margin-top:.8em">{_escaped(sheet.title)}</div>')
-        panels = _html_panels(sheet, min(edge, 256 if total > 1 else 512))
-        parts.append(f'<div style="{_FLEX}">{"".join(panels[:left])}</div>')
-        omitted += max(len(panels) - left, 0)
-        left = max(left - len(panels), 0)
-    signs = sorted({row.signed for sheet in sheets for row in sheet.rows})
-    parts += [_html_bar(colormap, signed) for signed in signs]
+    if sheets:
+        columns = sheets[0].columns
+        limit = max((MAX_PANELS - 1) // len(columns), 1)
+        omitted = len(columns) * sum(max(len(sheet.rows) - limit, 0) for sheet in sheets)
+        parts.append(_html_grid([replace(sheet, rows=sheet.rows[:limit]) for sheet in sheets], title))
+        parts += [_html_bar(colormap, signed) for signed in sorted({column.signed for column in columns})]
     if omitted or more:
         omissions = " and ".join(
             f"{count} more {kind}{'s' if count > 1 else ''}"
-            for count, kind in ((more, "input"), (omitted, "panel"))
+            for count, kind in ((more, "input"), (omitted, "map"))
             if count
         )
         parts.append(f"<div>… {omissions}: <code>to_html()</code> makes a page of all.</div>")
@@ -276,28 +265,54 @@ def scores_as_html(title: str, values: Sequence[tuple[str, str]]) -> str:
     return f'<div style="color:inherit"><strong>{_escaped(title)}</strong><ul>{lines}</ul></div>'
 
 
-_FLEX = "display:flex;flex-wrap:wrap;gap:12px;align-items:flex-start;margin:8px 0"
+# The notebook's own background, so that nothing shines through what stays in sight.
+_GROUND = "background:var(--jp-layout-color0,var(--vscode-editor-background,var(--colab-primary-surface-color,Canvas)))"
 
 
-def _html_panels(sheet: Sheet, edge: int) -> list[str]:
-    panels = []
-    if sheet.image is not None:
-        panels.append(_html_panel(sheet.image, ["input"], "input", edge))
-    for row in sheet.rows:
-        for cell, (name, value) in zip(row.cells, sheet.captions, strict=True):
-            lines = [name, value, f"{row.name} · {row.layers}" if row.layers else row.name, cell.note]
-            panels.append(_html_panel(cell.picture, lines, f"{row.name} map of {name}", edge))
-    return panels
-
-
-def _html_panel(picture: Image.Image, lines: Sequence[str], alt: str, edge: int) -> str:
-    small = fitted(picture, edge)
-    width = max(small.width, 160)
-    caption = "<br>".join(_escaped(line) for line in lines if line)
+def _html_grid(sheets: Sequence[Sheet], title: str) -> str:
+    columns, has_image = sheets[0].columns, any(sheet.image is not None for sheet in sheets)
+    total = sum(len(sheet.rows) * len(columns) + (sheet.image is not None) for sheet in sheets)
+    edge = int(min(512, max(96, math.sqrt(MAX_PIXELS / total))))
+    width = max(min(edge // 2, 256), 168)  # on the screen; screens of high resolution show all pixels
+    count, first = len(columns) + has_image, 1 + has_image
+    heads = "".join(
+        f'<div role="columnheader" style="grid-area:1/{number};position:sticky;top:0;z-index:1;padding:2px 0 4px;'
+        f'overflow-wrap:anywhere;text-align:center;{_GROUND}"><strong>{_escaped(column.name)}</strong><br>'
+        f'<span style="font-size:12px">{_escaped(_short(column.layers))}</span></div>'
+        for number, column in enumerate(columns, first)
+    )
+    rows, line = [f'<div role="row" style="display:contents">{heads}</div>'], 2
+    for number, sheet in enumerate(sheets):
+        for row in sheet.rows:
+            cells = ""
+            if sheet.image is not None and row is sheet.rows[0]:
+                name = f"input {number}" if len(sheets) > 1 else "input"
+                cells = (
+                    f'<div role="cell" style="grid-area:{line}/1/span {2 * len(sheet.rows)}/auto;align-self:start;'
+                    f'padding-top:6px;position:sticky;top:0;left:0;z-index:2;{_GROUND}">{_escaped(name)}'
+                    f"{_html_picture(sheet.image, name, edge)}</div>"
+                )
+            cells += (
+                f'<div role="rowheader" style="grid-area:{line}/{first}/auto/-1;margin-top:6px"><span style="'
+                f'position:sticky;left:{(width + 10) * has_image}px">{_escaped(row.heading)}</span></div>'
+            )
+            for place, (column, cell) in enumerate(zip(columns, row.cells, strict=True), first):
+                note = f'<div style="font-size:12px;text-align:center">{_escaped(cell.note)}</div>' if cell.note else ""
+                picture = _html_picture(cell.picture, f"{column.name} map of {row.name}", edge)
+                cells += f'<div role="cell" style="grid-area:{line + 1}/{place}">{picture}{note}</div>'
+            rows.append(f'<div role="row" style="display:contents">{cells}</div>')
+            line += 2
     return (
-        f'<figure style="margin:0;width:{width}px"><img src="{data_uri(small)}" alt="{_escaped(alt)}" '
-        f'style="display:block;width:100%;height:auto;margin:0"><figcaption style="font-size:13px;'
-        f'overflow-wrap:anywhere;text-align:center">{caption}</figcaption></figure>'
+        f'<div role="region" aria-label="{_escaped(title)}" tabindex="0" style="overflow:auto;max-height:760px;'
+        f'margin:8px 0"><div role="table" style="display:grid;grid-template-columns:repeat({count},{width}px);'
+        f'gap:0 10px;width:max-content">{"".join(rows)}</div></div>'
+    )
+
+
+def _html_picture(picture: Image.Image, alt: str, edge: int) -> str:
+    return (
+        f'<img src="{data_uri(fitted(picture, edge))}" alt="{_escaped(alt)}" '
+        'style="display:block;width:100%;max-width:none;height:auto;margin:0">'
     )
 
 

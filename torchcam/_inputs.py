@@ -21,7 +21,7 @@ from ._pictures import from_unit_range, to_picture
 from ._tensors import map_tensors
 from ._views import FULL, View, Views
 
-__all__ = ["Inputs", "as_rgb", "read_inputs", "read_picture"]
+__all__ = ["Inputs", "as_rgb", "read_inputs", "read_picture", "split_processor"]
 
 Transform = Callable[..., Any]
 Normalisation = tuple[Sequence[float], Sequence[float]]
@@ -71,7 +71,14 @@ class Inputs:
         return model(self.tensor[samples]) if self.kwargs is None else model(**self.kwargs)
 
 
-def read_inputs(model: nn.Module, given: Any, transform: Any = None, weights: Any = None, image: Any = None) -> Inputs:
+def read_inputs(
+    model: nn.Module,
+    given: Any,
+    transform: Any = None,
+    weights: Any = None,
+    image: Any = None,
+    processor: Any = None,
+) -> Inputs:
     """Return the model's input for any kind of input that people have.
 
     Args:
@@ -81,6 +88,7 @@ def read_inputs(model: nn.Module, given: Any, transform: Any = None, weights: An
         transform: function from a PIL image to a tensor (C, *spatial), or an image processor of transformers
         weights: weights of torchvision, or their name, that know a transform and the names of the classes
         image: what to show in place of the model's view: an image, or a list of one for each sample
+        processor: a processor of transformers, whose image processor is the transform where there is no other
 
     Raises:
         TypeError: if ``given`` is none of these
@@ -94,6 +102,8 @@ def read_inputs(model: nn.Module, given: Any, transform: Any = None, weights: An
         raise TypeError(f"`weights` must be weights of torchvision such as ResNet18_Weights.DEFAULT, got {weights!r}")
     if transform is None and weights is not None:
         transform = weights.transforms()
+    if processor is not None:
+        transform = transform or split_processor(processor)[0]
 
     kwargs: Mapping[str, Any] | None = None
     images: list[Image.Image] = []
@@ -133,6 +143,28 @@ def read_inputs(model: nn.Module, given: Any, transform: Any = None, weights: An
         channels,
         _class_names(model, weights),
     )
+
+
+def split_processor(processor: Any) -> tuple[Any, Any]:
+    """Return what a processor makes tensors of images with, and of texts; None for what it does not read.
+
+    Args:
+        processor: a processor, image processor or tokenizer of transformers, or a function of a list of texts
+
+    Raises:
+        TypeError: if it is none of these
+    """
+    reads = getattr(processor, "model_input_names", None)
+    if not callable(processor) or isinstance(processor, type):
+        raise TypeError(
+            "`processor` must be a processor, image processor or tokenizer of transformers, or a function of a list of "
+            f"texts, got {processor!r} of type {type(processor).__name__}"
+        )
+    if reads is None:  # the tokenizers of open_clip, and functions
+        return None, processor
+    of_images = getattr(processor, "image_processor", None) or (processor if "pixel_values" in reads else None)
+    of_texts = getattr(processor, "tokenizer", None) or (processor if "input_ids" in reads else None)
+    return of_images, of_texts
 
 
 # Tensors.

@@ -32,6 +32,7 @@ class TrustRequest:
         layers: the layers of each method, by the same names
         targets: the targets that were explained, by their names; none where classes were
         settings: further arguments of the report
+        view: function from the model to what was explained, where that is another one: a classifier of texts
     """
 
     model: Callable[[], nn.Module | None]
@@ -40,6 +41,7 @@ class TrustRequest:
     layers: Mapping[str, Any]
     targets: Mapping[str, OutputTarget]
     settings: Mapping[str, Any]
+    view: Callable[[Any], nn.Module] | None = None
 
     @classmethod
     def of(
@@ -49,17 +51,18 @@ class TrustRequest:
         recipes: Sequence[Recipe],
         target_names: Sequence[Sequence[str]],
         targets: Mapping[str, OutputTarget],
+        view: Callable[[Any], nn.Module] | None = None,
         **settings: Any,
     ) -> TrustRequest:
         """Return the request for the methods of an explanation, on the layers whose names they gave."""
-        modules = dict(model.named_modules())
+        modules = dict((model if view is None else view(model)).named_modules())
         layers: dict[str, Any] = {}
         for recipe, names in zip(recipes, target_names, strict=True):
             are_layers = all(name and name in modules for name in names)
             layers.setdefault(recipe.method.__name__, list(names) if are_layers else recipe.target_layer)
         by_name = {recipe.method.__name__: recipe for recipe in reversed(recipes)}
         kept = image.detach().clone()  # a view would keep the batch
-        return cls(weakref.ref(model), kept, {name: by_name[name] for name in layers}, layers, targets, settings)
+        return cls(weakref.ref(model), kept, {name: by_name[name] for name in layers}, layers, targets, settings, view)
 
     def __call__(self, asked_about: int | str, **options: Any) -> TrustReport:
         """Report on a class, or on a target by its name."""
@@ -69,6 +72,7 @@ class TrustRequest:
                 "the model that was explained is gone, an explanation does not hold on to it: keep it in a variable, "
                 "or call `torchcam.trust.trust(model, input_tensor)`"
             )
+        model = model if self.view is None else self.view(model)
         from .trust import trust  # its metrics take long to import
 
         asked = options.pop("methods", None)

@@ -30,6 +30,7 @@ from torchcam.layers import TargetLayer
 from torchcam.methods import GradCAM
 from torchcam.methods.core import plain_tensors
 from torchcam.targets import Selector, read_logits
+from torchcam.tasks.texts import as_texts, own_scores
 
 __all__ = ["Explanations", "MethodMaps", "PredictionExplanation", "explain", "explain_classes", "written_whole"]
 
@@ -50,8 +51,11 @@ class Options(TypedDict, total=False):
     top_k: int | None
     class_idx: Any
     targets: Any
+    texts: Sequence[str] | None
+    against: Literal["others"] | None
     relu: bool | Literal["negative"] | None
     transform: Any
+    processor: Any
     weights: Any
     image: Any
     to_probabilities: Callable[[Tensor], Tensor] | None
@@ -87,8 +91,11 @@ def explain(
     top_k: int | None = None,
     class_idx: Any = None,
     targets: Any = None,
+    texts: Sequence[str] | None = None,
+    against: Literal["others"] | None = None,
     relu: bool | Literal["negative"] | None = None,
     transform: Any = None,
+    processor: Any = None,
     weights: Any = None,
     image: Any = None,
     to_probabilities: Callable[[Tensor], Tensor] | None = None,
@@ -136,16 +143,23 @@ def explain(
         targets: in place of classes, what to explain of any output: a callable from one sample's output to a scalar
             (see :mod:`torchcam.targets`), several in a mapping from their names, or in a list: of one input's several
             targets, of a batch's one for each input
+        texts: of a model with an image and a text tower (CLIP, SigLIP, ...), the texts that the image is compared with.
+            They are embedded once, and are the classes from then on; so they are what ``class_idx`` names.
+        against: ``"others"`` to explain what tells a text from the others: its score less the mean of theirs
         relu: True for the evidence for the classes, ``"negative"`` for that against them, False for both in signed
             maps; None for what each method does by itself
         transform: function from a PIL image to a tensor (C, *spatial), or an image processor of transformers. The image
             that is shown is the model's view, with the transform's normalisation undone where it can be found.
+        processor: a processor, image processor or tokenizer of transformers: it makes a tensor of an image where there
+            is no ``transform``, and tokens of ``texts``. For the latter also a function from a list of strings to what
+            the text tower takes, as the tokenizers of open_clip are.
         weights: weights of torchvision, or their name, such as "ResNet18_Weights.DEFAULT" or, for a model as
             torchvision builds it, "DEFAULT": their transform is taken, and the names of the classes
         image: what to show in place of the model's view: an image as above, or a list of one for each input. If it is
             the original of an image that was cropped or padded, each map is drawn where the model saw it.
         to_probabilities: function from the scores (N, classes) to the probabilities that are shown: softmax by default;
-            ``torch.sigmoid`` where classes do not exclude each other. A single score is shown as it is.
+            ``torch.sigmoid`` where classes do not exclude each other, and by default where ``texts`` are judged one by
+            one (SigLIP). A single score is shown as it is.
         batch_size: largest number of inputs in one forward pass
 
     Returns:
@@ -165,8 +179,12 @@ def explain(
     names = as_class_names(class_names)
     model = _original(model)
     with plain_tensors():
-        inputs = read_inputs(model, input_tensor, transform, weights, image)
-    names = inputs.class_names if names is None else names
+        inputs = read_inputs(model, input_tensor, transform, weights, image, processor)
+        compared = as_texts(model, texts, against, processor, batch_size)
+    original, names = model, inputs.class_names if names is None else names
+    if compared is not None:
+        model, names = compared.classifier(model), compared.names if class_names is None else names
+        to_probabilities = to_probabilities or compared.to_probabilities
     count = len(inputs.tensor)
     choice = Choice(count, inputs.is_batch, class_idx, expected_class_idx, top_k, targets, names)
     input_shape = tuple(inputs.tensor.shape[1:])
@@ -183,7 +201,7 @@ def explain(
                 request = None
                 if inputs.kwargs is None:
                     request = TrustRequest.of(
-                        model,
+                        original,
                         inputs.tensor[number : number + 1],
                         recipes,
                         [result.target_layers for result in results.values()],
@@ -191,6 +209,7 @@ def explain(
                         images=None if picture is None else [picture],
                         class_names=names,
                         to_probabilities=to_probabilities,
+                        view=None if compared is None else compared.classifier,
                     )
                 explanations.append(
                     PredictionExplanation(
@@ -200,7 +219,7 @@ def explain(
                         cams=first.cams,
                         method=first.method,
                         target_layers=first.target_layers,
-                        model=f"{type(model).__module__}.{type(model).__qualname__}",
+                        model=f"{type(original).__module__}.{type(original).__qualname__}",
                         input_shape=(1, *input_shape),
                         versions=MappingProxyType(versions),
                         class_names=names,
@@ -291,7 +310,7 @@ def _explain_samples(
     with inputs.named_errors():
         output = inputs.call(replica, samples)
     if choice.targets is None:
-        logits = _class_scores(output, count)
+        logits = _class_scores(own_scores(output), count)
         keys: list[list[Any]] = list(choice.keys(logits, samples))
         answers = _answers(logits, [{}] * count)
         columns: list[dict[str, Any]] = [{"class_idx": column if count > 1 else column[0]} for column in _columns(keys)]

@@ -18,7 +18,7 @@ from ._certainty import Certainty, Verdict
 from ._passes import Call, model_device
 from ._replica import replicated
 from ._tensors import map_tensors, tensors_in
-from .layout import Layout, first_tensor, replace_tensors
+from .layout import Layout, primary_tensors, replace_tensors
 from .targets import read_logits
 
 __all__ = [
@@ -200,18 +200,20 @@ def candidates_of(model: nn.Module, call: Call, select: Callable[[Any], Tensor] 
             layer, in place of a random sum of all
     """
     outputs: dict[str, Tensor] = {}
+    others: dict[str, list[Tensor]] = {}  # of a layer that returns maps of several sizes
     calls: Counter[str] = Counter()
 
     def inspect(name: str, _module: nn.Module, _args: Any, output: Any) -> Any:
-        tensor = first_tensor(output)
-        if tensor is None or not tensor.is_floating_point():
+        tensors = [*primary_tensors(output).values()]
+        if not tensors or not all(tensor.is_floating_point() for tensor in tensors):
             return None
-        # As an extractor does, hand on a copy: what counts is whether the score depends on what is handed on.
+        # As an extractor does, hand on copies: what counts is whether the score depends on what is handed on.
+        # Behind a cut (`.detach()`) they start a graph of their own.
+        copies = [(t if t.requires_grad else t.detach().requires_grad_()).clone() for t in tensors]
         outputs.pop(name, None)
-        # Behind a cut (`.detach()`) it starts a graph of its own.
-        outputs[name] = copied = (tensor if tensor.requires_grad else tensor.detach().requires_grad_()).clone()
+        outputs[name], others[name] = copies[0], copies[1:]
         calls[name] += 1
-        return replace_tensors(output, [(tensor, copied)])
+        return replace_tensors(output, [*zip(tensors, copies, strict=True)])
 
     generator = torch.Generator().manual_seed(0)
     with replicated(model) as replica, torch.inference_mode(False), torch.enable_grad():
@@ -220,11 +222,12 @@ def candidates_of(model: nn.Module, call: Call, select: Callable[[Any], Tensor] 
             module.register_forward_hook(partial(inspect, name))
         _fill_zeros(replica, generator)
         result = _call_probed(replica, call.args, call.kwargs)
-        watched = {name: tensor for name, tensor in outputs.items() if tensor.requires_grad}
+        watched = [(name, t) for name, first in outputs.items() for t in (first, *others[name]) if t.requires_grad]
         explained = _all_scores(result) if select is None else [select(result)]
         singles = _single_scores(result) if select is None else explained[0].unbind(1) if explained[0].ndim > 1 else ()
         gradients = _gradients(_random_sum(explained, generator), watched)
         reach = _reach(singles, watched)
+    first = {name: g for name, parts in gradients.items() for g in parts if g.shape == outputs[name].shape}
     scores = _dense_scores(result)
     certainty = Certainty(model, call)
 
@@ -239,7 +242,7 @@ def candidates_of(model: nn.Module, call: Call, select: Callable[[Any], Tensor] 
             type(modules[name]).__name__,
             reading.placed,
             num_channels,
-            max(_share(one.layout, gradients.get(name)) for one in possible),
+            max(_share(one.layout, first.get(name)) for one in possible),
             calls[name],
             reading.fits,
             not isinstance(modules[name], nn.Linear) and (scores is None or num_channels != scores.shape[1]),
@@ -325,23 +328,28 @@ def _single_scores(result: Any) -> Iterator[Tensor]:
         yield torch.stack([part[*(round(share * (side - 1)) for side in part.shape)].float() for part in parts]).sum()
 
 
-def _gradients(score: Tensor | None, watched: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Differentiate a score with respect to tensors; those without a connection are left out."""
+def _gradients(score: Tensor | None, watched: list[tuple[str, Tensor]]) -> dict[str, list[Tensor]]:
+    """Differentiate a score with respect to tensors, by the names of their layers; those without a connection are not
+    among them."""
     if score is None or not score.requires_grad or not watched:
         return {}
-    found = torch.autograd.grad(score, [*watched.values()], retain_graph=True, allow_unused=True)
-    return {name: gradient for name, gradient in zip(watched, found, strict=True) if gradient is not None}
+    found = torch.autograd.grad(score, [tensor for _, tensor in watched], retain_graph=True, allow_unused=True)
+    gradients: dict[str, list[Tensor]] = {}
+    for (name, _), gradient in zip(watched, found, strict=True):
+        if gradient is not None:
+            gradients.setdefault(name, []).append(gradient)
+    return gradients
 
 
-def _reach(singles: Iterable[Tensor], watched: dict[str, Tensor]) -> dict[str, float]:
-    """Return the share of single scores that depend on each tensor; none if there are no such scores.
+def _reach(singles: Iterable[Tensor], watched: list[tuple[str, Tensor]]) -> dict[str, float]:
+    """Return the share of single scores that depend on each layer; none if there are no such scores.
 
-    A number that depends on no tensor, as that of a class, does not count.
+    A number that depends on no layer, as that of a class, does not count.
     """
     found = [_gradients(score, watched) for score in singles]
-    moved = [{name for name, gradient in one.items() if bool(gradient.any())} for one in found]
+    moved = [{name for name, parts in one.items() if any(bool(part.any()) for part in parts)} for one in found]
     moved = [names for names in moved if names]
-    return {name: sum(name in names for names in moved) / len(moved) for name in watched} if moved else {}
+    return {name: sum(name in names for names in moved) / len(moved) for name, _ in watched} if moved else {}
 
 
 def _dense_scores(result: Any) -> Tensor | None:

@@ -21,11 +21,18 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from torchcam._checks import callable_object, one_of, positive_integer, torch_module
+from torchcam._checks import callable_object, one_of, positive_integer
 from torchcam._chunks import run_chunks
 from torchcam._files import append_lines, atomic_write
+from torchcam._monitor_checks import (
+    check_explained,
+    check_images,
+    check_labels,
+    check_masks,
+    check_model,
+    check_pictures,
+)
 from torchcam._passes import model_device
-from torchcam._pictures import to_picture
 from torchcam._replica import random_states_kept, replicated
 from torchcam._tables import as_csv
 from torchcam._tensors import is_finite, min_max, over_channels, resize, to_float
@@ -33,7 +40,7 @@ from torchcam._timeline import ProbeResult, Timeline
 from torchcam.layers import TargetLayer, layer_names
 from torchcam.methods import GradCAM
 from torchcam.methods.core import plain_tensors
-from torchcam.targets import ClassIndex, OutputTarget, Selector, check_one_of, class_columns, read_logits
+from torchcam.targets import ClassIndex, OutputTarget, Selector, read_logits
 
 __all__ = ["CAMMonitor", "ProbeResult", "check_options"]
 
@@ -162,10 +169,10 @@ class CAMMonitor:
         colormap: Any = None,
         on_error: Literal["raise", "warn"] = "raise",
     ) -> None:
-        self.model = _check_model(model)
-        self._images = _check_images(images).detach().clone()
+        self.model = check_model(model)
+        self._images = check_images(images).detach().clone()
         num_images = len(self._images)
-        self._class_idx, self._targets = _check_explained(class_idx, targets, num_images, method)
+        self._class_idx, self._targets = check_explained(class_idx, targets, num_images, method)
         _check_interval(every_n_steps, every_n_epochs)
         self.unit: Literal["step", "epoch"] = "step" if every_n_epochs is None else "epoch"
         every = every_n_steps if every_n_epochs is None else every_n_epochs
@@ -186,10 +193,10 @@ class CAMMonitor:
         self._batch_size = positive_integer("batch_size", batch_size)
         self.on_error = one_of("on_error", on_error, ("raise", "warn"))
 
-        self._masks = _check_masks(masks, self._images)
-        self._labels = _check_labels(labels, num_images)
+        self._masks = check_masks(masks, self._images)
+        self._labels = check_labels(labels, num_images)
         self._timeline = Timeline(
-            _check_pictures(self._images, pictures),
+            check_pictures(self._images, pictures),
             self.unit,
             positive_integer("max_columns", max_columns),
             positive_integer("thumbnail", thumbnail),
@@ -553,18 +560,6 @@ def as_writers(writer: Any) -> list[Any]:
     return list(writer) if isinstance(writer, (list, tuple)) else [writer]
 
 
-def _check_model(model: Any) -> nn.Module:
-    sharded = {"FullyShardedDataParallel", "FSDPModule"}
-    modules = torch_module("model", model).modules()
-    if any(sharded & {kind.__name__ for kind in type(module).__mro__} for module in modules):
-        raise ValueError(
-            "`model` is sharded over several processes (FSDP), but a monitor runs it in one: pass a gathered copy, "
-            "and call `probe` when that is up to date"
-        )
-    found: nn.Module = model
-    return found
-
-
 def _unwrapped(model: nn.Module) -> nn.Module:
     """Return the module inside wrappers whose forward pass only calls it."""
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
@@ -575,89 +570,6 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             model = model.module
         else:
             return model
-
-
-def _check_images(images: Any) -> Tensor:
-    if not isinstance(images, Tensor) or not images.is_floating_point():
-        found = f"a tensor of {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
-        raise TypeError(f"`images` must be a floating-point tensor (N, C, *spatial), got {found}")
-    if not 3 <= images.ndim <= 5 or not images.numel():
-        raise ValueError(f"`images` must be a batch (N, C, *spatial) of one image or more, got {tuple(images.shape)}")
-    return images
-
-
-def _check_explained(
-    class_idx: ClassIndex | None, targets: Any, num_images: int, method: Any
-) -> tuple[ClassIndex | None, Any]:
-    is_method = isinstance(method, type) and hasattr(method, "fuse_cams")
-    if not is_method or "class_idx" not in inspect.signature(method.__call__).parameters:
-        raise TypeError(f"`method` must be a CAM class such as GradCAM, got {method!r}")
-    if class_idx is not None or targets is not None or not getattr(method, "class_agnostic", False):
-        check_one_of(class_idx, targets)
-    several = class_columns(class_idx, targets) is not None
-    given: Any = class_idx if targets is None else targets
-    if several or (hasattr(given, "__len__") and getattr(given, "shape", None) != () and len(given) != num_images):
-        what = "several of each" if several else f"{len(given)}"
-        name = "class_idx" if targets is None else "targets"
-        raise ValueError(f"`{name}` must be one for all images or one per image: got {what} for {num_images} images")
-    return (class_idx.detach().clone() if isinstance(class_idx, Tensor) else class_idx), targets
-
-
-def _check_masks(masks: Any, images: Tensor) -> dict[str, Tensor]:
-    """Return the masks by the names of their scalars."""
-    if masks is None:
-        return {}
-    shape = (len(images), *images.shape[2:])
-    checked = {}
-    for name, mask in (masks if isinstance(masks, Mapping) else {"": masks}).items():
-        _check_line("masks", str(name))
-        if not isinstance(mask, Tensor):
-            raise TypeError(f"`masks` must be a tensor (N, *spatial), or several by name, got {type(mask).__name__}")
-        if tuple(mask.shape) != shape:
-            raise ValueError(f"`masks` must have the shape {shape} of the images, got {tuple(mask.shape)}")
-        checked["_".join(filter(None, ("energy_inside", str(name))))] = mask.detach().cpu().float().clone()
-    return checked
-
-
-def _check_count(name: str, entries: Sequence[Any], num_images: int) -> None:
-    if len(entries) != num_images:
-        raise ValueError(f"`{name}` has {len(entries)} entries for {num_images} images")
-
-
-def _check_labels(labels: Any, num_images: int) -> list[str] | None:
-    if labels is None:
-        return None
-    if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
-        raise TypeError("`labels` must be a sequence of strings, one per image")
-    _check_count("labels", labels, num_images)
-    for label in labels:
-        _check_line("labels", label)
-    return list(labels)
-
-
-def _check_line(argument: str, text: str) -> None:
-    """Check that a name fits into a line of a file."""
-    if "".join(text.splitlines()) != text or text.encode(errors="ignore").decode() != text:
-        raise ValueError(f"`{argument}` has {text!r}, which has no place in a line of text: leave out what is escaped")
-
-
-def _check_pictures(images: Tensor, pictures: Any) -> list[Image.Image]:
-    """Return the pictures to draw on: those given, by default the images."""
-    if pictures is None:
-        return [to_picture(image) for image in images]
-    if isinstance(pictures, Tensor):
-        if pictures.ndim < 3 or not pictures.is_floating_point() or not ((pictures >= 0) & (pictures <= 1)).all():
-            raise ValueError(
-                f"`pictures` must be a floating-point tensor (N, C, *spatial) in [0, 1], got {pictures.dtype} of shape "
-                f"{tuple(pictures.shape)} in [{pictures.min()}, {pictures.max()}]"
-            )
-        found = [to_picture(picture) for picture in pictures]
-    else:
-        if not all(isinstance(picture, Image.Image) for picture in pictures):
-            raise TypeError("`pictures` must be a tensor (N, C, *spatial) in [0, 1] or PIL images")
-        found = [picture.convert("RGB") for picture in pictures]
-    _check_count("pictures", found, len(images))
-    return found
 
 
 # The surroundings of a probe pass.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from typing import TYPE_CHECKING, Any
 
 from . import _options
@@ -14,8 +13,6 @@ from .explain import class_entry, explain_image
 
 if TYPE_CHECKING:
     import argparse
-
-    from matplotlib.figure import Figure
 
     from torchcam._explanation import PredictionExplanation
 
@@ -66,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
     (index,) = explanation.cams
     title = f"{classifier.name}: evidence for {classifier.label(index)}, {explanation.value_of(index)}"
     with library_errors():
-        figure = _draw(explanation, title, arguments.alpha, arguments.colormap)
+        figure = explanation.plot(colormap=arguments.colormap, alpha=arguments.alpha, dark=False, title=title)
     save_figure(figure, path)
     entries = _similarities(explanation, index)
     if arguments.json:
@@ -89,17 +86,6 @@ def run(arguments: argparse.Namespace) -> None:
     print("\n" + printable(f"{source} -> {path}"))
     if classifier.is_random:
         print(RANDOM_WEIGHTS)
-
-
-def _draw(explanation: PredictionExplanation, title: str, alpha: float, colormap: str | None) -> Figure:
-    """Draw the maps of all methods side by side."""
-    from torchcam._figures import Cell, Row, Sheet, draw
-
-    captions, cells = [], []
-    for name, result in explanation.results.items():
-        captions.append((name, textwrap.shorten(", ".join(result.target_layers), 30, placeholder=" ...")))
-        cells.append(Cell(explanation.overlay(method=name, alpha=alpha, colormap=colormap)))
-    return draw([Sheet(title, explanation.image, captions, [Row("", "", False, cells)])], title, colormap, dark=False)
 
 
 def _similarities(explanation: PredictionExplanation, index: int) -> list[dict[str, Any]]:

@@ -124,7 +124,7 @@ def _draw(sample: Sample, explanation: PredictionExplanation, maps: Sequence[dic
     """Draw the picture and its maps: a row for each digit, and in it the ground truth and a map of each method."""
     from PIL import Image
 
-    from torchcam._figures import Cell, Row, Sheet, draw
+    from torchcam._figures import Cell, Column, Row, Sheet, draw
 
     size = (SCALE * sample.image.width, SCALE * sample.image.height)
     picture = sample.image.resize(size, Image.Resampling.BICUBIC)
@@ -136,10 +136,9 @@ def _draw(sample: Sample, explanation: PredictionExplanation, maps: Sequence[dic
             over = explanation.overlay(digit, entry["method"], image=picture)
             note = f"{entry['on_it']:.0%} on the {digit}, {entry['on_the_other']:.0%} on the other"
             cells.append(Cell(_outlined(over, mask, color), note))
-        rows.append(Row(f"evidence for a {digit}", f"probability {explanation.value_of(digit)}", False, cells))
-    captions = [("ground truth", ""), *((entry["method"], _span(entry)) for entry in mine)]
-    title = "The demo model on a picture of two digits"
-    return draw([Sheet(title, picture, captions, rows)], title, None, dark=False)
+        rows.append(Row(f"evidence for a {digit}", f"probability {explanation.value_of(digit)}", cells))
+    columns = [Column("ground truth"), *(Column(entry["method"], _span(entry)) for entry in mine)]
+    return draw([Sheet(picture, columns, rows)], "The demo model on a picture of two digits", None, dark=False)
 
 
 def _outlined(picture: Image.Image, mask: Tensor, color: str) -> Image.Image:

@@ -2,7 +2,8 @@
 
 from .activation import CAM, FEM, ISCAM, SSCAM, AblationCAM, GroupCAM, MeanActivation, RandomCAM, ReciproCAM, ScoreCAM
 from .attention import AttentionRollout, LeGrad, TransformerAttribution
-from .composite import SESS, AugmentedCAM, EigenSmoothedCAM, FinerCAM, RefineCAM
+from .augmented import SESS, AugmentedCAM
+from .composite import EigenSmoothedCAM, FinerCAM, RefineCAM
 from .core import OutputTarget
 from .decomposition import KPCACAM, DeepFeatureFactorization, EigenCAM, EigenGradCAM, SegEigenCAM
 from .gradient import GradCAM, GradCAMElementWise, GradCAMpp, HiResCAM, LayerCAM, ShapleyCAM, SmoothGradCAMpp, XGradCAM

@@ -78,6 +78,20 @@ class DefaultLayer:
         _warn_of_one_position(kept, found, () if shape is None else shape[1:])
         return None
 
+    def choose_for(self, call: Call, select: Callable[[Any], Tensor]) -> None:
+        """Choose another layer if what is explained in a call does not depend on the one that was chosen.
+
+        Args:
+            call: how the model will be called
+            select: the explained scores, (N,) or (N, K)
+        """
+        found = candidates_of(self.model, call, select)
+        own = next((one for one in found if [one.name] == self.names), None)
+        if own is None or not own.influence or own.reach < 1:
+            shape = image_shape(call.signal)
+            self._choose(found, () if shape is None else shape[1:])
+            self._probed = None
+
     def check_target(self, call: Call, select: Callable[[Any], Tensor], effects: Iterable[Tensor]) -> None:
         """Check once that the explained score depends on the layer, where no position shows an effect on it.
 

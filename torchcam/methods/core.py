@@ -194,6 +194,17 @@ class _CAM:
             moved.remove_hooks()
         return moved
 
+    def choose_layer_for(self, call: Call, select: Callable[[Any], Tensor]) -> None:
+        """Make sure that a default layer counts for what will be explained.
+
+        Args:
+            call: how the model will be called
+            select: the explained scores, (N,) or (N, K)
+        """
+        if self._default is not None:
+            self._default.choose_for(call, select)
+            self._recorder.move(self._default.names)
+
     @property
     def inner(self) -> _CAM:
         """The extractor that looks at the layers: this one, or, of one that asks another, that."""
