@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -131,6 +131,9 @@ class Certainty:
         trials = {one: try_reading(one, measured, needed, only=only) for one in strict}
         following = [(trial, one) for one, trial in trials.items() if trial.follows]
         found = _only([(trial, one) for trial, one in following if only or trial.sides == len(one.axes)])
+        if found is None:  # of readings that differ in tokens which look nowhere, that without them
+            least = [(t, one) for t, one in following if not any(_extends(one.layout, o.layout) for _, o in following)]
+            found = _only([(trial, one) for trial, one in least if trial.sides == len(one.axes)])
         if found is not None or following:
             return Verdict(found, found is not None, strict)
         if measured:
@@ -146,6 +149,13 @@ class Certainty:
             unsure = any(trial.follows is None for trial in trials.values()) and (is_map or strict[0].is_shown)
             return Verdict(strict[0], None if unsure else False, strict)
         return Verdict(None, False, strict)
+
+
+def _extends(layout: Layout, other: Layout) -> bool:
+    """Check whether a layout counts tokens as positions that another one leaves out."""
+    return layout.prefix < other.prefix and replace(other, prefix=layout.prefix, grid=()) == replace(
+        layout, grid=(), before=other.before
+    )
 
 
 def _only(following: list[tuple[Trial, Reading]], margin: float = 1.0) -> Reading | None:

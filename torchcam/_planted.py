@@ -15,12 +15,13 @@ from ._chunks import run_chunks
 from ._passes import Call
 from ._replica import replicated
 from ._tensors import tensors_in
-from .layout import Reading, primary_tensors
+from .layout import Layout, Reading, primary_tensors
 
 __all__ = ["Changes", "Trial", "changes_of", "try_reading"]
 
 _STRIPS = 4  # of each axis of the input
 _ROWS = 16  # in memory at a time
+_IDLE = 0.1  # the share of what strips change in positions, up to which tokens before them are none
 _NOTHING = 1e-12  # the share of the mean square of an output that counts as no change
 
 
@@ -150,15 +151,16 @@ def try_reading(
     changes = measured.get((reading.layout.batch, reading.layout.channels % _ndim(measured)))
     if changes is None or not changes.axes:
         return Trial(None)
-    grid = reading.layout.to_grid(changes.sizes).squeeze(1).double()
-    sizes = grid.reshape(len(changes.axes), _STRIPS, *grid.shape[1:])
-    weaker = sizes.sort(1).values[:, : _STRIPS // 2].mean(1, keepdim=True)
-    above = (sizes - weaker).clamp_min(0)
+    above = _above_weaker(reading.layout, changes)
     amount = above.sum(1)  # (axes, *grid)
     if not float(amount.sum(0).amax()) > _NOTHING * changes.scale:
         return Trial(False)
-    places = (torch.arange(_STRIPS, dtype=torch.double, device=grid.device) + 0.5) / _STRIPS
-    centre = (above * places.reshape(-1, *[1] * (grid.ndim - 1))).sum(1) / amount.clamp_min(1e-300)
+    if reading.layout.prefix and len(reading.layout.positions) > 1:
+        tokens = _above_weaker(reading.layout.with_prefix_only, changes)
+        if float(tokens.mean()) > _IDLE * float(above.mean()):  # what would be left out looks somewhere as well
+            return Trial(False)
+    places = (torch.arange(_STRIPS, dtype=torch.double, device=amount.device) + 0.5) / _STRIPS
+    centre = (above * places.reshape(-1, *[1] * (amount.ndim - 1))).sum(1) / amount.clamp_min(1e-300)
     moving = amount[amount > 1e-6 * amount.amax()]
     weight = amount.clamp_max(2 * float(moving.median()))  # one strong position must not outvote the rest
     scores = []
@@ -172,6 +174,13 @@ def try_reading(
     total = weight.sum(0)
     spread = float((total > 0.01 * total.amax()).double().mean())
     return Trial(min(scores) >= needed and spread >= 0.25, min(scores), len(scores))
+
+
+def _above_weaker(layout: Layout, changes: Changes) -> Tensor:
+    """Return by how much each strip changes each position, less what the weaker half does: (axes, strips, *grid)."""
+    grid = layout.to_grid(changes.sizes).squeeze(1).double()
+    sizes = grid.reshape(len(changes.axes), _STRIPS, *grid.shape[1:])
+    return (sizes - sizes.sort(1).values[:, : _STRIPS // 2].mean(1, keepdim=True)).clamp_min(0)
 
 
 def _ndim(measured: Mapping[tuple[int, int], Changes]) -> int:

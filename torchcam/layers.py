@@ -329,8 +329,7 @@ def _single_scores(result: Any) -> Iterator[Tensor]:
 
 
 def _gradients(score: Tensor | None, watched: list[tuple[str, Tensor]]) -> dict[str, list[Tensor]]:
-    """Differentiate a score with respect to tensors, by the names of their layers; those without a connection are not
-    among them."""
+    """Return the gradients of a score for tensors that it is connected to, by the names of their layers."""
     if score is None or not score.requires_grad or not watched:
         return {}
     found = torch.autograd.grad(score, [tensor for _, tensor in watched], retain_graph=True, allow_unused=True)

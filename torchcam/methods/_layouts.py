@@ -37,7 +37,7 @@ class Layouts:
     def prefix(self, name: str) -> tuple[int, int] | None:
         """Return the dimension of a layer's tokens, from the last, and how many come before its positions, if any."""
         layout = self._proven.get(name)
-        return None if layout is None or not layout.prefix else (layout.positions[0] - 3, layout.prefix)
+        return None if layout is None or not layout.prefix else (layout.prefix_dimension, layout.prefix)
 
     def find(
         self,

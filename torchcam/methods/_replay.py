@@ -150,6 +150,7 @@ class Replay:
         self.description = description
         self.autocast = autocast
         self.compiled = compiled
+        self._is_disproven = False
 
     def masked(self, variants: Callable[[slice], Tensor], samples: Tensor) -> Tensor:
         """Score variants of the input.
@@ -243,7 +244,7 @@ class Replay:
             edited[rows] = scores.to(edited)
             recorded = self._recorded_score()
             if recorded is not None:
-                _warn_of_other_score(unedited[:1], recorded, edited[:num_variants], self._eps)
+                self._compare(unedited[:1], recorded, edited[:num_variants])
         return unedited, edited.reshape(-1, num_variants)
 
     def _recorded_score(self) -> Tensor | None:
@@ -252,11 +253,29 @@ class Replay:
             return None
         return self.select(map_tensors(Tensor.detach, self.output))[:1]
 
-    @property
-    def _eps(self) -> float:
-        """How exact the shortest type is that the passes run in."""
+    def _compare(self, found: Tensor, expected: Tensor, variants: Tensor) -> None:
+        """Warn, once, if the first sample as it is does not get the expected score, by more than no map would show.
+
+        Args:
+            found: its score in a repeated pass, (1,)
+            expected: its score before, (1,)
+            variants: the scores of its variants
+        """
         kinds = [self.autocast, self.call.autocast[2], self.call.image.dtype]
-        return max(torch.finfo(kind).eps for kind in kinds if kind is not None)
+        rounding = max(torch.finfo(kind).eps for kind in kinds if kind is not None) ** 0.5 * expected.abs()
+        effect = (variants - expected).abs().nan_to_num(0.0).amax()
+        differs = (found - expected).abs() > torch.maximum(rounding, _LITTLE * effect)
+        if self._is_disproven or not bool(differs.any()) or is_close(found, expected):
+            return
+        self._is_disproven = True
+        warnings.warn(
+            f"the score of an input as it is was {float(expected):.4g}, and is {float(found):.4g} when the model runs "
+            "again: what changes the score is not the change of the input alone, and the map is made of both. If the "
+            "model draws random numbers, turn that off; if its samples depend on each other, explain one at a time, "
+            "with `batch_size=1`; or take a method that runs the model once, such as GradCAM",
+            UserWarning,
+            stacklevel=2,
+        )
 
     def _proven(self, evaluate: Callable[[slice, int], Tensor], samples: Tensor, expected: Tensor | None) -> Tensor:
         """Score variants in chunks, with the first sample as it is as one row more in the first chunk.
@@ -279,7 +298,7 @@ class Replay:
         if expected is not None and more:
             found, scores = scores[:1], scores[1:]
             own = torch.where(samples == 0, scores, expected.to(scores))
-            _warn_of_other_score(found, expected, own, self._eps)
+            self._compare(found, expected, own)
         return scores
 
     def _scorer(self, replica: nn.Module, layer: nn.Module, batch: int) -> tuple[Tensor, _Head | _WholeModel]:
@@ -314,32 +333,6 @@ class Replay:
         ):
             self.call.prove_rows(replica)
             yield replica
-
-
-def _warn_of_other_score(found: Tensor, expected: Tensor, variants: Tensor, eps: float) -> None:
-    """Warn if a sample as it is, (1,), does not get the expected score, by more than maps would not show.
-
-    Args:
-        found: its score in a repeated pass
-        expected: its score before
-        variants: the scores of its variants
-        eps: how exact the type is that the passes run in
-    """
-    difference = (found - expected).abs()
-    effect = (variants - expected).abs().nan_to_num(0.0).amax()
-    if is_close(found, expected) or bool(
-        (difference <= torch.maximum(eps**0.5 * expected.abs(), _LITTLE * effect)).all()
-    ):
-        return
-    warnings.warn(
-        f"the model was run again on an input as it is, beside variants, and its score is {float(found):.4g}, where it "
-        f"was {float(expected):.4g}: what the map is made of is not what a change of the input alone makes of the "
-        "score. If the model draws random numbers, fix them (`torch.manual_seed` inside `forward`, or turn the drawing "
-        "off); if its samples depend on each other, pass `batch_size=1` and one sample at a time; or take a method "
-        "that runs the model once, such as GradCAM",
-        UserWarning,
-        stacklevel=2,
-    )
 
 
 def is_close(found: Tensor, expected: Tensor) -> bool:
