@@ -325,6 +325,8 @@ class PredictionExplanation(_Pictures):
 
     def _on_other(self, picture: Image.Image) -> tuple[Image.Image, View]:
         """Return a picture to draw over in place of one's own, and where the model's view lies on it."""
+        if not self._drawable():  # which the drawing says
+            return picture, FULL
         height, width = self.input_shape[-2:]
         views = self._views or Views((width, height))
         found = views.on(picture.size)

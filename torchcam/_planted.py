@@ -1,4 +1,4 @@
-"""An experiment: where does the output of a layer change when a strip of the input does?"""
+"""Experiments: where does the output of a layer change when a strip of the input does, and what do positions see?"""
 
 from __future__ import annotations
 
@@ -17,9 +17,14 @@ from ._replica import replicated
 from ._tensors import tensors_in
 from .layout import Layout, Reading, primary_tensors
 
-__all__ = ["Changes", "Trial", "changes_of", "try_reading"]
+__all__ = ["Changes", "Trial", "changes_of", "seen_at_places", "try_reading"]
 
 _STRIPS = 4  # of each axis of the input
+_PLACES = (
+    (0.125, 0.875, 0.125),
+    (0.625, 0.125, 0.875),
+    (0.875, 0.625, 0.375),
+)  # as shares; not like their mirror images
 _ROWS = 16  # in memory at a time
 _IDLE = 0.1  # the share of what strips change in positions, up to which tokens before them are none
 _NOTHING = 1e-12  # the share of the mean square of an output that counts as no change
@@ -181,6 +186,55 @@ def _above_weaker(layout: Layout, changes: Changes) -> Tensor:
     grid = layout.to_grid(changes.sizes).squeeze(1).double()
     sizes = grid.reshape(len(changes.axes), _STRIPS, *grid.shape[1:])
     return (sizes - sizes.sort(1).values[:, : _STRIPS // 2].mean(1, keepdim=True)).clamp_min(0)
+
+
+def seen_at_places(layout: Layout, output: Tensor, signal: Tensor) -> tuple[float, float] | None:
+    """Find out whether a few positions of a layer look where a layout says that they lie, by one backward pass.
+
+    Args:
+        layout: the layout, with the dimensions of the input that it follows
+        output: the output of the layer, with a graph
+        signal: the input that the graph leads to
+
+    Returns:
+        how much of the squared gradient lies in the quarters (of each axis) of the input that hold the positions: the
+        least and the mean, as multiples of the mean of the other parts; None if there is no gradient, or the grid is
+        too small
+    """
+    sides = layout.grid
+    if len(sides) > len(_PLACES[0]) or len(layout.axes) != len(sides):
+        return None
+    parts = [min(_STRIPS, side, signal.shape[axis]) for side, axis in zip(sides, layout.axes, strict=True)]
+    if max(parts) < 2:
+        return None
+    places = _PLACES if min(part for part in parts if part > 1) > 2 else _PLACES[:1]  # few parts are soon all taken
+    places = places[:2] if sum(part > 1 for part in parts) == 1 else places
+    grid = layout.to_grid(output)
+    generator = torch.Generator().manual_seed(0)
+    expected = torch.zeros(parts, dtype=torch.bool)
+    terms = []
+    for place in places:
+        position = [int(share * side) for share, side in zip(place, sides, strict=False)]
+        cells = zip(position, sides, parts, strict=True)
+        expected[*(int((index + 0.5) * part / side) for index, side, part in cells)] = True
+        values = grid[:, :, *position]
+        terms.append((torch.randn(values.shape[1], generator=generator).to(values) * values).sum())
+    (gradient,) = torch.autograd.grad(torch.stack(terms).sum(), signal, retain_graph=True, allow_unused=True)
+    if gradient is None:
+        return None
+    mass = gradient.detach().double().square().cpu()
+    mass = mass.sum([dimension for dimension in range(mass.ndim) if dimension not in layout.axes])
+    for dimension, part in enumerate(parts):
+        cell = torch.arange(mass.shape[dimension]) * part // mass.shape[dimension]
+        shape = [part if each == dimension else side for each, side in enumerate(mass.shape)]
+        mass = mass.new_zeros(shape).index_add_(dimension, cell, mass) / torch.bincount(cell).reshape(
+            [-1 if each == dimension else 1 for each in range(mass.ndim)]
+        )
+    others = float(mass[~expected].mean())
+    if not others >= 0 or not float(mass.sum()) > 0:
+        return None
+    found = mass[expected] / max(others, 1e-300)
+    return float(found.min()), float(found.mean())
 
 
 def _ndim(measured: Mapping[tuple[int, int], Changes]) -> int:

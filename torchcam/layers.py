@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ._certainty import Certainty, Verdict
 from ._passes import Call, model_device
+from ._planted import seen_at_places
 from ._replica import replicated
 from ._tensors import map_tensors, tensors_in
 from .layout import Layout, primary_tensors, replace_tensors
@@ -34,6 +35,9 @@ __all__ = [
 TargetLayer = nn.Module | str
 
 _SINGLE_SCORES = 4  # of a dense output, that are looked at one by one
+_GLANCES = 12  # at default layers, of which none looks where it lies: then there is no default
+_CLEARLY = 1.5  # how much more than elsewhere positions must see where they lie
+_NOT = 0.5  # the same, from which down they look elsewhere, whatever the experiment shows
 
 
 def layer_names(model: nn.Module, target_layer: TargetLayer | Sequence[TargetLayer]) -> list[str]:
@@ -221,7 +225,7 @@ def candidates_of(model: nn.Module, call: Call, select: Callable[[Any], Tensor] 
         for name, module in modules.items():
             module.register_forward_hook(partial(inspect, name))
         _fill_zeros(replica, generator)
-        result = _call_probed(replica, call.args, call.kwargs)
+        result, signal = _call_probed(replica, call)
         watched = [(name, t) for name, first in outputs.items() for t in (first, *others[name]) if t.requires_grad]
         explained = _all_scores(result) if select is None else [select(result)]
         singles = _single_scores(result) if select is None else explained[0].unbind(1) if explained[0].ndim > 1 else ()
@@ -251,17 +255,38 @@ def candidates_of(model: nn.Module, call: Call, select: Callable[[Any], Tensor] 
         )
 
     shapes = {name: tuple(tensor.shape) for name, tensor in outputs.items()}
-    certain = {name: certainty.certain(shape, name) for name, shape in shapes.items()}
-    doubtful = [name for name, verdict in certain.items() if verdict is None]
-    open_ = {name: Verdict(None, None, certainty.readings(shapes[name], name)) for name in doubtful}
-    found = Candidates(filter(None, (candidate(name, verdict or open_[name]) for name, verdict in certain.items())))
-    if found.choice is None or found.choice in open_:  # it rests on a doubt
-        certainty.try_out([name for name in doubtful if len(shapes[name]) > 2])
-        verdicts = {name: verdict or certainty.tried(shapes[name], name) for name, verdict in certain.items()}
-        found = Candidates(filter(None, (candidate(name, verdict) for name, verdict in verdicts.items())))
+    verdicts = {name: certainty.certain(shape, name) for name, shape in shapes.items()}
+    open_ = {name: Verdict(None, None, certainty.readings(shapes[name], name)) for name, v in verdicts.items() if not v}
+    tried: set[str] = set()
+
+    def listed() -> Candidates:
+        found = Candidates(filter(None, (candidate(name, one or open_[name]) for name, one in verdicts.items())))
         surer = Candidates(one if one.is_proven else replace(one, is_proven=False) for one in found)
-        if surer.choice is not None:  # what has too few positions to prove anything is the last resort
-            found = surer
+        # What has too few positions to prove anything is the last resort.
+        return surer if tried and surer.choice is not None else found
+
+    def try_out(names: Iterable[str]) -> None:
+        tried.update(name for name in names if len(shapes[name]) > 2)
+        certainty.try_out([*tried])
+        verdicts.update({name: certainty.tried(shapes[name], name) for name in names})
+
+    found = listed()
+    if found.choice is None or found.choice in open_:  # it rests on a doubt
+        try_out(open_)
+        found = listed()
+    for _ in range(_GLANCES):
+        chosen = next((one for one in found if one.name == found.choice), None)
+        if chosen is None or signal is None:
+            break
+        with torch.inference_mode(False), torch.enable_grad():
+            seen = seen_at_places(chosen.layout, outputs[chosen.name], signal)
+        if seen is None or seen[0] > _CLEARLY or (seen[1] > _NOT and chosen.name in tried):
+            break
+        if len(tried) < len(shapes) and not tried.issuperset(shapes):
+            try_out([name for name in shapes if name not in tried])
+        if seen[1] <= _NOT:
+            verdicts[chosen.name] = Verdict(None, False, certainty.readings(shapes[chosen.name], chosen.name))
+        found = listed()
     return found
 
 
@@ -269,15 +294,21 @@ def _takes_hooks(module: nn.Module) -> bool:
     return not isinstance(module, torch.jit.ScriptModule)
 
 
-def _call_probed(replica: nn.Module, inputs: Any, kwargs: Any) -> Any:
-    """Call a replica on copies of the inputs that carry a graph."""
+def _call_probed(replica: nn.Module, call: Call) -> tuple[Any, Tensor | None]:
+    """Call a replica on copies of the inputs that carry a graph: the output, and the copy of the image-like input."""
+    found: list[Tensor] = []
 
     def prepared(tensor: Tensor) -> Tensor:
-        tensor = tensor.detach().clone()
-        return tensor.requires_grad_().clone() if tensor.is_floating_point() else tensor
+        copied = tensor.detach().clone()
+        if not copied.is_floating_point():
+            return copied
+        copied.requires_grad_()
+        if tensor is call.signal:
+            found.append(copied)
+        return copied.clone()
 
-    inputs, kwargs = map_tensors(prepared, (inputs, kwargs))
-    return replica(*inputs, **kwargs)
+    args, kwargs = map_tensors(prepared, (call.args, call.kwargs))
+    return replica(*args, **kwargs), found[0] if found else None
 
 
 def _fill_zeros(replica: nn.Module, generator: torch.Generator) -> None:
