@@ -17,7 +17,7 @@ from ._replica import replicated
 from ._tensors import tensors_in
 from .layout import Layout, Reading, primary_tensors
 
-__all__ = ["Changes", "Trial", "changes_of", "seen_at_places", "try_reading"]
+__all__ = ["Changes", "Seen", "Trial", "changes_of", "seen_at_places", "try_reading"]
 
 _STRIPS = 4  # of each axis of the input
 _PLACES = (
@@ -57,6 +57,28 @@ class Trial(NamedTuple):
     follows: bool | None
     score: float = 0.0
     sides: int = 0
+
+
+class Seen(NamedTuple):
+    """How much of what a few positions see lies where they lie, as multiples of what lies elsewhere.
+
+    Attributes:
+        least: that of the position that sees least of it
+        mean: that of all of them
+    """
+
+    least: float
+    mean: float
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether each position looks where it lies."""
+        return self.least > 0.9 and self.mean > 1.5
+
+    @property
+    def is_against(self) -> bool:
+        """Whether they look elsewhere, whatever an experiment with strips shows."""
+        return self.mean <= 0.5
 
 
 def changes_of(
@@ -188,7 +210,7 @@ def _above_weaker(layout: Layout, changes: Changes) -> Tensor:
     return (sizes - sizes.sort(1).values[:, : _STRIPS // 2].mean(1, keepdim=True)).clamp_min(0)
 
 
-def seen_at_places(layout: Layout, output: Tensor, signal: Tensor) -> tuple[float, float] | None:
+def seen_at_places(layout: Layout, output: Tensor, signal: Tensor) -> Seen | None:
     """Find out whether a few positions of a layer look where a layout says that they lie, by one backward pass.
 
     Args:
@@ -197,9 +219,8 @@ def seen_at_places(layout: Layout, output: Tensor, signal: Tensor) -> tuple[floa
         signal: the input that the graph leads to
 
     Returns:
-        how much of the squared gradient lies in the quarters (of each axis) of the input that hold the positions: the
-        least and the mean, as multiples of the mean of the other parts; None if there is no gradient, or the grid is
-        too small
+        how much of the squared gradient lies in the parts of the input, up to four along each axis, that hold the
+        positions; None if there is no gradient, or the grid is too small
     """
     sides = layout.grid
     if len(sides) > len(_PLACES[0]) or len(layout.axes) != len(sides):
@@ -234,7 +255,7 @@ def seen_at_places(layout: Layout, output: Tensor, signal: Tensor) -> tuple[floa
     if not others >= 0 or not float(mass.sum()) > 0:
         return None
     found = mass[expected] / max(others, 1e-300)
-    return float(found.min()), float(found.mean())
+    return Seen(float(found.min()), float(found.mean()))
 
 
 def _ndim(measured: Mapping[tuple[int, int], Changes]) -> int:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from ._certainty import Certainty, Verdict
 from ._passes import Call, model_device
-from ._planted import seen_at_places
+from ._planted import Seen, seen_at_places
 from ._replica import replicated
 from ._tensors import map_tensors, tensors_in
-from .layout import Layout, primary_tensors, replace_tensors
+from .layout import Layout, input_axes, primary_tensors, replace_tensors
 from .targets import read_logits
 
 __all__ = [
@@ -36,8 +36,6 @@ TargetLayer = nn.Module | str
 
 _SINGLE_SCORES = 4  # of a dense output, that are looked at one by one
 _GLANCES = 12  # at default layers, of which none looks where it lies: then there is no default
-_CLEARLY = 1.5  # how much more than elsewhere positions must see where they lie
-_NOT = 0.5  # the same, from which down they look elsewhere, whatever the experiment shows
 
 
 def layer_names(model: nn.Module, target_layer: TargetLayer | Sequence[TargetLayer]) -> list[str]:
@@ -133,14 +131,15 @@ class Candidates(Sequence[Candidate]):
     def __len__(self) -> int:
         return len(self._items)
 
-    @property
+    @cached_property
     def choice(self) -> str | None:
         """The layer that extractors take by default: the last of the best kind there is.
 
         Of a dense output, say of boxes from several levels, that is a layer which all of it depends on, if one exists.
         """
         wanted = [c for c in self if c.depends and math.prod(c.grid) > 1 and c.is_proven is not False]
-        wanted = [c for c in wanted if c.reach == max(one.reach for one in wanted)]
+        most = max((c.reach for c in wanted), default=1.0)
+        wanted = [c for c in wanted if c.reach == most]
         for kind in (
             [c for c in wanted if c.fits and c.is_stage],
             [c for c in wanted if c.fits],
@@ -268,7 +267,10 @@ def candidates_of(model: nn.Module, call: Call, select: Callable[[Any], Tensor] 
     def try_out(names: Iterable[str]) -> None:
         tried.update(name for name in names if len(shapes[name]) > 2)
         certainty.try_out([*tried])
-        verdicts.update({name: certainty.tried(shapes[name], name) for name in names})
+        for name in names:
+            found = certainty.tried(shapes[name], name)
+            if verdicts[name] is None or found.holds is False:  # what has too few positions stays what it is
+                verdicts[name] = found
 
     found = listed()
     if found.choice is None or found.choice in open_:  # it rests on a doubt
@@ -279,15 +281,30 @@ def candidates_of(model: nn.Module, call: Call, select: Callable[[Any], Tensor] 
         if chosen is None or signal is None:
             break
         with torch.inference_mode(False), torch.enable_grad():
-            seen = seen_at_places(chosen.layout, outputs[chosen.name], signal)
-        if seen is None or seen[0] > _CLEARLY or (seen[1] > _NOT and chosen.name in tried):
+            seen, axes = _seen(chosen.layout, outputs[chosen.name], signal)
+        if axes != chosen.layout.axes:
+            found = Candidates(
+                replace(one, layout=replace(one.layout, axes=axes)) if one is chosen else one for one in found
+            )
+        if seen is None or seen.is_clear or (chosen.name in tried and not seen.is_against):
             break
-        if len(tried) < len(shapes) and not tried.issuperset(shapes):
-            try_out([name for name in shapes if name not in tried])
-        if seen[1] <= _NOT:
+        rest = [name for name in shapes if name not in tried]
+        if rest:  # the layer by itself, and if it fails, all others
+            try_out([chosen.name] if chosen.name in rest and not seen.is_against else rest)
+        if seen.is_against:
             verdicts[chosen.name] = Verdict(None, False, certainty.readings(shapes[chosen.name], chosen.name))
         found = listed()
     return found
+
+
+def _seen(layout: Layout, output: Tensor, signal: Tensor) -> tuple[Seen | None, tuple[int, ...]]:
+    """Return what positions see of where they lie, and the dimensions of the input that they follow, if in doubt."""
+    possible = [axes for axes in input_axes(tuple(signal.shape)) if len(axes) == len(layout.grid)]
+    looks = [
+        (seen_at_places(replace(layout, axes=axes), output, signal), axes)
+        for axes in ([layout.axes] if layout.axes else possible)
+    ]
+    return max(looks, key=lambda look: look[0] or Seen(-1.0, -1.0), default=(None, layout.axes))
 
 
 def _takes_hooks(module: nn.Module) -> bool:

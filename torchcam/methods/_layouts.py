@@ -62,9 +62,28 @@ class Layouts:
         key = name, shape, input_shape
         found = self._found.get(key)
         if found is None:
-            layer = next((one for one in target_names if name == one or name.startswith(f"{one}[")), name)
+            layer = _layer_of(name, target_names)
             found = self._found[key] = self._decide(tuple(shape), layer, name, call)
         return found
+
+    def axes(self, layout: Layout, name: str, target_names: Sequence[str], call: Call) -> tuple[int, ...]:
+        """Return the dimensions of the image-like input that a grid follows, by an experiment where they are in doubt.
+
+        Args:
+            layout: the layout of the layer's output
+            name: the name of the layer, with what tells the output apart where there are several
+            target_names: the names of the layers
+            call: how the model was called
+        """
+        known = self._proven.get(name)
+        if known is None or not known.axes:
+            layer = _layer_of(name, target_names)
+            certainty = Certainty(self.model, call)
+            certainty.try_out([layer])
+            usual = tuple(range(2, 2 + len(layout.grid)))
+            known = replace(layout, axes=certainty.axes(layout, layer, name[len(layer) :]) or usual)
+            self._proven[name] = known
+        return known.axes
 
     def _decide(self, shape: tuple[int, ...], layer: str, name: str, call: Call) -> Layout:
         certainty = Certainty(self.model, call)
@@ -99,6 +118,10 @@ class Layouts:
             return None
         found = {one.layout for one in possible if one.layout.is_like(known)}
         return replace(found.pop(), axes=known.axes) if len(found) == 1 else None
+
+
+def _layer_of(name: str, target_names: Sequence[str]) -> str:
+    return next((one for one in target_names if name == one or name.startswith(f"{one}[")), name)
 
 
 def _no_layout(

@@ -297,7 +297,7 @@ class _CAM:
         if activation is None:
             return usual
         if self.reshape_transform is None:
-            return recorded.layout(activation, name).axes or usual
+            return recorded.axes(activation, name)
         possible = [
             axes for axes in input_axes(shape) if len(axes) == self._to_grid(recorded, activation, name).ndim - 2
         ]
