@@ -116,6 +116,21 @@ METHODS: dict[str, Callable[[nn.Module], Any]] = {
     "AttentionRollout": _on(LAYERS, methods.AttentionRollout),
     "TransformerAttribution": methods.TransformerAttribution,
 }
+_TOKENS = ["patches", "block1"]
+# How each method that takes balanced gradients is made with them, on a `Transformer`, behind whose layers are norms,
+# attention and a GELU.
+BALANCED: dict[str, Callable[[nn.Module], Any]] = {
+    name: _on(_TOKENS, getattr(methods, name), gradients="balanced", **options)
+    for name, options in {
+        **{name: {} for name in ("GradCAM", "GradCAMpp", "XGradCAM", "LayerCAM", "HiResCAM", "GradCAMElementWise")},
+        **{name: {} for name in ("ShapleyCAM", "EigenGradCAM", "SegEigenCAM", "EigenSmoothedCAM", "FinerCAM")},
+        **{name: {} for name in ("RefineCAM", "GuidedGradCAM")},
+        "SmoothGradCAMpp": {"num_samples": 2, "batch_size": 3},
+        "GroupCAM": {"groups": 2, "batch_size": 3},
+        "AugmentedCAM": {"batch_size": 3},
+        "SESS": {"window_size": 12, "scales": 2, "batch_size": 3},
+    }.items()
+}
 READS_ATTENTION = {"LeGrad", "AttentionRollout", "TransformerAttribution"}
 MODELS: dict[str, type[nn.Module]] = dict.fromkeys(READS_ATTENTION, Transformer)
 

@@ -16,16 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tests.methods_under_test import LAYERS, METHODS, make_model
+from tests.methods_under_test import BALANCED, LAYERS, METHODS, make_model
 from torchcam import methods
 from torchcam.methods._balanced import balanced_grad
 from torchcam.methods._gradients import share_of_other_sign
-
-BALANCED = {
-    *("AugmentedCAM", "EigenGradCAM", "EigenSmoothedCAM", "FinerCAM", "GradCAM", "GradCAMElementWise", "GradCAMpp"),
-    *("GroupCAM", "GuidedGradCAM", "HiResCAM", "LayerCAM", "RefineCAM", "SESS", "SegEigenCAM", "ShapleyCAM"),
-    *("SmoothGradCAMpp", "XGradCAM"),
-}
 
 
 def seeded(*shape: int, seed: int = 0) -> Tensor:

@@ -261,7 +261,7 @@ class TestTransformers:
 
     def test_without_a_processor_it_says_what_to_pass(self, vit: nn.Module, hopper: Image.Image) -> None:
         with pytest.raises(
-            ValueError, match=r"how ViTForImageClassification wants an image .*`transform=AutoImageProcessor"
+            ValueError, match=r"how ViTForImageClassification wants an image .*`processor=AutoImageProcessor"
         ):
             explain(vit, hopper)
 

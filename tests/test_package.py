@@ -51,6 +51,7 @@ FLOORS = {
     "_choice": 2,
     "_inputs": 2,
     "_page": 5,
+    "_recommended": 5,
     "layers": 4,
     "methods": 5,
     "_method_maps": 6,

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.methods_under_test import METHODS, READS_ATTENTION, make_input, make_model
+from tests.methods_under_test import BALANCED, METHODS, READS_ATTENTION, make_input, make_model
 from torchcam import methods
 
 SITUATIONS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
@@ -269,10 +269,10 @@ def test_a_dropped_extractor_frees_everything(name: str, situation: str, called:
         gc.enable()
 
 
-def weakrefs_to_outputs(model: nn.Module) -> list[weakref.ref[Tensor]]:
+def weakrefs_to_outputs(model: nn.Module, *layers: str) -> list[weakref.ref[Tensor]]:
     """Collect weak references to what the target layers return from now on."""
     references: list[weakref.ref[Tensor]] = []
-    for layer in ("block1", "block2"):
+    for layer in layers or ("block1", "block2"):
         model.get_submodule(layer).register_forward_hook(lambda *a: references.append(weakref.ref(a[-1])))
     return references
 
@@ -355,6 +355,40 @@ def test_training_goes_on_as_if_nothing_had_been_looked_at(name: str, device: to
     for key, value in plain.items():
         assert torch.equal(watched[key], value) or name in READS_ATTENTION, key
         torch.testing.assert_close(watched[key], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", BALANCED)
+@every_situation
+@pytest.mark.filterwarnings("ignore:.*both signs")
+def test_balanced_gradients_keep_the_promises(name: str, situation: str, device: torch.device) -> None:
+    """No trace on the model or its graph, no disturbance of its output, and nothing kept."""
+    model, inputs = make_model("LeGrad", device), make_input(device)
+    with SITUATIONS[situation]():
+        expected = model(inputs).detach()
+    activations = weakrefs_to_outputs(model, "patches", "block1")
+    gc.collect()
+    gc.disable()  # reference counts alone must do it
+    try:
+        with BALANCED[name](model) as extractor, SITUATIONS[situation]():
+            scores = model(inputs)
+            assert torch.equal(scores, expected)
+            before, own = Snapshot(model), gradients_of(scores, model)
+            for cam in extractor([0, 2], scores, retain_graph=True, relu=False):
+                assert cam.flatten(1).any(1).all() or name in {"GuidedGradCAM", "SESS"}  # whose ReLU is inside
+                assert cam.isfinite().all()
+                assert not cam.requires_grad
+            before.check(hooks=True)
+            assert all(map(torch.equal, gradients_of(scores, model), own))
+        del scores, cam
+        assert activations
+        assert [reference() for reference in activations if reference() is not None] == []
+    finally:
+        gc.enable()
+
+
+def gradients_of(scores: Tensor, model: nn.Module) -> tuple[Tensor, ...]:
+    """Differentiate the sum of scores for the parameters; the graph is kept."""
+    return torch.autograd.grad(scores.sum(), list(model.parameters()), retain_graph=True) if scores.grad_fn else ()
 
 
 @every_method

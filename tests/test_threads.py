@@ -1175,3 +1175,37 @@ def test_nothing_is_kept_for_threads_that_live_on(method: str, end: str) -> None
         else:
             del extractor
         assert passes.settles_at(0)
+
+
+def test_a_diagnosis_hides_no_warning_of_another_thread() -> None:
+    """Its own warnings are among its findings; warnings of other threads are shown meanwhile."""
+    repeats, warned = threading.Event(), threading.Event()
+    slow = threading.local()
+
+    class Mean(nn.Module):
+        def forward(self, grid: Tensor) -> Tensor:
+            if getattr(slow, "diagnoses", False) and not warned.is_set():
+                repeats.set()
+                assert warned.wait(TIMEOUT)
+            return grid.flatten(2).mean(2)
+
+    broken = torch.rand(1, 3, 8, 8)
+    broken[0, 0, 0, 0] = torch.nan
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), Mean()).eval()
+
+    def diagnose_slowly() -> list[str]:
+        with methods.GradCAM(model, "0") as extractor:
+            model(broken.expand(2, -1, -1, -1))
+            slow.diagnoses = True
+            return [finding.code for finding in extractor.diagnose(0)]
+
+    def warn_meanwhile() -> None:
+        assert repeats.wait(TIMEOUT)
+        with methods.GradCAM(model, "0") as extractor:
+            extractor(0, model(broken))
+        warned.set()
+
+    with pytest.warns(RuntimeWarning) as shown:
+        codes, _ = run_threads([diagnose_slowly, warn_meanwhile])
+    assert codes == ["input_not_finite"]
+    assert ["maps of 1 of 1 samples are NaN" in str(one.message) for one in shown] == [True]

@@ -244,7 +244,7 @@ def _own_transform(model: nn.Module) -> Any:
         timm: Any = data  # whose types do not tell what it exports
         return timm.create_transform(**timm.resolve_model_data_config(model), is_training=False)
     hint = (
-        "`transform=AutoImageProcessor.from_pretrained(...)`"
+        "`processor=AutoImageProcessor.from_pretrained(...)`"
         if hasattr(model, "config")
         else "`weights=...` (torchvision)"
     )

@@ -11,14 +11,13 @@ from torch import Tensor, nn
 
 from ._methods import find_method
 from ._recipes import Recipe
+from ._recommended import COMPARED, recommended
 from .targets import OutputTarget
 
 if TYPE_CHECKING:
     from .trust import TrustReport
 
 __all__ = ["TrustRequest"]
-
-COMPARED = ("GradCAM", "LayerCAM", "ReciproCAM")  # with a method that was alone
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,15 +75,25 @@ class TrustRequest:
         from .trust import trust  # its metrics take long to import
 
         asked = options.pop("methods", None)
+        layers, shared = dict(self.layers), self._shared_layers
+        arguments = {name: dict(recipe.options) for name, recipe in self.recipes.items()}
         if asked is None:
             asked = [recipe.method for recipe in self.recipes.values()]
-            asked += COMPARED if len(asked) == 1 else ()
+            if len(asked) == 1:
+                best = recommended(model, self.image)
+                if best.target_layer is not None and next(iter(self.recipes.values())).target_layer is None:
+                    asked.append(best.method)
+                    layers.setdefault(best.method, best.target_layer)
+                    arguments.setdefault(best.method, dict(best.method_kwargs))
+                elif best.target_layer == shared:  # these suit what is recommended, not the others
+                    shared = None
+                asked += COMPARED
         asked = [asked] if isinstance(asked, (str, type)) else asked
         methods = list(dict.fromkeys(find_method(method, "methods") for method in asked))
         names = [method.__name__ for method in methods]
         by_method = {
-            "target_layer": {name: self.layers.get(name, self._shared_layers) for name in names},
-            "method_kwargs": {name: dict(self.recipes[name].options) for name in names if name in self.recipes},
+            "target_layer": {name: layers.get(name, shared) for name in names},
+            "method_kwargs": {name: arguments[name] for name in names if name in arguments},
             "call_kwargs": {name: dict(self.recipes[name].call_options) for name in names if name in self.recipes},
         }
         question: dict[str, Any] = {"class_idx": asked_about}

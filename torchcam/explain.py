@@ -31,7 +31,7 @@ from torchcam.layers import TargetLayer
 from torchcam.methods import GradCAM
 from torchcam.methods.core import _CAM, plain_tensors
 from torchcam.targets import Selector, read_logits
-from torchcam.tasks.texts import as_texts, own_scores
+from torchcam.tasks.texts import as_images, as_texts, own_scores
 
 __all__ = ["Explanations", "MethodMaps", "PredictionExplanation", "explain", "explain_classes", "written_whole"]
 
@@ -180,8 +180,10 @@ def explain(
     names = as_class_names(class_names)
     model = _original(model)
     with plain_tensors():
+        compared = as_texts(model, input_tensor, texts, against, targets, processor, batch_size)
+        if compared is not None:
+            input_tensor, transform = as_images(model, input_tensor, transform, processor)
         inputs = read_inputs(model, input_tensor, transform, weights, image, processor)
-        compared = as_texts(model, texts, against, processor, batch_size)
     original, names = model, inputs.class_names if names is None else names
     if compared is not None:
         model, names = compared.classifier(model), compared.names if class_names is None else names

@@ -20,6 +20,7 @@ from torchcam._replica import replicated
 from torchcam._tensors import is_finite
 from torchcam.layers import TargetLayer
 from torchcam.methods import CAM, KPCACAM, EigenSmoothedCAM, FinerCAM, GradCAMpp, RandomCAM, RefineCAM, ShapleyCAM
+from torchcam.methods._running import quietly
 from torchcam.methods.core import _CAM
 from torchcam.methods.gradient import _GradientCAM
 from torchcam.targets import as_class_indices
@@ -238,9 +239,10 @@ def export(
                 extractor, layouts, options=options, relu=kept, normalized=normalized, checks_input=breaks
             )
             images = example[:1].expand(2, *example.shape[1:]) if dynamic_batch else example
-            program = trace(
-                explained, images, class_input=class_input, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size
-            )
+            with quietly():
+                program = trace(
+                    explained, images, class_input=class_input, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size
+                )
             metadata = {
                 "torchcam": __version__,
                 "torch": torch.__version__,

@@ -12,6 +12,7 @@ from torch import Tensor
 from torchcam._tensors import is_finite
 from torchcam.methods import RefineCAM
 from torchcam.methods._request import Request
+from torchcam.methods._running import quietly
 from torchcam.methods.core import _CAM
 from torchcam.targets import class_scores, read_logits
 
@@ -107,10 +108,11 @@ def _case(question: Question, images: Tensor) -> Case:
     if question.class_input:
         classes = (classes + torch.arange(len(classes), device=classes.device) * max(1, count // 3)) % count
     asked = None if extractor.class_agnostic else classes
-    request = Request(recorded, asked, relu=question.relu, retain_graph=True, quiet=True)
-    raw = extractor._raw_maps(request, **question.options)
-    cam = fused_map(extractor, extractor._finished(raw, request, question.normalized))
-    unit = _unit(question, request)
+    request = Request(recorded, asked, relu=question.relu, retain_graph=True)
+    with quietly():
+        raw = extractor._raw_maps(request, **question.options)
+        cam = fused_map(extractor, extractor._finished(raw, request, question.normalized))
+        unit = _unit(question, request)
     return Case(images, classes if question.class_input else None, scores, cam, unit)
 
 

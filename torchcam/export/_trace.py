@@ -92,7 +92,7 @@ class ExplainedModel(nn.Module):
         if classes is None and not extractor.class_agnostic:
             classes = class_scores(scores).argmax(1)
         select = None if classes is None else ClassInput(classes)
-        request = Request(recorded, select, relu=self._relu, quiet=True)
+        request = Request(recorded, select, relu=self._relu)
         raw = extractor._raw_maps(request, **self._options)
         cam = fused_map(extractor, extractor._finished(raw, request, self._normalized))
 

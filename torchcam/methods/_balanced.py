@@ -324,16 +324,28 @@ def _single(rule: Callable[..., Tensor], saved: list[Any], plain: Gradients, inc
     return None if first is None else (rule(first, gradient, *saved).to(first.dtype), *plain[1:])
 
 
-def _gelu(_: Tensor, gradient: Tensor, x: Tensor, approximate: str) -> Tensor:
-    if approximate == "tanh":
-        gate = 1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
-    else:
-        gate = torch.erf(x * math.sqrt(0.5)).add_(1)
-    return gradient * gate.mul_(0.5)
+def _place(plain: Tensor) -> Tensor | None:
+    """Return where a rule can write: the plain gradient, which its result replaces.
+
+    None where gradients get a graph, and for those of several scores at once: torch has no place for them.
+    """
+    is_batched = torch._C._functorch.is_legacy_batchedtensor(plain)
+    return None if torch.is_grad_enabled() or is_batched else plain
 
 
-def _silu(_: Tensor, gradient: Tensor, x: Tensor) -> Tensor:
-    return gradient * torch.sigmoid(x)
+def _gelu(plain: Tensor, gradient: Tensor, x: Tensor, approximate: str) -> Tensor:
+    out = _place(plain)
+    if approximate == "tanh":  # (1 + tanh(y)) / 2 is sigmoid(2 y)
+        scale = 2 * math.sqrt(2 / math.pi)
+        twice = torch.mul(torch.mul(x, x, out=out).mul_(0.044715 * scale).add_(scale), x, out=out)
+        return torch.mul(torch.sigmoid(twice, out=out), gradient, out=out)
+    complement = torch.erfc(torch.mul(x, -math.sqrt(0.5), out=out), out=out)
+    return torch.addcmul(gradient.new_zeros(()), gradient, complement, value=0.5, out=out)
+
+
+def _silu(plain: Tensor, gradient: Tensor, x: Tensor) -> Tensor:
+    out = _place(plain)
+    return torch.mul(torch.sigmoid(x, out=out), gradient, out=out)
 
 
 def _mish(_: Tensor, gradient: Tensor, x: Tensor) -> Tensor:
@@ -376,11 +388,11 @@ def _glu(plain: Tensor, _: Tensor, dim: int) -> Tensor:
 
 
 def _layer_norm(
-    _: Tensor, gradient: Tensor, x: Tensor, shape: Sequence[int], rstd: Tensor, weight: Tensor | None
+    plain: Tensor, gradient: Tensor, x: Tensor, shape: Sequence[int], rstd: Tensor, weight: Tensor | None
 ) -> Tensor:
-    axes = tuple(range(-len(shape), 0))
-    scaled = gradient * (1 if weight is None else weight)
-    scaled *= _differentiable(rstd, x, axes)
+    axes, out = tuple(range(-len(shape), 0)), _place(plain)
+    scaled = torch.mul(gradient, _differentiable(rstd, x, axes), out=out)
+    scaled = scaled if weight is None else torch.mul(scaled, weight, out=out)
     return scaled.sub_(scaled.mean(axes, keepdim=True))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,6 +13,7 @@ from torchcam._passes import Call, image_shape
 from torchcam.layers import Candidate, Candidates, candidates_of, probe
 
 from ._layouts import Layouts
+from ._running import warn
 
 __all__ = ["DefaultLayer"]
 
@@ -150,9 +150,8 @@ def _warn_of_one_position(layer: Candidate, found: Candidates, shape: tuple[int,
     """Warn if a default layer has a single position for an input of a shape without the batch dimension."""
     if math.prod(layer.grid) == 1:
         other = "" if found.choice is None else f", such as '{found.choice}'"
-        warnings.warn(
+        warn(
             f"the default layer '{layer.name}' has a single position for an input of shape {shape}, so its "
             f"map shows no place: give the model a larger input, or name an earlier `target_layer`{other}",
-            UserWarning,
             stacklevel=3,
         )

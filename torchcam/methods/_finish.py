@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from torchcam._tensors import is_finite, resize
+
+from ._running import warn
 
 __all__ = ["all_finite", "broken_samples", "scale_signed", "to_one_shape", "weighted_sum"]
 
@@ -35,9 +36,7 @@ def all_finite(tensors: Iterable[Tensor | None]) -> bool:
     return math.isfinite(total.detach())
 
 
-def broken_samples(
-    cam: Tensor, activation: Tensor | None, gradient: Tensor | None, layer: str, *, quiet: bool = False
-) -> Tensor:
+def broken_samples(cam: Tensor, activation: Tensor | None, gradient: Tensor | None, layer: str) -> Tensor:
     """Set the maps (N, *spatial) of samples to NaN whose map, activation or gradient is not finite, and warn."""
     finite = is_finite(cam)
     if activation is not None:
@@ -46,13 +45,12 @@ def broken_samples(
         finite &= is_finite(gradient)
     if bool(finite.all()):
         return cam
-    if not quiet:
-        warnings.warn(
-            f"the activation or gradient of layer '{layer}' holds NaN or infinite values: the maps of "
-            f"{int((~finite).sum())} of {len(finite)} samples are NaN",
-            RuntimeWarning,
-            stacklevel=7,
-        )
+    warn(
+        f"the activation or gradient of layer '{layer}' holds NaN or infinite values: the maps of "
+        f"{int((~finite).sum())} of {len(finite)} samples are NaN",
+        RuntimeWarning,
+        stacklevel=7,
+    )
     return cam.masked_fill(~finite.reshape(-1, *[1] * (cam.ndim - 1)), torch.nan)
 
 

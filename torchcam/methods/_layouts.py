@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -12,6 +11,8 @@ from torch import nn
 from torchcam._certainty import Certainty
 from torchcam._passes import Call
 from torchcam.layout import AmbiguousLayoutError, Layout, Reading, no_reading
+
+from ._running import warn
 
 __all__ = ["Layouts"]
 
@@ -101,11 +102,10 @@ class Layouts:
             raise _no_layout(shape, certainty.input_shape, name, verdict.others)
         layout = verdict.reading.placed
         if verdict.holds is False:
-            warnings.warn(
+            warn(
                 f"the output of `target_layer` '{name}', of shape {shape}, is read as {layout}, but where the input is "
                 "changed is not where that grid changes: its positions may not be those of the input. Name another "
                 "layer, or pass `reshape_transform`, a function from that output to a tensor (N, C, *spatial)",
-                UserWarning,
                 stacklevel=2,
             )
         self._proven[name] = layout

@@ -26,7 +26,6 @@ class Request:
         create_graph: whether the maps can be differentiated
         retain_graph: whether the graph is kept for another backward pass
         num_classes: how many classes of each sample are explained at once
-        quiet: whether nobody is warned of samples that are not finite
     """
 
     recorded: Pass
@@ -37,7 +36,6 @@ class Request:
     create_graph: bool = False
     retain_graph: bool = False
     num_classes: int = 1
-    quiet: bool = False
 
     def selector(self, batch_size: int) -> Selector:
         """Return the explained score, as a function of the model's output."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from torchcam.layers import TargetLayer, layer_name
+from torchcam.targets import read_logits
 
 from .core import _CAM, Request
 from .edited import AblationCAM, ReciproCAM
@@ -67,6 +68,7 @@ class CAM(_CAM):
     ) -> None:
         if isinstance(target_layer, (list, tuple)) and len(target_layer) > 1:
             raise ValueError(f"CAM explains one layer, the one before the pooling: got {len(target_layer)} of them")
+        self._is_named = fc_layer is not None
         if fc_layer is None:
             linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
             if not linear:
@@ -96,6 +98,18 @@ class CAM(_CAM):
                 f"`fc_layer` '{self.fc_name}' takes {weight.shape[1]} channels, but `target_layer` "
                 f"'{self.target_names[0]}' has {activation.shape[1]}: CAM needs the layer before the pooling"
             )
+        if not self._is_named:
+            self._check_is_classifier(len(weight), request.recorded.output)
         classifier = weight.detach().flatten(1)
         classes = self._selector(request).indices(classifier.mT)
         return [(activation, -classifier if request.relu == "negative" else classifier, classes)]
+
+    def _check_is_classifier(self, rows: int, output: Any) -> None:
+        """Check that the last linear layer makes as many numbers as the model gives class scores."""
+        scores = read_logits(output) if isinstance(output, (Tensor, Mapping)) else None
+        if scores is not None and scores.ndim == 2 and scores.shape[1] != rows:
+            raise ValueError(
+                f"CAM reads a linear classifier, but '{self.fc_name}', the last linear layer of "
+                f"{type(self.model).__name__}, makes {rows} numbers, and the model {scores.shape[1]} scores: name the "
+                "classifier as `fc_layer`, or take GradCAM, which needs none"
+            )

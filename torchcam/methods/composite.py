@@ -19,6 +19,7 @@ from torchcam.targets import ClassIndex, OutputTarget, Selector, as_class_indice
 
 from ._finish import to_one_shape
 from ._replay import VariantRunner
+from ._running import quietly
 from .core import _CAM, Request, on_replica
 from .decomposition import along, first_component
 from .gradient import GradCAM, GradCAMpp
@@ -110,7 +111,7 @@ class Wrapper(_CAM):
         call = self._recorded_call(request)
         unasked = request.class_idx is None and request.targets is None
         select = None if unasked else self._selector(request)
-        with on_replica(self.base_cam) as base:
+        with quietly(), on_replica(self.base_cam) as base:
             run = VariantRunner(base.model, call)
 
             def explain(chunk: slice) -> list[Tensor]:
@@ -118,9 +119,7 @@ class Wrapper(_CAM):
                 with call.as_recorded():
                     output = run(variants(chunk), rows)
                 asked = {} if select is None else select.arguments(output, rows)
-                of_rows = Request(
-                    base._recorder.find(), relu=request.relu, num_classes=request.num_classes, quiet=True, **asked
-                )
+                of_rows = Request(base._recorder.find(), relu=request.relu, num_classes=request.num_classes, **asked)
                 maps: list[Tensor] = base._finished(base._raw_maps(of_rows, **options), of_rows, normalized=True)
                 request.recorded.unbalanced |= of_rows.recorded.unbalanced
                 return maps

@@ -524,7 +524,7 @@ class _CAM:
         if len(maps) != len(names):  # of all layers together
             activations, gradients, names = [None] * len(maps), [None] * len(maps), [", ".join(names)] * len(maps)
         found = zip(maps, activations, gradients, names, strict=True)
-        return [broken_samples(*of_layer, quiet=request.quiet) for of_layer in found]
+        return [broken_samples(*of_layer) for of_layer in found]
 
     # Gradients.
 
@@ -712,7 +712,7 @@ class _CAM:
     @classmethod
     @torch.no_grad()
     def fuse_cams(cls, cams: list[Tensor], target_shape: tuple[int, ...] | None = None) -> Tensor:
-        """Fuse the maps of several layers into one: the largest value at each position.
+        """Fuse the maps of several layers into one: the largest value at each position; of `HiResCAM`, the mean.
 
         Args:
             cams: maps of the same samples, (N, *spatial) each
@@ -726,7 +726,12 @@ class _CAM:
             ValueError: if it is empty
         """
         fused = to_one_shape(cams, target_shape, cls._scale_cams)
-        return fused[0] if len(fused) == 1 else torch.stack(fused).amax(0)
+        return fused[0] if len(fused) == 1 else cls._join_cams(torch.stack(fused))
+
+    @staticmethod
+    def _join_cams(cams: Tensor) -> Tensor:
+        """Join maps of one shape, (layers, N, *spatial)."""
+        return cams.amax(0)
 
     @staticmethod
     def _scale_cams(cams: list[Tensor]) -> list[Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
@@ -17,6 +16,7 @@ from torchcam.layers import TargetLayer
 
 from ._gradients import OTHER_SIGN, share_of_other_sign
 from ._replay import VariantRunner, gaussian_noise
+from ._running import thread, warn
 from .core import _CAM, Request, on_replica
 
 __all__ = [
@@ -105,11 +105,11 @@ class _OneSignCAM(_GradientCAM):
         """Warn, once for each layer, if activations have both signs."""
         checked: set[str] = vars(self).setdefault("_checked", set())
         for name, activation in zip(request.recorded.names, activations, strict=True):
-            if request.quiet or name in checked:
+            if thread.quiet or name in checked:
                 continue
             checked.add(name)
             if bool((share_of_other_sign(activation) > OTHER_SIGN).any()):
-                warnings.warn(
+                warn(
                     f"'{name}' has activations of both signs, but the weights of {type(self).__name__} are meant for "
                     "one: sums over positions cancel. HiResCAM, the sum of G_k A_k over the channels at each position, "
                     "holds for both",
@@ -284,7 +284,8 @@ class HiResCAM(_GradientCAM):
     .. math::
         M(s) = \mathrm{ReLU}\Big(\sum_k G_k(s) A_k(s)\Big)
 
-    With a linear head the map sums, before the ReLU, to the score less the bias: it shows what the model used.
+    With a linear head the map sums, before the ReLU, to the score less the bias: it shows what the model used. The maps
+    of several layers are fused by their mean, as in pytorch-grad-cam: each is a sum of contributions to one score.
 
     Cost: the user's forward pass and a backward pass to the target layer.
     """
@@ -293,6 +294,10 @@ class HiResCAM(_GradientCAM):
     def weights(activation: Tensor, gradient: Tensor) -> Tensor:
         """Return the gradient, (N, C, *spatial)."""
         return gradient
+
+    @staticmethod
+    def _join_cams(cams: Tensor) -> Tensor:
+        return cams.mean(0)
 
 
 class GradCAMElementWise(_GradientCAM):

@@ -15,9 +15,10 @@ from torchcam._inputs import split_processor
 from torchcam._passes import model_device
 from torchcam._replica import replicated
 from torchcam._tensors import map_tensors
-from torchcam.targets import read_logits
 
-__all__ = ["Texts", "ZeroShotClassifier", "as_texts", "own_scores"]
+from ._patches import PatchTransform, as_patches, from_patches, takes_patches
+
+__all__ = ["Texts", "ZeroShotClassifier", "as_images", "as_texts", "own_scores"]
 
 _TOWERS = (("get_image_features", "get_text_features"), ("encode_image", "encode_text"))  # transformers, open_clip
 _OWN = "own_logits"
@@ -40,6 +41,7 @@ class ZeroShotClassifier(nn.Module):
     def __init__(self, model: nn.Module, texts: Texts) -> None:
         super().__init__()
         self.encode = _tower(model)[0]  # a bound method: a replica has that of the model's replica
+        self.patch_size = _patch_size(model)
         for name, child in _holder(model).named_children():
             if name not in texts.text_only:
                 self.add_module(name, child)
@@ -50,6 +52,8 @@ class ZeroShotClassifier(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor | dict[str, Tensor]:
         """Return the scores of the texts, (N, texts); against others, each less the mean, with the model's own."""
+        if self.patch_size is not None:
+            args, kwargs = (), as_patches(*args, size=self.patch_size, **kwargs)
         image = F.normalize(_features(self.encode(*args, **kwargs)), dim=-1)  # (N, D)
         own = self.scale * image @ self.embeddings.T + self.bias
         # Less the mean of all: n / (n - 1) times smaller than less that of the others, with the softmax of the model.
@@ -90,13 +94,38 @@ class Texts:
 
     def classifier(self, model: nn.Module) -> ZeroShotClassifier:
         """Return the model as a classifier of the texts; it shares the model's modules."""
-        return ZeroShotClassifier(model, self).eval()
+        return ZeroShotClassifier(model, self)
+
+
+def as_images(model: nn.Module, given: Any, transform: Any, processor: Any) -> tuple[Any, Any]:
+    """Return the input of the classifier and the transform of its images, from those of the model.
+
+    A model that takes patches is a classifier of the images that they are of.
+
+    Raises:
+        ValueError: if the input holds tokens of texts
+    """
+    if isinstance(given, Mapping) and "input_ids" in given:
+        raise ValueError(
+            f"`input_tensor` holds tokens of texts beside the image, {sorted(given)}: leave them out, the texts are "
+            "those of `texts`"
+        )
+    size = _patch_size(model)
+    if size is None:
+        return given, transform
+    if isinstance(given, Mapping):
+        given = from_patches(given, size)
+    if transform is None and processor is not None:
+        transform = split_processor(processor)[0]
+    return given, PatchTransform(transform, size) if hasattr(transform, "model_input_names") else transform
 
 
 def as_texts(
     model: nn.Module,
+    given: Any,
     texts: Sequence[str] | None,
     against: Literal["others"] | None,
+    targets: Any,
     processor: Any,
     batch_size: int,
 ) -> Texts | None:
@@ -104,8 +133,10 @@ def as_texts(
 
     Args:
         model: a model with an image and a text tower
+        given: its input
         texts: the texts
         against: ``"others"`` to explain the score of a text less the mean of the others
+        targets: what is explained in place of texts, if anything
         processor: a processor or tokenizer of transformers, or a function from a list of texts to what the text tower
             takes
         batch_size: the largest number of texts in one pass
@@ -118,14 +149,18 @@ def as_texts(
     if texts is None:
         if against is not None:
             raise ValueError(f"`against` is {against!r}, but there are no `texts` to compare: pass `texts=[...]`")
+        if _tower_names(model) == _TOWERS[0] and _scale(model) is not None and not isinstance(given, Mapping):
+            raise ValueError(f"{type(model).__name__} compares images with texts: pass `texts=[...]` and `processor=`")
         return None
     names = _checked(texts)
     if against not in {None, "others"}:
         raise ValueError(f"`against` must be 'others' or None, got {against!r}")
     if against is not None and len(names) < 2:
         raise ValueError("`against` is 'others', but `texts` has one text alone: add texts to compare it with")
-    scale = getattr(model, "logit_scale", None)
-    if _tower_names(model) is None or not isinstance(scale, Tensor):
+    if against is not None and targets is not None:
+        raise ValueError("give `against` or `targets`, not both: say torchcam.targets.Contrast as a target")
+    scale = _scale(model)
+    if _tower_names(model) is None or scale is None:
         raise TypeError(
             "`texts` need a model with an image and a text tower and their scale (CLIP, SigLIP, ChineseCLIP of "
             f"transformers, models of open_clip), which {type(model).__name__} is not: leave `texts` out, or pass "
@@ -172,6 +207,12 @@ def _tower_names(model: nn.Module) -> tuple[str, str] | None:
     return next((names for names in _TOWERS if all(callable(getattr(model, name, None)) for name in names)), None)
 
 
+def _scale(model: nn.Module) -> Tensor | None:
+    """Return the logarithm of the factor of the similarities."""
+    scale = getattr(model, "logit_scale", None)
+    return scale if isinstance(scale, Tensor) else None
+
+
 def _tower(model: nn.Module) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Return the methods that embed images and texts."""
     names = _tower_names(model)
@@ -185,9 +226,15 @@ def _holder(model: nn.Module) -> nn.Module:
     return holder
 
 
+def _patch_size(model: nn.Module) -> int | None:
+    """Return the size of the patches that a model takes in place of an image, None for an image."""
+    config: Any = getattr(model, "config", None)
+    return int(config.vision_config.patch_size) if takes_patches(_tower(model)[0]) else None
+
+
 def _features(output: Any) -> Tensor:
     """Return the embeddings (N, D) in what a tower returned."""
-    features = read_logits(output) if isinstance(output, Tensor) else getattr(output, "pooler_output", None)
+    features = output if isinstance(output, Tensor) else getattr(output, "pooler_output", None)
     if not isinstance(features, Tensor) or features.ndim != 2:
         found = tuple(features.shape) if isinstance(features, Tensor) else type(output).__name__
         raise TypeError(f"`texts` need towers that give one embedding for each sample, (N, D), got {found}")

@@ -17,6 +17,7 @@ from torchcam._checks import callable_object, positive_integer, torch_module
 from torchcam._methods import CALL_OPTIONS, by_method, find_method, takes
 from torchcam._passes import Call
 from torchcam._pictures import to_picture
+from torchcam._recommended import COMPARED, recommended
 from torchcam._replica import replicated
 from torchcam._tensors import blurred_out, is_constant, over_channels, resize, to_float
 from torchcam.layers import TargetLayer
@@ -47,7 +48,7 @@ def trust(
     class_idx: ClassIndex | None = None,
     *,
     targets: OutputTarget | Sequence[OutputTarget] | None = None,
-    methods: Sequence[type[Any] | str] = ("GradCAM", "LayerCAM", "ReciproCAM"),
+    methods: Sequence[type[Any] | str] | None = None,
     target_layer: Layers | Mapping[Any, Layers] = None,
     method_kwargs: Mapping[Any, Mapping[str, Any]] | None = None,
     call_kwargs: Mapping[Any, Mapping[str, Any]] | None = None,
@@ -98,7 +99,9 @@ def trust(
         class_idx: the class to explain, for all inputs or one for each; by default the predicted one
         targets: in place of ``class_idx``, a callable (or one for each input) from one input's output to a scalar, such
             as those of :mod:`torchcam.targets`
-        methods: the method to judge, by class or name, and those to compare it with; repeated methods are ignored
+        methods: the method to judge, by class or name, and those to compare it with; repeated methods are ignored. By
+            default ``GradCAM``, compared with ``LayerCAM`` and ``ReciproCAM`` and, without ``target_layer``, with what
+            the leaderboard found best for the kind of model: for transformers ``HiResCAM`` with balanced gradients
         target_layer: the target layer(s), as the methods take them; or a mapping from methods to them
         method_kwargs: further arguments of the methods' constructors, in a mapping from methods
         call_kwargs: arguments of the methods' calls, ``relu`` (but not ``"negative"``, as the trials are about the
@@ -119,19 +122,25 @@ def trust(
             argument's length does not fit, both ``class_idx`` and ``targets`` are given, or the scores are not
             (N, classes)
     """
-    classes = _as_methods(methods)
+    torch_module("model", model)
+    image = as_image(input_tensor)
+    best = recommended(model, image[:1]) if methods is None and target_layer is None else None
+    classes = _as_methods(COMPARED if methods is None else methods)
+    if best is not None:
+        classes = list(dict.fromkeys([classes[0], find_method(best.method), *classes]))
     names = [method.__name__ for method in classes]
     if not isinstance(target_layer, Mapping):
         target_layer = dict.fromkeys(names, target_layer)
     layers = by_method("target_layer", target_layer, names)
     constructor_options = _by_methods("method_kwargs", method_kwargs, names)
+    if best is not None:
+        layers[best.method] = best.target_layer
+        constructor_options[best.method] = {**best.method_kwargs, **constructor_options.get(best.method, {})}
     call_options = _by_methods("call_kwargs", call_kwargs, names)
     for name, options in call_options.items():
         _check_call(name, options)
-    torch_module("model", model)
     callable_object("to_probabilities", to_probabilities, optional=True)
     positive_integer("batch_size", batch_size)
-    image = as_image(input_tensor)
     if class_idx is not None and targets is not None:
         check_one_of(class_idx, targets)
     if images is not None and len(images) != len(image):

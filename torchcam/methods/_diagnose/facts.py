@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from torchcam._passes import find_image
 from torchcam._replica import replicated
 from torchcam._tensors import is_constant, is_finite, map_tensors, to_float
 from torchcam.methods._replicas import on_replica
+from torchcam.methods._running import quietly
 from torchcam.targets import Selector, class_scores, read_logits
 
 from .trace import GradientTrace, PassWatch, squashing_node
@@ -104,7 +104,7 @@ def examined(recorded: ExtractorView, class_idx: Any, targets: Any) -> Iterator[
     """Repeat the recorded pass on a replica of the model. The facts about it can be read inside the block."""
     with ExitStack() as stack:
         extractor = stack.enter_context(on_replica(recorded.extractor))
-        stack.enter_context(warnings.catch_warnings(action="ignore"))  # their subjects are among the findings
+        stack.enter_context(quietly())  # their subjects are among the findings
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(recorded.grad_enabled))
         stack.enter_context(recorded.call.as_recorded())
