@@ -24,7 +24,7 @@ from torchcam.methods import (
     ScoreCAM,
     SmoothGradCAMpp,
 )
-from torchcam.metrics import InsertionDeletion
+from torchcam.metrics import DeletionInsertionMetric
 from torchcam.trust import trust
 
 MASKED = {
@@ -109,7 +109,7 @@ def test_what_changes_parts_of_the_input_refuses_other_orders() -> None:
     model = Net(dim, channels, order).eval()
     expected = r"positions of the model's input of shape \(2, 24, 6\) lie along its dimensions \(1,\)"
     with GradCAM(model, "body") as extractor:
-        metric = InsertionDeletion(extractor)
+        metric = DeletionInsertionMetric(extractor)
         with pytest.raises(ValueError, match=expected):
             metric.update(x, 1)
     with pytest.raises(ValueError, match=expected):

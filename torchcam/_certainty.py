@@ -129,6 +129,11 @@ class Certainty:
             except Exception:  # noqa: BLE001 - whatever a model raises at noise: then nothing is known
                 self._changes = {}
 
+    def refutes(self, verdict: Verdict, layer: str) -> bool:
+        """Check whether the experiment speaks against a verdict that was certain."""
+        measured = self._changes.get(layer, {})
+        return verdict.reading is not None and try_reading(verdict.reading, measured, _NEEDED).follows is False
+
     def tried(self, shape: Sequence[int], layer: str, level: str = "") -> Verdict:
         """Return what the experiment shows of a layer."""
         measured = self._changes.get(layer + level, {})

@@ -268,9 +268,9 @@ def candidates_of(model: nn.Module, call: Call, select: Callable[[Any], Tensor] 
         tried.update(name for name in names if len(shapes[name]) > 2)
         certainty.try_out([*tried])
         for name in names:
-            found = certainty.tried(shapes[name], name)
-            if verdicts[name] is None or found.holds is False:  # what has too few positions stays what it is
-                verdicts[name] = found
+            before = verdicts[name]
+            if before is None or certainty.refutes(before, name):  # what has too few positions stays what it is
+                verdicts[name] = certainty.tried(shapes[name], name)
 
     found = listed()
     if found.choice is None or found.choice in open_:  # it rests on a doubt
@@ -286,7 +286,8 @@ def candidates_of(model: nn.Module, call: Call, select: Callable[[Any], Tensor] 
             found = Candidates(
                 replace(one, layout=replace(one.layout, axes=axes)) if one is chosen else one for one in found
             )
-        if seen is None or seen.is_clear or (chosen.name in tried and not seen.is_against):
+        no_more = chosen.name in tried or max(chosen.grid) <= 2  # so few positions prove nothing in an experiment
+        if seen is None or seen.is_clear or (no_more and not seen.is_against):
             break
         rest = [name for name in shapes if name not in tried]
         if rest:  # the layer by itself, and if it fails, all others

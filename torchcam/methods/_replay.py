@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -19,6 +18,8 @@ from torchcam._replica import has_hooks, replicated
 from torchcam._tensors import map_structure, map_tensors, tensors_in, to_float
 from torchcam.layout import first_tensor, replace_tensors
 from torchcam.targets import Selector
+
+from ._running import warn
 
 __all__ = ["Edit", "Replay", "VariantRunner", "gaussian_noise", "is_close", "seeded"]
 
@@ -268,12 +269,11 @@ class Replay:
         if self._is_disproven or not bool(differs.any()) or is_close(found, expected):
             return
         self._is_disproven = True
-        warnings.warn(
+        warn(
             f"the score of an input as it is was {float(expected):.4g}, and is {float(found):.4g} when the model runs "
             "again: what changes the score is not the change of the input alone, and the map is made of both. If the "
             "model draws random numbers, turn that off; if its samples depend on each other, explain one at a time, "
             "with `batch_size=1`; or take a method that runs the model once, such as GradCAM",
-            UserWarning,
             stacklevel=2,
         )
 
