@@ -20,7 +20,7 @@ from .layout import Layout, Reading, primary_tensors
 __all__ = ["Changes", "Seen", "Trial", "changes_of", "seen_at_places", "try_reading"]
 
 _STRIPS = 4  # of each axis of the input
-_PLACES = (
+_PLACES: tuple[tuple[float, ...], ...] = (
     (0.125, 0.875, 0.125),
     (0.625, 0.125, 0.875),
     (0.875, 0.625, 0.375),
@@ -228,8 +228,8 @@ def seen_at_places(layout: Layout, output: Tensor, signal: Tensor) -> Seen | Non
     parts = [min(_STRIPS, side, signal.shape[axis]) for side, axis in zip(sides, layout.axes, strict=True)]
     if max(parts) < 2:
         return None
-    places = _PLACES if min(part for part in parts if part > 1) > 2 else _PLACES[:1]  # few parts are soon all taken
-    places = places[:2] if sum(part > 1 for part in parts) == 1 else places
+    few = min(part for part in parts if part > 1) <= 2  # few parts are soon all taken
+    places = _PLACES[: 1 if few else 2 if sum(part > 1 for part in parts) == 1 else 3]
     grid = layout.to_grid(output)
     generator = torch.Generator().manual_seed(0)
     expected = torch.zeros(parts, dtype=torch.bool)
@@ -237,13 +237,13 @@ def seen_at_places(layout: Layout, output: Tensor, signal: Tensor) -> Seen | Non
     for place in places:
         position = [int(share * side) for share, side in zip(place, sides, strict=False)]
         cells = zip(position, sides, parts, strict=True)
-        expected[*(int((index + 0.5) * part / side) for index, side, part in cells)] = True
-        values = grid[:, :, *position]
+        expected[tuple(int((index + 0.5) * part / side) for index, side, part in cells)] = True
+        values = grid[(slice(None), slice(None), *position)]
         terms.append((torch.randn(values.shape[1], generator=generator).to(values) * values).sum())
     (gradient,) = torch.autograd.grad(torch.stack(terms).sum(), signal, retain_graph=True, allow_unused=True)
     if gradient is None:
         return None
-    mass = gradient.detach().double().square().cpu()
+    mass = gradient.detach().cpu().double().square()
     mass = mass.sum([dimension for dimension in range(mass.ndim) if dimension not in layout.axes])
     for dimension, part in enumerate(parts):
         cell = torch.arange(mass.shape[dimension]) * part // mass.shape[dimension]

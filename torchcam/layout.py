@@ -130,6 +130,11 @@ class Layout:
         """Check whether this layout is another one's for another size."""
         return replace(self, grid=()) == replace(other, grid=()) and len(self.grid) == len(other.grid)
 
+    def without_tokens(self, count: int, side: int) -> Layout:
+        """The same layout without the first positions of a side, which are no positions then."""
+        grid = tuple(length - count if each == side else length for each, length in enumerate(self.grid))
+        return replace(self, grid=grid, prefix=count, before=side)
+
     @property
     def with_prefix_only(self) -> Layout:
         """The layout of the tokens before the positions, where each side has a dimension of its own."""
@@ -356,10 +361,10 @@ def _maps(
             Layout(layout.grid[::-1], layout.batch, layout.channels, layout.positions[::-1]) for layout in ordered
         ]
         across += [
-            replace(layout, grid=tuple(n - count if i == side else n for i, n in enumerate(layout.grid)), **tokens)
+            layout.without_tokens(count, side)
             for layout in [*ordered, *across]
             for side, count in product(range(2), shown.prefixes)
-            if 0 < count < layout.grid[side] and (tokens := {"prefix": count, "before": side})
+            if 0 < count < layout.grid[side]
         ]
         found += [Reading(layout, axes, has_consistent_stride(layout.grid, spatial)) for layout in across]
     return found

@@ -135,9 +135,15 @@ class DefaultLayer:
             fitting = [c for c in found if c.depends and c.channels == self.channels and "Pool" not in c.type]
             chosen = fitting[-1] if fitting else chosen
         if chosen is None:
+            way = "name a `target_layer`, or look at the input itself, with GuidedBackprop, say"
+            if not any(one.influence for one in found):
+                way = (
+                    "as no gradient leads from the scores to any layer (parts are quantised or detached, say), name a "
+                    "`target_layer` for a method without gradients, such as ReciproCAM"
+                )
             raise ValueError(
                 f"no layer of {type(self.model).__name__} has positions that the score depends on, and that are those "
-                f"of the input, for an input of shape {shape}: name a `target_layer`"
+                f"of the input, for an input of shape {shape}: {way}"
             )
         self.layouts.prove(chosen.name, chosen.layout)
         _warn_of_one_position(chosen, found, shape)

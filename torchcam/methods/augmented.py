@@ -207,9 +207,7 @@ class SESS(Wrapper):
 
         every = torch.arange(len(windows), device=image.device).expand(len(image), -1)  # (N, W)
         probability = self._probability(request, len(image))
-        replay = Replay(
-            self.model, call, probability, self.batch_size, description="SESS", output=request.recorded.output
-        )
+        replay = Replay(self.model, call, probability, self.batch_size, description="SESS")
         found = to_float(replay.masked(*cut(every))).relu().reshape(every.shape)
         best, kept = found.topk(len(windows) - int(self.pre_filter_ratio * len(windows)), dim=1)
         weights = torch.where(best[:, :1] > 0, best / best[:, :1], 1.0)
