@@ -28,7 +28,8 @@ from torchcam.cli._models import Classifier, load_classifier
 from torchcam.cli._options import find_method
 from torchcam.demo import load_model, sample_images
 
-COMMANDS = {"compare", "demo", "diagnose", "evaluate", "explain", "export", "layers", "trust"}
+COMMANDS = {"app", "compare", "demo", "diagnose", "evaluate", "explain", "export", "layers", "trust"}
+RESULT = "photo-mobilenet_v3_small-random-features-GradCAM-class3.png"
 SMALL = ["--arch", "mobilenet_v3_small", "--weights", "none"]
 FAMILIES = [
     "resnet18",
@@ -144,8 +145,10 @@ class TestTopLevel:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["demmo"], "invalid choice: 'demmo'"),
-            (["demo", "--outptu", "x"], "unrecognized arguments: --outptu x"),
+            (["demmo"], "invalid choice: 'demmo'; did you mean 'demo'?"),
+            (["demo", "--outptu", "x"], "unrecognized arguments: --outptu x; did you mean '--output'?"),
+            (["explain", "a.png", "--topk=3"], "unrecognized arguments: --topk=3; did you mean '--top-k'"),
+            (["evaluate", "--demo", "--scores", "sigmiod"], "invalid choice: 'sigmiod'; did you mean 'sigmoid'?"),
             (["explain"], "required: IMAGE"),
             (["explain", "a.png", "--top-k", "many"], "argument --top-k: invalid int value: 'many'"),
             (["explain", "a.png", "--alpha", "x"], "argument --alpha: invalid float value: 'x'"),
@@ -228,22 +231,27 @@ class TestExplain:
         arguments = ["--arch", "resnet18", "--weights", "none", "--method", "LayerCAM", "--target-layer", "layer4"]
         done = run("explain", hopper, *arguments, "--class-idx", 207, "--top-k", 3, "--output", "maps", cwd=place)
         assert (done.returncode, done.stderr) == (0, "")
-        assert files(place) == {"maps", "maps/grace_hopper-LayerCAM.png"}
         lines = done.stdout.splitlines()
+        (name,) = (path.name for path in (place / "maps").iterdir())
+        first = re.findall(r"\d+", lines[2])[-1]
+        shape = rf"grace_hopper-resnet18-random-layer4-LayerCAM-class{first}\+3more-[0-9a-f]{{6}}\.png"
+        assert re.fullmatch(shape, name)
         assert lines[0] == "resnet18, random weights (seed 0): LayerCAM of layer4"
-        assert lines[1].endswith(f"grace_hopper.jpg -> {Path('maps', 'grace_hopper-LayerCAM.png')}")
-        assert len(lines) == 2 + 4 + 1
+        assert lines[1].endswith(f"grace_hopper.jpg -> {Path('maps', name)}")
+        assert len(lines) == 2 + 4 + 3
+        assert re.fullmatch(r"Explained 1 image in [\d.]+ s: 1 picture in maps\.", lines[-2])
         assert re.fullmatch(r" +[\d.<]+%  golden retriever \(207\)", lines[5])
         assert "random" in lines[-1]
-        assert (place / "maps/grace_hopper-LayerCAM.png").stat().st_mode & 0o777 == 0o666 & ~_umask()
+        assert (place / "maps" / name).stat().st_mode & 0o777 == 0o666 & ~_umask()
 
     @pytest.mark.zoo
     @pytest.mark.parametrize("arch", FAMILIES)
     def test_families(self, arch: str, hopper: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["explain", str(hopper), "--arch", arch, "--weights", "none", "--top-k", "2"]) == 0
         assert capsys.readouterr().err == ""
-        with Image.open(place / "grace_hopper-GradCAM.png") as picture:
-            assert picture.size > (900, 300)
+        (path,) = place.glob("grace_hopper-*-GradCAM-*.png")
+        with Image.open(path) as picture:
+            assert picture.size > (700, 700)
 
     @pytest.mark.zoo
     @pytest.mark.parametrize("arch", ["vit_b_16", "swin_t", "maxvit_t"])
@@ -253,7 +261,7 @@ class TestExplain:
         code = cli.main(["explain", str(hopper), "--arch", arch, "--weights", "none"])
         assert code in {0, 2}
         assert capsys.readouterr().err.count("\n") == (code == 2)
-        assert files(place) == (set() if code else {"grace_hopper-GradCAM.png"})
+        assert len(files(place)) == (code == 0)
 
     def test_random_weights_are_the_same_each_time(
         self, photo: Path, place: Path, capsys: pytest.CaptureFixture[str]
@@ -263,7 +271,8 @@ class TestExplain:
         for seed in (1, 2):
             torch.manual_seed(seed)
             assert cli.main(["explain", str(photo), *SMALL, "--top-k", "2", "--overwrite"]) == 0
-            outputs.append((capsys.readouterr().out, (place / "photo-GradCAM.png").read_bytes()))
+            (path,) = place.glob("photo-*.png")
+            outputs.append((*capsys.readouterr().out.splitlines()[:-2], path.read_bytes()))
         torch.set_rng_state(state)
         assert outputs[0] == outputs[1]
 
@@ -281,8 +290,9 @@ class TestExplain:
         clear = rgb.convert("P")
         clear.save(place / "clear.png", transparency=bytes(range(256)))
         names = [*kinds, "clear.png"]
-        assert cli.main(["explain", *names, *SMALL, "--output", "out"]) == 0
-        assert files(place / "out") == {f"{Path(name).stem}-GradCAM.png" for name in names}
+        assert cli.main(["explain", *names, *SMALL, "--output", "out", "--class-idx", "3"]) == 0
+        rest = "mobilenet_v3_small-random-features-GradCAM-class3.png"
+        assert files(place / "out") == {f"{Path(name).stem}-{rest}" for name in names}
         captured = capsys.readouterr()
         assert captured.err == ""
         assert captured.out.count(" -> ") == len(names)
@@ -334,8 +344,8 @@ class TestExplain:
     def test_alpha_and_colormap_are_used(self, photo: Path, place: Path) -> None:
         pictures = []
         for options in ([], ["--alpha", "0.9"], ["--colormap", "magma"]):
-            assert cli.main(["explain", str(photo), *SMALL, *options, "--overwrite"]) == 0
-            pictures.append((place / "photo-GradCAM.png").read_bytes())
+            assert cli.main(["explain", str(photo), *SMALL, *options, "--output", "cam.png", "--overwrite"]) == 0
+            pictures.append((place / "cam.png").read_bytes())
         assert len(set(pictures)) == 3
 
     @pytest.mark.parametrize("name", ["Grad-CAM++", "gradcampp", "GradCAMpp"])
@@ -355,7 +365,8 @@ class TestExplain:
     ) -> None:
         assert cli.main(["explain", str(photo), *SMALL, *options]) == 0
         assert capsys.readouterr().err == ""
-        assert files(place) == {"photo.png", f"photo-{options[1]}.png"}
+        assert len(files(place)) == 2
+        assert len(list(place.glob(f"photo-*-{options[1]}-class*.png"))) == 1
 
     def test_legrad(self, photo: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         from torchvision.models import VisionTransformer, vit_b_16
@@ -369,12 +380,12 @@ class TestExplain:
         layers = "encoder.layers.encoder_layer_0,encoder.layers.encoder_layer_1"
         arguments = ["--method", "LeGrad", "--target-layer", layers]
         assert cli.main(["explain", str(photo), "--arch", "vit_b_16", *arguments]) == 0
-        assert files(place) == {"photo.png", "photo-LeGrad.png"}
+        assert len(list(place.glob("photo-vit_b_16-encoder*-LeGrad-class*.png"))) == 1
 
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
     def test_device(self, photo: Path, place: Path) -> None:
         assert cli.main(["explain", str(photo), *SMALL, "--device", "cuda"]) == 0
-        assert files(place) == {"photo.png", "photo-GradCAM.png"}
+        assert len(files(place)) == 2
 
 
 def _umask() -> int:
@@ -388,22 +399,25 @@ class TestRefusals:
         ("arguments", "message"),
         [
             (["missing.png"], "IMAGE 'missing.png' does not exist"),
-            (["."], "IMAGE '.' is a directory"),
+            (["empty"], "IMAGE 'empty' is a folder that holds no images"),
+            (["*.jpg"], "IMAGE '*.jpg' matches no image"),
+            (["https://some.where/dog.jpg"], "nothing is fetched: download it first, and name the file"),
+            (["n" * 5000], "nnn' does not exist"),
             (["text.png"], "IMAGE 'text.png' is not an image that Pillow can read (UnidentifiedImageError"),
             (["cut.png"], "IMAGE 'cut.png' is not an image that Pillow can read"),
             (["float.tiff"], "IMAGE 'float.tiff' has floating-point pixels"),
             (["photo.png", "missing.png"], "IMAGE 'missing.png' does not exist"),
             (
                 ["photo.png", "--arch", "resnet19"],
-                "--arch 'resnet19' is not a classification model of torchvision; try resnet1",
+                "--arch 'resnet19' is not a classification model of torchvision; did you mean 'resnet1",
             ),
-            (["photo.png", "--arch", "zzz"], "try resnet50, mobilenet_v3_large, convnext_tiny"),
-            (["photo.png", "--method", "GardCAM"], "--method 'GardCAM' is not a method of torchcam; closest: GradCAM"),
+            (["photo.png", "--arch", "zzz"], "there are resnet50, mobilenet_v3_large, convnext_tiny, and more"),
+            (["photo.png", "--method", "GardCAM"], "'GardCAM' is not a method of torchcam; did you mean 'GradCAM'"),
             (["photo.png", "--method", "zzz"], "there are CAM, "),
-            (["photo.png", "--method", "OutputTarget"], "--method 'OutputTarget' is not a method"),
+            (["photo.png", "--method", "OutputTarget"], "--methods 'OutputTarget' is not a method"),
             (
                 ["photo.png", "--target-layer", "feature"],
-                "--target-layer 'feature' is not a module of MobileNetV3; closest: 'features'",
+                "--target-layer 'feature' is not a module of MobileNetV3; did you mean 'features'",
             ),
             (
                 ["photo.png", "--target-layer", "classifier"],
@@ -428,7 +442,7 @@ class TestRefusals:
             (["photo.png", "--alpha", "1"], "--alpha must be a number in [0, 1), got 1.0"),
             (
                 ["photo.png", "--colormap", "virids"],
-                "--colormap 'virids' is not a matplotlib colormap; closest: 'viridis'",
+                "--colormap 'virids' is not a matplotlib colormap; did you mean 'viridis'",
             ),
             (["photo.png", "--device", "tpu"], "--device 'tpu' cannot be used here"),
             (["photo.png", "--device", "meta"], "--device 'meta' cannot be used here"),
@@ -437,9 +451,9 @@ class TestRefusals:
                 "'text.png' exists: pass --overwrite",
             ),
             (["photo.png", "--output", "text.png/maps"], "'text.png' is not a directory"),
-            (["photo.png", "photo.png"], "several images would be written to 'photo-GradCAM.png'"),
-            (["photo.png", "--output", "taken"], "photo-GradCAM.png' exists: pass --overwrite"),
-            (["photo.png", "taken/photo-GradCAM.png", "--output", "taken", "--overwrite"], "is in the way"),
+            (["photo.png", "taken/photo.png"], "several images are called 'photo.png'"),
+            (["photo.png", "--output", "taken", "--class-idx", "3"], f"{RESULT}' exists: pass --overwrite"),
+            (["photo.png", "--output", "photo.png", "--overwrite"], "photo.png' is in the way"),
             (["photo.png", "--weights", "missing.pth"], "--weights 'missing.pth' is neither a file nor one of "),
             (["photo.png", "--weights", "text.png"], "--weights 'text.png' is not a file of weights"),
             (["photo.png", "--weights", "list.pth"], "--weights 'list.pth' holds no state dict"),
@@ -460,7 +474,9 @@ class TestRefusals:
         (place / "cut.png").write_bytes(photo.read_bytes()[:500])
         Image.new("F", (4, 4)).save(place / "float.tiff")
         (place / "taken").mkdir()
-        Image.new("RGB", (4, 4)).save(place / "taken" / "photo-GradCAM.png")
+        (place / "empty").mkdir()
+        for name in (RESULT, "photo.png"):
+            Image.new("RGB", (4, 4)).save(place / "taken" / name)
         torch.save([torch.zeros(1)], place / "list.pth")
         torch.save(nn.Linear(2, 2).state_dict(), place / "other.pth")
         torch.save(Path("x"), place / "object.pth")
@@ -484,7 +500,7 @@ class TestRefusals:
 
         monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
         printed = fails(capsys, "explain", photo, *SMALL, "--output", "new")
-        assert "cannot write 'new/photo-GradCAM.png': No space left on device" in printed
+        assert re.search(r"cannot write 'new/photo-\S+-GradCAM-class\d+\.png': No space left on device", printed)
         assert files(place) == {"photo.png"}
 
     def test_maps_that_are_no_pictures(
@@ -593,7 +609,8 @@ class TestLayers:
         title, head, _, *rows = captured.out.splitlines()
         assert title == "resnet18, images of 64 x 96"
         assert head.split() == ["layer", "type", "grid", "channels", "influence", "calls"]
-        (default,) = (row for row in rows if "default" in row)
+        (default,) = (row for row in rows if "<- default" in row)
+        assert rows[-1] == "Maps are made from layer4 by default."
         assert default.split() == ["layer4", "Sequential", "2", "x", "3", "512", "100%", "1", "<-", "default"]
         assert any(row.split()[:5] == ["layer1.0", "BasicBlock", "16", "x", "24"] for row in rows)
 
@@ -615,13 +632,13 @@ class TestLayers:
         assert unread[5:] == ["768", "0%", "1"]
         assert all(line in every for line in few.splitlines() if line.startswith("encoder.") and "default" not in line)
         for table in printed:
-            (default,) = (line for line in table.splitlines() if "default" in line)
+            (default,) = (line for line in table.splitlines() if "<- default" in line)
             assert default.startswith("encoder.layers.encoder_layer_11.ln_1 ")
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["--arch", "resnet19"], "--arch 'resnet19' is not a classification model of torchvision; try resnet18"),
+            (["--arch", "resnet19"], "is not a classification model of torchvision; did you mean 'resnet18'"),
             (["--arch", "resnet18", "--size", "big"], "--size must be height and width as in 224x320, got 'big'"),
             (["--arch", "vit_b_32", "--size", "64x64"], "--size 64x64 is not taken by vit_b_32: Wrong image height!"),
         ],
@@ -640,22 +657,22 @@ class TestFilesAndNames:
     @pytest.mark.parametrize(
         ("images", "output", "message"),
         [
-            (2, "cam.png", "--output 'cam.png' is one file for 2 images: name a folder"),
-            (1, "cam.jpg", "--output 'cam.jpg': pictures are written as .png"),
+            (["photo.png", "second.png"], "cam.png", "--output 'cam.png' is one file for 2 images: name a folder"),
+            (["photo.png"], "cam.jpg", "--output 'cam.jpg': pictures are written as .png"),
         ],
     )
     def test_files_that_cannot_be(
-        self, images: int, output: str, message: str, photo: Path, capsys: pytest.CaptureFixture[str]
+        self, images: list[str], output: str, message: str, photo: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        assert cli.main(["explain", *[str(photo)] * images, *SMALL, "--output", output]) == 2
+        assert cli.main(["explain", *images, *SMALL, "--output", output]) == 2
         assert message in capsys.readouterr().err
 
     @pytest.mark.parametrize("wrong", [["--model-factory", "nope:x"], ["--arch", "resnet19"]])
     def test_a_file_that_is_there_hides_no_error(
         self, wrong: list[str], photo: Path, place: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        (place / "photo-GradCAM.png").write_bytes(b"")
-        assert cli.main(["explain", str(photo), *wrong]) == 2
+        (place / "cam.png").write_bytes(b"")
+        assert cli.main(["explain", str(photo), *wrong, "--output", "cam.png"]) == 2
         assert wrong[1].split(":")[0] in (error := capsys.readouterr().err)
         assert "exists" not in error
 
@@ -664,7 +681,7 @@ class TestFilesAndNames:
         (image,) = json.loads(capsys.readouterr().out)["images"]
         assert [entry["class_idx"] for entry in image["classes"]] == [0, 3]
         assert cli.main(["explain", str(photo), *SMALL, "--class-idx", "tensch", "--overwrite"]) == 2
-        assert "--class-idx is 'tensch', and no class has that name: did you mean 'tench'" in capsys.readouterr().err
+        assert "--class-idx is 'tensch', and no class has that name; did you mean 'tench'" in capsys.readouterr().err
 
     def test_names_of_files_do_not_move_the_cursor(self, photo: Path, capsys: pytest.CaptureFixture[str]) -> None:
         strange = photo.rename(photo.with_name("a\x1b[2Jb.png"))

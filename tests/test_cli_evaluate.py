@@ -256,8 +256,11 @@ class TestRefusals:
             ([], "name either a folder of images or --demo"),
             (["data", "--demo"], "name either a folder of images or --demo"),
             (["--demo", "--arch", "resnet18"], "--demo has a model and classes of its own: leave out --arch"),
-            (["--demo", "--methods", "GardCAM"], "--methods 'GardCAM' is not a method of torchcam; closest: GradCAM"),
-            (["--demo", "--metrics", "ROAR"], "--metrics 'ROAR' is not a metric of torchcam; closest: ROAD"),
+            (
+                ["--demo", "--methods", "GardCAM"],
+                "'GardCAM' is not a method of torchcam; did you mean 'GradCAM'",
+            ),
+            (["--demo", "--metrics", "ROAR"], "--metrics 'ROAR' is not a metric of torchcam; did you mean 'ROAD'"),
             (["--demo", "--methods", "LeGrad"], "name them with --target-layer"),
             (["--demo", "--target-layer", "layer9"], "--target-layer 'layer9' is not a module of DemoNet"),
             (["--demo", "--limit", "0"], "--limit must be at least 1, got 0"),

@@ -97,7 +97,10 @@ class TestJson:
         found = printed(capsys, *arguments, "--top-k", 2, "--class-idx", 0)
         assert (found["model"], found["method"], found["target_layers"]) == (f"{mine}:named", "GradCAM", ["layer4"])
         (image,) = found["images"]
-        assert (image["image"], image["picture"]) == ("digits.png", "digits-GradCAM.png")
+        named = "+".join(f"class{entry['class_idx']}" for entry in image["classes"])
+        assert (image["image"], image["picture"]) == ("digits.png", f"digits-{mine}.named-layer4-GradCAM-{named}.png")
+        assert found["methods"] == [{"method": "GradCAM", "target_layers": ["layer4"]}]
+        assert (found["left_out"], found["page"], image["maps"]) == ([], None, [])
         assert (place / image["picture"]).is_file()
         with torch.no_grad():
             logits = load_model()(sample_images()[0].to_tensor())[0]
@@ -128,15 +131,16 @@ class TestJson:
         arguments = ["compare", "digits.png", "--model-factory", f"{mine}:named", "--target-layer", "layer4"]
         found = printed(capsys, *arguments, "--methods", "GradCAM,hirescam,Grad-CAM,RandomCAM", "--class-idx", 7)
         assert [entry["method"] for entry in found["methods"]] == ["GradCAM", "HiResCAM", "RandomCAM"]
-        assert (found["class_idx"], found["class_name"], found["picture"]) == (7, "7", "digits-compare.png")
+        picture = f"digits-{mine}.named-layer4-GradCAM+HiResCAM+RandomCAM-class7.png"
+        assert (found["class_idx"], found["class_name"], found["picture"]) == (7, "7", picture)
         grad, hires, random = (entry["correlations"] for entry in found["methods"])
         # With global pooling and a linear head the two are the same method.
         assert grad["HiResCAM"] == hires["GradCAM"] == pytest.approx(1, abs=1e-3)
         assert grad["GradCAM"] == pytest.approx(1)
         assert random["GradCAM"] < 0.99
         assert found["methods"][2]["likeness"] == pytest.approx((random["GradCAM"] + random["HiResCAM"]) / 2)
-        with Image.open(place / "digits-compare.png") as picture:
-            assert picture.width > 1000
+        with Image.open(place / picture) as drawn:
+            assert drawn.width > 1000
 
     def test_trust(self, place: Path, mine: str, capsys: pytest.CaptureFixture[str]) -> None:
         from torchcam.trust import trust
@@ -159,7 +163,9 @@ class TestText:
         text = capsys.readouterr().out
         assert re.search(rf"^{mine}:named: evidence for class \d, [\d.]+%$", text, re.MULTILINE)
         assert re.search(r"^  GradCAM +1\.00  layer4$", text, re.MULTILINE)
-        assert text.endswith("digits.png -> digits-compare.png\n")
+        *_, arrow, conclusion = text.splitlines()
+        assert re.fullmatch(rf"digits.png -> digits-{mine}.named-layer4-GradCAM\+HiResCAM-class\d.png", arrow)
+        assert conclusion == "The two maps agree to 1.00."
 
     def test_diagnose_in_a_process_of_its_own(self, place: Path, mine: str) -> None:
         arguments = ["diagnose", "digits.png", "--model-factory", f"{mine}:named", "--method", "EigenCAM"]
@@ -199,7 +205,7 @@ class TestRefusals:
     ) -> None:
         assert message in fails(capsys, *arguments, "--model-factory", f"{mine}:named")
         assert not [path for path in place.iterdir() if path.suffix in {".html", ".pdf"}]
-        assert not (place / "digits-compare.png").exists()
+        assert not list(place.glob("digits-*.png"))
 
 
 class TestFactories:

@@ -3,18 +3,66 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torchvision
+from PIL import Image
 
 from torchcam import cli
+from torchcam.cli._models import Classifier, load_classifier, load_hf, load_own, load_timm
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert cli.main(arguments) == 2
     return capsys.readouterr().err
+
+
+def matches_its_code(classifier: Classifier) -> None:
+    """Check that the code of a model makes the model, its transform and the names of its classes."""
+    made: dict[str, Any] = {}
+    with torch.random.fork_rng():
+        exec(classifier.code, made)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))
+    seen = classifier.preprocess(picture)
+    assert torch.equal(made["transform"](picture), seen)
+    assert not made["model"].training
+    with torch.inference_mode():
+        assert torch.equal(made["model"](seen[None]), classifier.model(seen[None]))
+    names = made.get("class_names")
+    assert classifier.categories == (None if names is None else list(names))
+
+
+class TestCode:
+    def test_torchvision(self, tmp_path: Path) -> None:
+        torch.manual_seed(1)
+        path = tmp_path / "weights.pt"
+        torch.save(torchvision.models.shufflenet_v2_x0_5().state_dict(), path)
+        matches_its_code(load_classifier("shufflenet_v2_x0_5", "none"))
+        matches_its_code(load_classifier("shufflenet_v2_x0_5", str(path)))
+
+    def test_timm(self, tmp_path: Path) -> None:
+        timm = pytest.importorskip("timm")
+        path = tmp_path / "weights.pt"
+        torch.save(timm.create_model("test_resnet").state_dict(), path)
+        matches_its_code(load_timm("test_resnet", "none"))
+        matches_its_code(load_timm("test_resnet", str(path)))
+
+    @pytest.mark.parametrize("result", ["net", "net,", "net, ToTensor()", "net, None, list('abc')"])
+    def test_own(self, result: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.delitem(sys.modules, "mine", raising=False)
+        monkeypatch.syspath_prepend(tmp_path)
+        text = "import torch\nfrom torch import nn\nfrom torchvision.transforms import ToTensor\n\n\nclass Made:\n"
+        text += "    @staticmethod\n    def load():\n        torch.manual_seed(0)\n"
+        text += "        net = nn.Sequential(nn.Conv2d(3, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
+        (tmp_path / "mine.py").write_text(f"{text}        return {result}\n")
+        with torch.random.fork_rng():
+            matches_its_code(load_own("mine:Made.load"))
 
 
 class TestTimm:
@@ -28,7 +76,9 @@ class TestTimm:
 
     def test_refusals(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         pytest.importorskip("timm")
-        assert "--timm 'resnet5o' is not a model of timm; try resnet50" in fails(capsys, "layers", "--timm", "resnet5o")
+        assert "--timm 'resnet5o' is not a model of timm; did you mean 'resnet50" in fails(
+            capsys, "layers", "--timm", "resnet5o"
+        )
         told = fails(capsys, "layers", "--timm", "test_resnet", "--arch", "resnet18")
         assert "give --arch or --timm, not both: each names a model" in told
         asked = ["export", "--timm", "test_resnet", "--output", str(tmp_path / "m.onnx"), "--weights", "nowhere.pt"]
@@ -54,6 +104,19 @@ class TestTransformers:
         transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
         transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "vit")
         return str(tmp_path / "vit")
+
+    @pytest.mark.parametrize("weights", ["DEFAULT", "none"])
+    def test_code(self, folder: str, weights: str) -> None:
+        made: dict[str, Any] = {}
+        classifier = load_hf(folder, weights)
+        with torch.random.fork_rng():
+            exec(classifier.code, made)
+        picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))
+        seen = classifier.preprocess(picture)
+        with torch.inference_mode():
+            scores = made["model"](**made["transform"](picture, return_tensors="pt")).logits
+            assert torch.equal(scores, classifier.model(seen[None]).logits)
+        assert made["class_names"] == classifier.categories == ["cat", "dog", "fish"]
 
     def test_export(self, folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         onnxruntime = pytest.importorskip("onnxruntime")

@@ -264,12 +264,12 @@ class TestRefusals:
             (
                 {"methods": ["GardCAM"]},
                 ValueError,
-                "`methods` names 'GardCAM', .* torchcam.methods; closest: GradCAM",
+                "`methods` names 'GardCAM', .* torchcam.methods; did you mean 'GradCAM'",
             ),
             (
                 {"metrics": ["ROAR"]},
                 ValueError,
-                "`metrics` names 'ROAR', .* torchcam.metrics; closest: ROAD",
+                "`metrics` names 'ROAR', .* torchcam.metrics; did you mean 'ROAD'",
             ),
             ({"methods": []}, ValueError, "`methods` is empty"),
             ({"methods": [GradCAM, "grad-cam"]}, ValueError, "two entries named 'GradCAM': pass a dict"),

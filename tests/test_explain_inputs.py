@@ -356,7 +356,7 @@ class TestNames:
     @pytest.mark.parametrize(
         ("name", "names", "message"),
         [
-            ("cta", NAMES, "`class_idx` is 'cta', and no class has that name: did you mean 'cat'"),
+            ("cta", NAMES, "`class_idx` is 'cta', and no class has that name; did you mean 'cat'"),
             ("DOG", NAMES, r"which is the name of the classes \[1, 2\]"),
             ("cat", None, "the names of the classes are not known: pass `class_names`"),
         ],

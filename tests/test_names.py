@@ -38,7 +38,7 @@ def test_every_method_is_found_by_its_name_and_no_two_names_are_alike() -> None:
 
 
 def test_unknown_names_get_the_closest() -> None:
-    with pytest.raises(ValueError, match=r"^`method` 'GardCAM' is not a method of torchcam; closest: GradCAM"):
+    with pytest.raises(ValueError, match=r"^`method` 'GardCAM' is not a method of torchcam; did you mean 'GradCAM'"):
         find_method("GardCAM")
     with pytest.raises(ValueError, match=r"^--method 'OutputTarget' is not a method of torchcam; "):
         find_method("OutputTarget", "--method")
@@ -66,5 +66,7 @@ def test_an_exact_name_comes_before_one_that_is_spelled_alike() -> None:
     assert match_name("a b", ["A-B", "a b"]) == "a b"
     assert match_name("ab", ["A-B", "a b"]) == "A-B"
     assert match_name("abc", ["ab"]) is None
-    assert closest("GRAD", ["GradCAM", "x"]) == "closest: GradCAM"
+    assert closest("GRAD", ["GradCAM", "x"]) == "did you mean 'GradCAM'?"
+    assert closest("ab1", ["ab2", "ab3"]) == "did you mean 'ab3' or 'ab2'?"
+    assert closest("?", ["GradCAM", "x"], ["some"]) == "there are some"
     assert closest("?", ["GradCAM", "x"]) == "there are GradCAM, x"

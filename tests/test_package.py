@@ -38,6 +38,8 @@ FLOORS = {
     "_numbers": 0,
     "_tables": 0,
     "_callable": 0,
+    "_detector_rows": 0,
+    "_detections": 2,
     "_recipes": 7,
     "_trust_request": 8,
     "tasks": 8,
@@ -65,8 +67,9 @@ FLOORS = {
     "explain": 9,
     "export": 9,
     "integrations": 9,
-    "cli": 10,
-    "__main__": 11,
+    "app": 10,
+    "cli": 11,
+    "__main__": 12,
 }
 # The rooms that are run, not imported.
 COMMANDS = {"cli"}
@@ -159,7 +162,7 @@ class TestNames:
 
     def test_modules_methods_and_functions_are_exported_and_nothing_else(self) -> None:
         methods = set(torchcam.methods.__all__) - {"OutputTarget"}
-        functions = {"evaluate", "overlay_map", "overlay_mask"}
+        functions = {"evaluate", "explain_answer", "overlay_map", "overlay_mask"}
         assert len(torchcam.__all__) == len(set(torchcam.__all__))
         assert set(torchcam.__all__) == rooms() | methods | functions | {"__version__"}
 

@@ -198,9 +198,11 @@ class TestArguments:
             overlay_mask(self.image, "mask.png")
 
     def test_unknown_colormap_names_the_closest(self) -> None:
-        with pytest.raises(ValueError, match=r"`colormap` 'virdis' is not a matplotlib colormap; closest: 'viridis'"):
+        with pytest.raises(
+            ValueError, match=r"`colormap` 'virdis' is not a matplotlib colormap; did you mean 'viridis'"
+        ):
             overlay_mask(self.image, self.mask, colormap="virdis")
-        with pytest.raises(ValueError, match=r"`matplotlib\.colormaps` lists them"):
+        with pytest.raises(ValueError, match=r"there are those of `matplotlib\.colormaps`"):
             overlay_mask(self.image, self.mask, colormap="?")
 
     def test_colormap_of_a_wrong_type(self) -> None:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from torchcam import (
+        app,
         demo,
         evaluation,
         export,
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
         TransformerAttribution,
         XGradCAM,
     )
+    from torchcam.tasks.answers import explain_answer
     from torchcam.trust import trust as _trust
     from torchcam.utils import overlay_map, overlay_mask
 
@@ -78,7 +80,12 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_FUNCTIONS = {"evaluate": "evaluation", "overlay_map": "utils", "overlay_mask": "utils"}  # and their modules
+_FUNCTIONS = {  # and their modules
+    "evaluate": "evaluation",
+    "explain_answer": "tasks.answers",
+    "overlay_map": "utils",
+    "overlay_mask": "utils",
+}
 
 __all__ = [
     "CAM",
@@ -116,10 +123,12 @@ __all__ = [
     "TransformerAttribution",
     "XGradCAM",
     "__version__",
+    "app",
     "demo",
     "evaluate",
     "evaluation",
     "explain",
+    "explain_answer",
     "export",
     "integrations",
     "layers",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 from torch import Tensor
 
+from ._names import closest
 from .targets import OutputTarget
 
 __all__ = ["Choice", "as_class_names", "find_class"]
@@ -101,9 +101,8 @@ def find_class(name: str, class_names: Sequence[str] | None) -> int:
             f"`class_idx` is {name!r}, which is the name of the classes {found}: pass one of these numbers"
         )
     if not found:
-        close = get_close_matches(name, class_names, n=3, cutoff=0.5)
-        hint = f": did you mean {' or '.join(map(repr, close))}?" if close else ""
-        raise ValueError(f"`class_idx` is {name!r}, and no class has that name{hint}")
+        others = [*class_names[:3], "…"] if len(class_names) > 12 else class_names
+        raise ValueError(f"`class_idx` is {name!r}, and no class has that name; {closest(name, class_names, others)}")
     return found[0]
 
 

@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, overload
@@ -17,10 +17,12 @@ from PIL import Image
 from torch import Tensor
 
 from . import _figures, _page
+from ._detections import Detections
 from ._figures import Cell, Column, Row, Sheet
 from ._files import atomic_write
 from ._inputs import as_rgb, read_picture
 from ._method_maps import MethodMaps, fuse_layers, save_maps
+from ._names import closest
 from ._pictures import enlarged, fitted, fitted_size
 from ._views import FULL, View, Views
 from .layout import Cells
@@ -31,18 +33,23 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
-__all__ = ["Explanations", "PredictionExplanation"]
+__all__ = ["Explanations", "Pictures", "PredictionExplanation", "free_directory"]
 
 LINES = 8  # for the inputs of a batch that is printed
 SMALLEST = 256  # pictures with less on their longest side are enlarged, to 512 at least: maps over them are smooth
 
 
-class _Pictures:
+class Pictures:
     """Figures, pages and notebook output, for one explanation and for several alike."""
 
     @property
-    def _items(self) -> Sequence[PredictionExplanation]:
+    def _items(self) -> Sequence[Any]:  # explanations, or whatever else has a title, a sheet and an item of a page
         raise NotImplementedError
+
+    @property
+    def _sentence(self) -> Sequence[tuple[str, int | None]]:
+        """Pieces of a text in which the reader of a page chooses a map, each with its number."""
+        return ()
 
     @property
     def title(self) -> str:
@@ -84,6 +91,7 @@ class _Pictures:
         colormap: str | Colormap | None = None,
         alpha: float = ALPHA,
         title: str | None = None,
+        names: Sequence[str] | None = None,
     ) -> str:
         """Write a page to look at the maps with: opacity, class, method, and two maps side by side.
 
@@ -94,24 +102,30 @@ class _Pictures:
             colormap: the colormap of all maps; by default the reader has a choice
             alpha: the opacity of the image when the page opens, in [0, 1)
             title: the heading, by default the prediction
+            names: what the inputs are called, by default their numbers and predictions
 
         Returns:
             the page
 
         Raises:
-            ValueError: if the maps are not two-dimensional, ``alpha`` is out of range, or there are no explanations
+            ValueError: if the maps are not two-dimensional, ``alpha`` is out of range, there are no explanations, or
+                not as many names as inputs
         """
         items = self._checked_items()
+        if names is not None and len(names) != len(items):
+            raise ValueError(f"`names` must hold one name for each of the {len(items)} inputs, got {len(names)}")
         if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 <= alpha < 1:
             raise ValueError(f"`alpha` must be a number in [0, 1), got {alpha!r}")
-        pages = [item._page_item(f"{number}: {item.title}") for number, item in enumerate(items)]
-        page = _page.render(pages, self.title if title is None else title, items[0]._origin(), colormap, alpha)
+        told = [f"{number}: {item.title}" for number, item in enumerate(items)] if names is None else names
+        pages = [item._page_item(name) for name, item in zip(told, items, strict=True)]
+        heading = self.title if title is None else title
+        page = _page.render(pages, heading, items[0]._origin(), colormap, alpha, self._sentence)
         if path is not None:
             with atomic_write(Path(path)) as part:
                 part.write_text(page, encoding="utf-8")
         return page
 
-    def _checked_items(self) -> Sequence[PredictionExplanation]:
+    def _checked_items(self) -> Sequence[Any]:
         if not self._items:
             raise ValueError("there is no explanation in here, so there is nothing to draw")
         return self._items
@@ -133,13 +147,13 @@ class _Pictures:
         return _figures.png(_figures.draw([item._sheet() for item in shown], self.title, None, None))
 
     @property
-    def _shown(self) -> Sequence[PredictionExplanation]:
+    def _shown(self) -> Sequence[Any]:
         """The first of several inputs, as many as the output of a notebook cell shows."""
-        return self._items[: _figures.fitting([len(item.cams) * len(item.results) + 1 for item in self._items])]
+        return self._items[: _figures.fitting([item._panels for item in self._items])]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class PredictionExplanation(_Pictures):
+class PredictionExplanation(Pictures):
     """The prediction of a model for one input, and the regions that made it. All tensors are on the CPU.
 
     A notebook shows it as a picture. `plot`, `overlay`, `save` and `to_html` make figures, images, files and a page.
@@ -162,6 +176,7 @@ class PredictionExplanation(_Pictures):
         probabilities: the probabilities of the classes, (1, classes); None where there are none
         scores: the scores of the targets, by their names
         view: where the model's view lies on ``image``: top, left, bottom and right, as shares of its height and width
+        detections: all boxes that a detector found in the picture, if it was asked about them
     """
 
     logits: Tensor
@@ -180,6 +195,7 @@ class PredictionExplanation(_Pictures):
     probabilities: Tensor | None = None
     scores: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     view: View = FULL
+    detections: Detections | None = None
     _try_out: Callable[..., Any] | None = None  # holds on to the input, but not to the model
     _views: Views | None = None  # tells the view on other pictures
 
@@ -206,17 +222,20 @@ class PredictionExplanation(_Pictures):
         return MappingProxyType({name: result.cams for name, result in self.results.items()})
 
     def name_of(self, key: int | str) -> str:
-        """Return the name of a class (or of a target), with its index."""
+        """Return the name of a class (or of a target, or of the class of a box), with its index."""
         if isinstance(key, str):
-            return key
+            index = None if self.detections is None else self.detections.explained.get(key)
+            return key if index is None or self.detections is None else f"{self.detections.label(index)}, {key}"
         if self.class_names is None:
             return f"class {key}"
         name = self.class_names[key]
         return name if name == str(key) else f"{name} ({key})"
 
     def value_of(self, key: int | str) -> str:
-        """Return the probability of a class as text, or else its score."""
+        """Return the probability of a class, or the score of a box, as text; or else the explained score."""
         if isinstance(key, str):
+            if self.detections is not None and key in self.detections.explained:
+                return f"{float(self.detections.scores[self.detections.explained[key]]):.1%}"
             return f"score {self.scores[key]:.3g}" if key in self.scores else ""
         if self.probabilities is None:
             return f"score {self.logits[0, key]:.3g}"
@@ -302,7 +321,13 @@ class PredictionExplanation(_Pictures):
         base, view = self._picture(values), self.view
         if image is not None:
             base, view = self._on_other(as_rgb(read_picture(image)))
-        return _drawn(base, result, key, view, colormap, alpha, grey)
+        return self._boxed(_drawn(base, result, key, view, colormap, alpha, grey), key, view)
+
+    def _boxed(self, picture: Image.Image, key: Any = None, view: View | None = None) -> Image.Image:
+        """Draw the box behind a target, or all that are explained, over a picture that shows the model's view there."""
+        if self.detections is None:
+            return picture
+        return self.detections.drawn(picture, key, self.view, self.view if view is None else view)
 
     def _drawable(self) -> bool:
         """Check whether all maps have height and width."""
@@ -315,8 +340,7 @@ class PredictionExplanation(_Pictures):
         if method is None:
             return next(iter(self.results.values()))
         if method not in self.results:
-            close = get_close_matches(str(method), self.results, n=3, cutoff=0.4) or list(self.results)
-            raise ValueError(f"`method` {method!r} made no maps here; there are {', '.join(map(repr, close))}")
+            raise ValueError(f"`method` {method!r} made no maps here; {closest(str(method), self.results)}")
         return self.results[str(method)]
 
     def _picture(self, values: NDArray[np.float32]) -> Image.Image:
@@ -338,6 +362,11 @@ class PredictionExplanation(_Pictures):
         warnings.warn(views.unknown(picture.size), UserWarning, stacklevel=3)
         return self.image, self.view
 
+    @property
+    def _panels(self) -> int:
+        """The number of pictures in a figure."""
+        return len(self.cams) * len(self.results) + 1
+
     def _sheet(self, alpha: float = ALPHA, colormap: str | Colormap | None = None, grey: bool = False) -> Sheet:
         """Draw the image and all maps, no larger than a figure shows them."""
         columns = [Column(name, ", ".join(one.target_layers), one.signed) for name, one in self.results.items()]
@@ -346,9 +375,10 @@ class PredictionExplanation(_Pictures):
             cells = []
             for result in self.results.values():
                 base = fitted(self._picture(result.values(key)), 512)
-                cells.append(Cell(_drawn(base, result, key, self.view, colormap, alpha, grey), result.note(key)))
+                drawn = self._boxed(_drawn(base, result, key, self.view, colormap, alpha, grey), key)
+                cells.append(Cell(drawn, result.note(key)))
             rows.append(Row(self.name_of(key), self.value_of(key), cells))
-        image = None if self.image is None else fitted(enlarged(self.image, SMALLEST), 512)
+        image = None if self.image is None else self._boxed(fitted(enlarged(self.image, SMALLEST), 512))
         return Sheet(image, columns, rows)
 
     def _page_item(self, name: str) -> _page.PageItem:
@@ -370,7 +400,7 @@ class PredictionExplanation(_Pictures):
             share = None if self.probabilities is None or isinstance(key, str) else float(self.probabilities[0, key])
             tags = [roles[key]] if not isinstance(key, str) and key in roles else []
             classes.append({"name": self.name_of(key), "value": self.value_of(key), "share": share, "tags": tags})
-        image = self.image if self.image is not None else self._picture(methods[0].maps[0])
+        image = self._boxed(self.image if self.image is not None else self._picture(methods[0].maps[0]))
         return _page.PageItem(name, image, classes, methods)
 
     def _origin(self) -> list[tuple[str, str]]:
@@ -412,7 +442,7 @@ class PredictionExplanation(_Pictures):
             TypeError: if ``image`` is not a PIL image
             ValueError: if the maps are not two-dimensional, ``alpha`` is out of range, or the image's mode unsupported
         """
-        directory = _free(directory)
+        directory = free_directory(directory)
         given = self.image if image is None else image
         if not isinstance(given, Image.Image):
             raise TypeError(f"`image` must be a PIL image, got {type(given).__name__}")
@@ -428,6 +458,11 @@ class PredictionExplanation(_Pictures):
             name_of_picture = "image.tiff" if picture.mode == "F" else "image.png"  # PNG has no floating-point pixels
             picture.save(folder / name_of_picture)
             below = enlarged(picture, SMALLEST)
+
+            def draw(result: MethodMaps, key: int | str, values: NDArray[np.float32]) -> Image.Image:
+                colours = None if result.signed else colormap
+                return self._boxed(result.over(below, values, view, colours, alpha), key, view)
+
             methods = {}
             for number, (name, result) in enumerate(self.results.items()):
                 place = f"method-{number}/" if number else ""
@@ -439,7 +474,7 @@ class PredictionExplanation(_Pictures):
                     "signed": result.signed,
                     "classes": {
                         str(key): self._class_entry(
-                            key, save_maps(result, key, folder, place, below, alpha, colormap, view)
+                            key, save_maps(result, key, folder, place, partial(draw, result, key))
                         )
                         for key in result.cams
                     },
@@ -471,7 +506,8 @@ class PredictionExplanation(_Pictures):
         """Return what the manifest says of a class or a target."""
         entry = self._reference(key)
         if isinstance(key, str):
-            return {**entry, "score": _json_number(self.scores.get(key, math.nan)), "artifacts": artifacts}
+            found = {} if self.detections is None else self.detections.entry(key)
+            return {**entry, "score": _json_number(self.scores.get(key, math.nan)), **found, "artifacts": artifacts}
         probability = None if self.probabilities is None else _json_number(self.probabilities[0, key].item())
         logit = _json_number(self.logits[0, key].item())
         return {**entry, "logit": logit, "probability": probability, "artifacts": artifacts}
@@ -482,7 +518,7 @@ class PredictionExplanation(_Pictures):
         return {"class_idx": key, "class_name": None if self.class_names is None else self.class_names[key]}
 
 
-class Explanations(_Pictures, Sequence[PredictionExplanation]):
+class Explanations(Pictures, Sequence[PredictionExplanation]):
     """The predictions for the inputs of a batch, with their maps. A notebook shows the first of them as pictures.
 
     Args:
@@ -540,7 +576,7 @@ class Explanations(_Pictures, Sequence[PredictionExplanation]):
         Returns:
             the directory
         """
-        directory = _free(directory)
+        directory = free_directory(directory)
         pictures = [None] * len(self) if images is None else list(images)
         if len(pictures) != len(self):
             raise ValueError(f"`images` must hold one image for each of the {len(self)} inputs, got {len(pictures)}")
@@ -573,7 +609,7 @@ def _in_place(values: NDArray[np.float32], view: View, picture: Image.Image | No
     return on_picture(values, Cells.of_grid(values.shape, view), fitted_size(picture.size, 512))
 
 
-def _free(directory: str | Path) -> Path:
+def free_directory(directory: str | Path) -> Path:
     """Check that a directory can be written."""
     directory = Path(directory)
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):

@@ -17,11 +17,19 @@ def match_name(name: str, names: Iterable[str]) -> str | None:
     return {_simplified(entry): entry for entry in reversed(known)}.get(_simplified(name))
 
 
-def closest(name: str, names: Iterable[str]) -> str:
-    """Return the end of an error message: the names that are most like ``name``, or else all names."""
-    known = {_simplified(entry): entry for entry in names}
+def closest(name: str, names: Iterable[str], otherwise: Iterable[str] | None = None) -> str:
+    """Return the end of an error message: the names that are most like ``name``, as a question, or else all names.
+
+    Args:
+        name: a name that is none of ``names``
+        names: the names that there are
+        otherwise: the names to list if none is alike; by default all
+    """
+    known = {_simplified(entry): entry for entry in names if entry}
     matches = [known[match] for match in get_close_matches(_simplified(name), known, n=3, cutoff=0.5)]
-    return f"closest: {', '.join(matches)}" if matches else f"there are {', '.join(known.values())}"
+    if matches:
+        return f"did you mean {' or '.join(map(repr, matches))}?"
+    return f"there are {', '.join(known.values() if otherwise is None else otherwise)}"
 
 
 def _simplified(name: str) -> str:

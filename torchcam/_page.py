@@ -69,6 +69,7 @@ def render(
     about: Sequence[tuple[str, str]],
     colormap: str | Colormap | None = None,
     alpha: float = 0.5,
+    sentence: Sequence[tuple[str, int | None]] = (),
 ) -> str:
     """Return the page as HTML.
 
@@ -78,11 +79,14 @@ def render(
         about: terms and their explanations: how the maps were made
         colormap: the colormap of all maps; by default the reader can choose
         alpha: the opacity of the image when the page opens, in [0, 1)
+        sentence: pieces of a text, each with the class that it stands for: where there is one, the reader chooses a
+            class in it
     """
     choice = COLORMAPS if colormap is None else (colormap,)
     data = {
         "items": [_item(item) for item in items],
         "about": about,
+        "sentence": [{"text": piece, "class": number} for piece, number in sentence],
         "opacity": round(100 * (1 - alpha)),
         "scales": [{"label": label, "ticks": ticks} for label, ticks in (SCALES[False], SCALES[True])],
         "colormaps": [

@@ -7,7 +7,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from functools import cached_property, partial
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ._certainty import Certainty, Verdict
+from ._names import closest
 from ._passes import Call, model_device
 from ._planted import Seen, seen_at_places
 from ._replica import replicated
@@ -67,11 +67,9 @@ def layer_name(model: nn.Module, layer: Any, argument: str = "target_layer") -> 
     if not isinstance(layer, str):
         raise TypeError(f"`{argument}` must be a module or its name, got {layer!r} of type {type(layer).__name__}")
     if layer not in modules:
-        closest = get_close_matches(layer, modules, n=3, cutoff=0.4)
-        known = closest or [name for name, _ in model.named_children()]
+        children = [name for name, _ in model.named_children()]
         raise ValueError(
-            f"`{argument}` '{layer}' is not a module of {type(model).__name__}; "
-            f"{'closest' if closest else 'its children are'}: " + ", ".join(f"'{name}'" for name in known)
+            f"`{argument}` '{layer}' is not a module of {type(model).__name__}; {closest(layer, modules, children)}"
         )
     return layer
 
@@ -131,15 +129,19 @@ class Candidates(Sequence[Candidate]):
     def __len__(self) -> int:
         return len(self._items)
 
+    @property
+    def usable(self) -> Candidates:
+        """Those whose maps tell positions apart: the score depends on several, and none is known to be out of place."""
+        return Candidates(c for c in self if c.depends and math.prod(c.grid) > 1 and c.is_proven is not False)
+
     @cached_property
     def choice(self) -> str | None:
         """The layer that extractors take by default: the last of the best kind there is.
 
         Of a dense output, say of boxes from several levels, that is a layer which all of it depends on, if one exists.
         """
-        wanted = [c for c in self if c.depends and math.prod(c.grid) > 1 and c.is_proven is not False]
-        most = max((c.reach for c in wanted), default=1.0)
-        wanted = [c for c in wanted if c.reach == most]
+        most = max((c.reach for c in self.usable), default=1.0)
+        wanted = [c for c in self.usable if c.reach == most]
         for kind in (
             [c for c in wanted if c.fits and c.is_stage],
             [c for c in wanted if c.fits],

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from ._checks import fraction
+from ._names import closest
 
 if TYPE_CHECKING:
     from matplotlib.colors import Colormap
@@ -156,8 +156,7 @@ def find_colormap(colormap: str | Colormap) -> Colormap:
     if not isinstance(colormap, str):
         raise TypeError(f"`colormap` must be a name or a matplotlib Colormap, got {type(colormap).__name__}")
     if colormap not in matplotlib.colormaps:
-        closest = ", ".join(map(repr, get_close_matches(colormap, matplotlib.colormaps, cutoff=0.5)))
-        hint = f"closest: {closest}" if closest else "`matplotlib.colormaps` lists them"
+        hint = closest(colormap, matplotlib.colormaps, ["those of `matplotlib.colormaps`"])
         raise ValueError(f"`colormap` {colormap!r} is not a matplotlib colormap; {hint}")
     return matplotlib.colormaps[colormap]
 

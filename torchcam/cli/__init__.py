@@ -10,12 +10,13 @@ from collections.abc import Sequence
 
 from torchcam import __version__
 
-from . import compare, demo, diagnose, evaluate, explain, export, layers, trust
+from . import app, compare, demo, diagnose, evaluate, explain, export, layers, trust
+from ._completion import complete
 from ._messages import HelpFormatter, Parser, UserError, one_line, plain_messages
 
 __all__ = ["main"]
 
-COMMANDS = (demo, explain, compare, diagnose, trust, evaluate, layers, export)
+COMMANDS = (demo, app, explain, compare, diagnose, trust, evaluate, layers, export)
 
 DESCRIPTION = "Class activation maps for PyTorch: see which regions of an image made a model's score."
 
@@ -28,7 +29,9 @@ start here:
   torchcam evaluate --demo
       which method's maps are the most faithful? (on pictures that are made for it; needs no network)
 
-`torchcam COMMAND --help` describes a command.
+`torchcam COMMAND --help` describes a command. With `pip install 'torchcam[completion]'` and the line
+`eval "$(register-python-argcomplete torchcam)"` in its settings, a shell completes commands, options, methods, models
+and layers.
 """
 
 
@@ -42,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         the exit code: 0, 2 after a wrong input, 130 after Ctrl-C
     """
     parser = make_parser()
+    complete(parser)
     try:
         arguments = parser.parse_args(argv)
         if arguments.run is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import zlib
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ._images import read_image
 from ._messages import UserError, one_line
 from ._models import Classifier
+from ._paths import images_in
 
 if TYPE_CHECKING:
     import argparse
@@ -61,7 +61,7 @@ class Folder:
 def read_folder(arguments: argparse.Namespace, classifier: Classifier) -> Folder:
     """List the images of a folder, and find their classes."""
     root: Path = arguments.data
-    files = _images_in(root)
+    files = images_in(root)
     if arguments.class_source == "predicted":
         if not files:
             raise UserError(f"DIR '{root}' holds no images")
@@ -81,14 +81,6 @@ def read_folder(arguments: argparse.Namespace, classifier: Classifier) -> Folder
     if empty:
         raise UserError(f"DIR '{root}': the subfolder '{min(empty)}' holds no images")
     return Folder(classifier, root, files, classes, how)
-
-
-def _images_in(root: Path) -> list[Path]:
-    """List the images in a folder and in those below it, links included."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
-    found = [Path(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names]
-    return sorted(path for path in found if path.suffix.lower() in IMG_EXTENSIONS)
 
 
 def _subfolder(root: Path, path: Path) -> str:

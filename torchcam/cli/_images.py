@@ -1,17 +1,16 @@
-"""Images that are read, files that are written, and what the commands about images share."""
+"""What the commands about images share: checks, images that are read, results that are written."""
 
 from __future__ import annotations
 
-from collections import Counter
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchcam import __version__
-
 from ._messages import UserError, library_errors
 from ._models import Classifier, check_model, find_device, load_model
+from ._paths import SOFTWARE, check_output
 
 if TYPE_CHECKING:
     import argparse
@@ -20,22 +19,26 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import nn
 
+    from torchcam._recommended import Recommended
+
 __all__ = [
     "check_layers",
-    "check_output",
-    "picture_paths",
+    "file_errors",
     "prepare",
     "read_image",
+    "recommend",
+    "save_array",
     "save_figure",
     "save_reports",
     "target_layer",
 ]
 
-FILES = {".png", ".jpg", ".jpeg", ".gif", ".webp", ".tif", ".tiff", ".bmp", ".pdf", ".svg"}
-
 
 def prepare(
-    arguments: argparse.Namespace, methods: Sequence[type[Any]], outputs: Sequence[Path] = ()
+    arguments: argparse.Namespace,
+    methods: Sequence[type[Any]],
+    outputs: Sequence[Path] = (),
+    images: Sequence[Path] | None = None,
 ) -> tuple[Classifier, str | list[str] | None]:
     """Check the options of a command about images, and load its model.
 
@@ -43,6 +46,7 @@ def prepare(
         arguments: the parsed arguments
         methods: the methods that they name
         outputs: the files that the command writes
+        images: the images that must be there; by default all that the arguments name
 
     Returns:
         the model on its device, and the target layers as a method takes them
@@ -50,11 +54,12 @@ def prepare(
     from torchcam._choice import named
 
     layers = check_layers(arguments, methods)
-    for path in arguments.images:
+    images = arguments.images if images is None else images
+    for path in images:
         read_image(path)
     check_model(arguments)
     if outputs:
-        check_output(outputs, arguments.images, arguments.overwrite)
+        check_output(outputs, images, arguments.overwrite)
     if hasattr(arguments, "colormap"):
         _check_colours(arguments.alpha, arguments.colormap)
     device = find_device(arguments.device)
@@ -63,6 +68,17 @@ def prepare(
         with library_errors():
             arguments.class_idx = named(arguments.class_idx, classifier.categories)
     return classifier, target_layer(classifier.model.to(device), layers)
+
+
+def recommend(arguments: argparse.Namespace, classifier: Classifier, image: Image.Image) -> Recommended | None:
+    """Return what is best for the kind of model, if that is not the usual; None where a method or a layer is named."""
+    from torchcam._recommended import recommended
+
+    if arguments.methods is not None or arguments.target_layer:
+        return None
+    with library_errors():
+        found = recommended(classifier.model, classifier.read([image]).tensor)
+    return None if found.target_layer is None else found
 
 
 def check_layers(arguments: argparse.Namespace, methods: Sequence[type[Any]]) -> list[str]:
@@ -93,7 +109,7 @@ def read_image(path: str | Path) -> Image.Image:
     """Read an image file as RGB, upright."""
     from torchcam._inputs import as_rgb, read_picture
 
-    if Path(path).is_dir():
+    if os.path.isdir(path):  # noqa: PTH112 - unlike `Path.is_dir`, it takes names of any length
         raise UserError(f"IMAGE '{path}' is a directory: name the images in it")
     try:
         image = read_picture(path)
@@ -105,37 +121,6 @@ def read_image(path: str | Path) -> Image.Image:
     if image.mode == "F":
         raise UserError(f"IMAGE '{path}' has floating-point pixels of unknown range: save it with 8 or 16 bits")
     return as_rgb(image)
-
-
-def picture_paths(output: Path, images: Sequence[Path], ending: str) -> list[Path]:
-    """Return the file of each image's picture: in a folder, or the one file that was named."""
-    if output.suffix.lower() not in FILES or output.is_dir():
-        return [output / f"{path.stem}-{ending}.png" for path in images]
-    if output.suffix.lower() != ".png":
-        raise UserError(f"--output '{output}': pictures are written as .png")
-    if len(images) > 1:
-        raise UserError(f"--output '{output}' is one file for {len(images)} images: name a folder")
-    return [output]
-
-
-def check_output(paths: Sequence[Path], inputs: Sequence[Path], overwrite: bool) -> None:
-    """Check that results can be written, before any is made."""
-    twice = [path for path, count in Counter(paths).items() if count > 1]
-    if twice:
-        raise UserError(
-            f"several images would be written to '{twice[0]}': explain them one by one, with an --output each"
-        )
-    for path in paths:
-        folder = next(place for place in (path.parent, *path.parent.parents) if place.exists())
-        if not folder.is_dir():
-            raise UserError(f"--output '{path.parent}' cannot be made: '{folder}' is not a directory")
-    there = [path for path in paths if path.exists()]
-    if there and not overwrite:
-        more = f" and {len(there) - 1} more exist" if len(there) > 1 else " exists"
-        raise UserError(f"'{there[0]}'{more}: pass --overwrite, or another --output")
-    taken = {path.resolve() for path in inputs} & {path.resolve() for path in paths}
-    if taken or any(path.is_dir() for path in there):
-        raise UserError(f"'{min(taken, default=there[0] if there else None)}' is in the way: pass another --output")
 
 
 def _check_colours(alpha: float, colormap: str | None) -> None:
@@ -151,19 +136,30 @@ def save_figure(figure: Figure, path: Path, dpi: int = 150) -> None:
     """Write a picture completely or not at all."""
     from torchcam._files import atomic_write
 
-    with _file_errors(path), atomic_write(path) as part:
-        figure.savefig(part, format="png", dpi=dpi, metadata={"Software": f"torchcam {__version__}"})
+    with file_errors(path), atomic_write(path) as part:
+        figure.savefig(part, format="png", dpi=dpi, metadata={"Software": SOFTWARE})
+
+
+def save_array(values: Any, path: Path) -> None:
+    """Write an array of numbers completely or not at all."""
+    import numpy as np
+
+    from torchcam._files import atomic_write
+
+    with file_errors(path), atomic_write(path) as part, part.open("wb") as file:
+        np.save(file, values, allow_pickle=False)
 
 
 def save_reports(report: Any, paths: Sequence[Path]) -> None:
     """Write a result to files, in the formats that their suffixes name."""
     for path in paths:
-        with _file_errors(path):
+        with file_errors(path):
             report.save(path)
 
 
 @contextmanager
-def _file_errors(path: Path) -> Iterator[None]:
+def file_errors(path: Path) -> Iterator[None]:
+    """Turn errors of the file system into a `UserError` that names the file."""
     try:
         yield
     except OSError as error:

@@ -9,23 +9,33 @@ import re
 import sys
 import textwrap
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+from torchcam._names import closest
 from torchcam._tables import printable
 
 __all__ = [
+    "BEST",
     "HelpFormatter",
     "Parser",
     "UserError",
+    "count_of",
     "library_errors",
+    "listed",
     "one_line",
     "plain_messages",
     "print_json",
+    "print_line",
+    "print_marked",
     "print_table",
+    "print_warning",
     "printable",
 ]
+
+BEST = "bold green"
+"""The style of the best of some numbers on a terminal."""
 
 PIPE_WIDTH = 200  # of files and pipes, which have no width of their own
 # What the library advises, and what a user of the command line can do.
@@ -69,8 +79,21 @@ class Parser(argparse.ArgumentParser):
     """A parser that raises a `UserError`."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise the error of the arguments."""
+        """Raise the error of the arguments; of a choice that there is not, with those that are like it."""
+        choice = re.fullmatch(r"(.*invalid choice: )'(.*)' \(choose from (.*)\)", message, re.DOTALL)
+        if choice is not None:
+            there = re.findall(r"[\w-]+", choice[3])
+            message = f"{choice[1]}'{choice[2]}'; {closest(choice[2], there)}"
         raise UserError(f"{message} (`{self.prog} --help` explains)")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Parse the arguments of a command, and refuse an option that it has not, with those that are like it."""
+        found, rest = super().parse_known_args(args, namespace)
+        wrong = next((text.partition("=")[0] for text in rest if text.startswith("--")), None)
+        if wrong is not None:
+            names = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+            self.error(f"unrecognized arguments: {' '.join(rest)}; {closest(wrong, names)}")
+        return found, rest
 
 
 @contextmanager
@@ -78,7 +101,7 @@ def plain_messages() -> Iterator[None]:
     """Print each warning in one line, without its place in the code, and no log messages."""
 
     def show(message: Warning | str, *_: Any) -> None:
-        print(f"torchcam: warning: {one_line(message)}", file=sys.stderr)
+        print_warning(message)
 
     logger, handler = logging.getLogger("torchcam"), logging.NullHandler()
     logger.addHandler(handler)
@@ -111,6 +134,43 @@ def library_errors(layers: Sequence[str] = ()) -> Iterator[None]:
         message = OPTIONS.sub(lambda match: "--" + match[1].replace("_", "-"), message)
         notes = "; ".join(note.removeprefix("torchcam.evaluate: ") for note in getattr(error, "__notes__", []))
         raise UserError(f"{message} ({notes})" if notes else message) from error
+
+
+def print_warning(message: object) -> None:
+    """Print a warning in one line, above the bars that a terminal shows."""
+    from tqdm import tqdm
+
+    with tqdm.external_write_mode(file=sys.stderr):
+        print(f"torchcam: warning: {one_line(message)}", file=sys.stderr)
+
+
+def print_line(text: str, style: str = "") -> None:
+    """Print text without control characters, on a terminal in a style of rich; above the bars that it shows."""
+    from rich.console import Console
+    from rich.text import Text
+    from tqdm import tqdm
+
+    with tqdm.external_write_mode():
+        if style and sys.stdout.isatty():
+            Console(highlight=False, soft_wrap=True).print(Text(printable(text), style))
+        else:
+            print(printable(text), flush=True)
+
+
+def print_marked(text: object, styles: Mapping[str, str]) -> None:
+    """Print lines, on a terminal those that match a regular expression in its style of rich."""
+    for line in str(text).splitlines():
+        print_line(line, next((style for pattern, style in styles.items() if re.search(pattern, line)), ""))
+
+
+def count_of(count: int, what: str) -> str:
+    """Return a number with what it counts, in the singular or the plural."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def listed(words: Sequence[str]) -> str:
+    """Join words as in a sentence."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 
 def one_line(message: object) -> str:

@@ -7,9 +7,10 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torchcam._names import closest
 
 from ._messages import UserError, printable
 from ._options import ARCH
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 __all__ = ["RANDOM_WEIGHTS", "SEED", "Classifier", "check_model", "find_device", "load_classifier", "load_model"]
 
 SEED = 0
+TIMM_NAMES = """\
+names = timm.data.ImageNetInfo(timm.data.infer_imagenet_subset(model)).label_descriptions()
+class_names = [name.partition(",")[0] for name in names]
+"""
 RANDOM_WEIGHTS = "The weights are random: these maps say nothing of what is in an image."
 
 
@@ -38,6 +43,9 @@ class Classifier:
         preprocess: the transform from a PIL image to an input (C, H, W)
         categories: the names of the classes, if they are known
         is_random: whether the weights are random
+        code: the lines of Python that make ``model``, ``transform`` and, if they are known, ``class_names``
+        texts: the texts that it compares images with
+        tokenizer: what reads them
     """
 
     model: nn.Module
@@ -45,6 +53,17 @@ class Classifier:
     preprocess: Callable[[Image.Image], Tensor]
     categories: Sequence[str] | None = None
     is_random: bool = False
+    code: str = ""
+    texts: tuple[str, ...] = ()
+    tokenizer: Any = None
+
+    @property
+    def file_name(self) -> str:
+        """The name as a part of a file's name: the model, and its weights unless they are the usual ones."""
+        place, _, weights = self.name.partition(", ")
+        usual = not weights or weights in {"weights of timm", "its weights"} or weights.startswith("weights IMAGENET1K")
+        told = "" if usual else "-random" if self.is_random else f"-{Path(weights.removeprefix('weights ')).stem}"
+        return f"{place if ':' in place else Path(place).name}{told}".replace(":", ".")
 
     @property
     def blank(self) -> Tensor:
@@ -94,7 +113,7 @@ def load_model(arguments: argparse.Namespace) -> Classifier:
     if arguments.timm is not None:
         return load_timm(arguments.timm, weights)
     if arguments.hf is not None:
-        return load_hf(arguments.hf, weights)
+        return load_hf(arguments.hf, weights, getattr(arguments, "texts", ()))
     return load_classifier(arguments.arch or ARCH, weights)
 
 
@@ -136,8 +155,15 @@ def load_own(factory: str, weights: str | None = None) -> Classifier:
         with _fitting(weights, factory):
             model.load_state_dict(state)
         name = f"{factory}, weights {Path(weights).name}"
-    preprocess = ImageClassification(crop_size=224) if preprocess is None else preprocess
-    return Classifier(model.eval(), name, preprocess, None if categories is None else list(categories))
+    module, _, function = factory.partition(":")
+    result = f"(*{function}(), None, None)[:3]" if isinstance(made, tuple) else f"{function}(), None, None"
+    code = f"from {module} import {function.partition('.')[0]}\n\nmodel, transform, class_names = {result}\n"
+    if preprocess is None:
+        preprocess = ImageClassification(crop_size=224)
+        code = f"from torchvision.transforms._presets import ImageClassification\n{code}"
+        code += "transform = ImageClassification(crop_size=224)\n"
+    code += _state_code(weights) + "model.eval()\n"
+    return Classifier(model.eval(), name, preprocess, None if categories is None else list(categories), code=code)
 
 
 def _find_function(path: str) -> Callable[[], Any]:
@@ -174,9 +200,11 @@ def _known_timm(name: str) -> Any:
         import timm
     except ImportError as error:
         raise UserError("--timm needs timm: pip install timm") from error
-    if not timm.is_model(name.partition(".")[0]):
-        close = get_close_matches(name, timm.list_models(), n=3, cutoff=0.5) or ["resnet50", "vit_base_patch16_224"]
-        raise UserError(f"--timm '{name}' is not a model of timm; try {', '.join(close)}")
+    arch, _, tag = name.partition(".")
+    known = timm.list_models() if not timm.is_model(arch) else timm.list_pretrained(f"{arch}.*") if tag else [name]
+    if name not in known:
+        examples = known if timm.is_model(arch) else ["resnet50", "vit_base_patch16_224", "and more"]
+        raise UserError(f"--timm '{name}' is not a model of timm; {closest(name, known, examples)}")
     return timm
 
 
@@ -198,38 +226,71 @@ def load_timm(name: str, weights: str) -> Classifier:
             model.load_state_dict(state)
     told = f"random weights (seed {SEED})" if is_random else "weights of timm" if pretrained else f"weights {file.name}"
     preprocess = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model), is_training=False)
-    return Classifier(model.eval(), f"{name}, {told}", preprocess, None, is_random)
+    subset = timm.data.infer_imagenet_subset(model) if is_random or pretrained else None
+    names = timm.data.ImageNetInfo(subset).label_descriptions() if subset else []
+    categories = [name.partition(",")[0] for name in names] or None
+    code = (
+        f"import timm\n\n{_seed_code(is_random)}model = timm.create_model({name!r}, pretrained={pretrained})\n"
+        f"{'' if is_random or pretrained else _state_code(weights)}model.eval()\n"
+        "transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model), is_training=False)\n"
+        f"{TIMM_NAMES if categories else ''}"
+    )
+    return Classifier(model.eval(), f"{name}, {told}", preprocess, categories, is_random, code)
 
 
-def load_hf(place: str, weights: str) -> Classifier:
-    """Load an image classifier of transformers."""
+def load_hf(place: str, weights: str, texts: Sequence[str] = ()) -> Classifier:
+    """Load an image classifier of transformers, or a model with an image and a text tower, whose classes are texts."""
     try:
         import transformers
     except ImportError as error:
         raise UserError("--hf needs transformers: pip install 'torchcam[transformers]'") from error
     import torch
 
+    from torchcam._inputs import split_processor
+
     library: Any = transformers  # but partly typed
-    classifiers = library.AutoModelForImageClassification
+    auto, reader = (
+        ("AutoModel", "AutoProcessor") if texts else ("AutoModelForImageClassification", "AutoImageProcessor")
+    )
     if weights.lower() not in {"none", "default"}:
         raise UserError(f"--weights '{weights}': a model of --hf has the weights of its folder, or none")
     is_random = weights.lower() == "none"
     with torch.random.fork_rng(devices=[]), _hub_errors(f"--hf '{place}'"):
         torch.manual_seed(SEED)
-        processor = library.AutoImageProcessor.from_pretrained(place)
+        processor = getattr(library, reader).from_pretrained(place)
         if is_random:
-            model = classifiers.from_config(library.AutoConfig.from_pretrained(place))
+            model = getattr(library, auto).from_config(library.AutoConfig.from_pretrained(place))
         else:
-            model = classifiers.from_pretrained(place)
+            model = getattr(library, auto).from_pretrained(place)
+    name = f"{place}, random weights (seed {SEED})" if is_random else f"{place}, its weights"
+    if texts:
+        images, tokenizer = split_processor(processor)
+        return Classifier(model.eval(), name, images, list(texts), is_random, texts=tuple(texts), tokenizer=tokenizer)
     labels = model.config.id2label
-    told = f"random weights (seed {SEED})" if is_random else "its weights"
 
     def preprocess(image: Image.Image) -> Tensor:
         pixels: Tensor = processor(images=image, return_tensors="pt")["pixel_values"][0]
         return pixels
 
     categories = [str(labels[index]) for index in range(len(labels))]
-    return Classifier(model.eval(), f"{place}, {told}", preprocess, categories, is_random)
+    loader = f"from_config(AutoConfig.from_pretrained({place!r}))" if is_random else f"from_pretrained({place!r})"
+    code = (
+        "from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification\n\n"
+        f"{_seed_code(is_random)}model = AutoModelForImageClassification.{loader}.eval()\n"
+        f"transform = AutoImageProcessor.from_pretrained({place!r})\n"
+        "class_names = [str(model.config.id2label[index]) for index in range(model.config.num_labels)]\n"
+    )
+    return Classifier(model.eval(), name, preprocess, categories, is_random, code)
+
+
+def _seed_code(is_random: bool) -> str:
+    return f"import torch\n\ntorch.manual_seed({SEED})\n" if is_random else ""
+
+
+def _state_code(weights: str | None) -> str:
+    if weights is None:
+        return ""
+    return f"import torch\n\nmodel.load_state_dict(torch.load({weights!r}, map_location='cpu', weights_only=True))\n"
 
 
 @contextmanager
@@ -248,8 +309,10 @@ def _known_arch(arch: str) -> str:
     known = models.list_models(module=models)
     arch = arch.lower()
     if arch not in known:
-        close = get_close_matches(arch, known, n=3, cutoff=0.5) or ["resnet50", "mobilenet_v3_large", "convnext_tiny"]
-        raise UserError(f"--arch '{arch}' is not a classification model of torchvision; try {', '.join(close)}")
+        examples = ["resnet50", "mobilenet_v3_large", "convnext_tiny", "and more"]
+        raise UserError(
+            f"--arch '{arch}' is not a classification model of torchvision; {closest(arch, known, examples)}"
+        )
     return arch
 
 
@@ -269,19 +332,28 @@ def load_classifier(arch: str, weights: str) -> Classifier:
             torch.manual_seed(SEED)
             model = models.get_model(arch, weights=None, **options)
         name = f"{arch}, random weights (seed {SEED})"
+        options_code = "".join(f", {key}={value}" for key, value in options.items())
+        code = f"{_seed_code(True)}model = models.get_model({arch!r}{options_code})\n"
     else:
         if weights.upper() in entries.__members__:
             entry = entries[weights.upper()]
             path = _download(arch, entry.url)
             name = f"{arch}, weights {entry.name}"
+            code = f"model = models.get_model({arch!r}, weights=weights)\n"
         else:
             path = Path(weights)
             name = f"{arch}, weights {path.name}"
+            code = f"model = models.get_model({arch!r})\n{_state_code(weights)}"
             if not path.is_file():
                 names = ", ".join(entries.__members__)
                 raise UserError(f"--weights '{weights}' is neither a file nor one of {names}, none")
         model = _build(arch, entries, entry, path)
-    return Classifier(model.eval(), name, entry.transforms(), entry.meta["categories"], is_random)
+    code = (
+        f"from torchvision import models\n\nweights = models.get_model_weights({arch!r}).{entry.name}\n"
+        f"{code}model.eval()\n"
+        'transform, class_names = weights.transforms(), weights.meta["categories"]\n'
+    )
+    return Classifier(model.eval(), name, entry.transforms(), entry.meta["categories"], is_random, code)
 
 
 def _download(arch: str, url: str) -> Path:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from . import _completion
 from ._messages import HelpFormatter, Parser, UserError
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "add_model",
     "add_picture",
     "add_reports",
+    "add_sources",
     "find_method",
     "find_methods",
     "names",
@@ -52,11 +54,23 @@ def add_images(parser: Any, count: str | int = "+") -> None:
     parser.add_argument("images", metavar="IMAGE", nargs=count, type=Path, help="an image file")
 
 
-def add_model(parser: Any, *, weights: bool = True) -> None:
+def add_sources(parser: Any) -> None:
+    """Add the argument that names images, folders of images and patterns."""
+    parser.add_argument(
+        "images",
+        metavar="IMAGE",
+        nargs="+",
+        help="an image file, a folder of them, or a pattern as in 'photos/*.jpg'",
+    )
+
+
+def add_model(parser: Any, *, weights: bool = True, default: str = ARCH) -> None:
     """Add the options that name a model."""
     model = parser.add_argument_group("the model")
-    model.add_argument("--arch", help=f"a classification model of torchvision (default: {ARCH})")
-    model.add_argument("--timm", metavar="NAME", help="a classification model of timm in place of --arch")
+    arch = model.add_argument("--arch", help=f"a classification model of torchvision (default: {default})")
+    arch.completer = _completion.architectures
+    timm = model.add_argument("--timm", metavar="NAME", help="a classification model of timm in place of --arch")
+    timm.completer = _completion.timm_models
     model.add_argument(
         "--hf",
         metavar="FOLDER",
@@ -85,7 +99,7 @@ def names(text: str) -> list[str]:
 
 def add_layers(group: Any) -> None:
     """Add the option that names target layers."""
-    group.add_argument(
+    layer = group.add_argument(
         "--target-layer",
         metavar="NAME",
         action="extend",
@@ -94,24 +108,28 @@ def add_layers(group: Any) -> None:
         help="layer to look at, as in `model.named_modules()`; several, separated by commas or by repeating the "
         "option, are fused (default: the last one whose output still has positions)",
     )
+    layer.completer = _completion.layers
 
 
 def add_method(group: Any) -> None:
     """Add the option that names one method."""
-    group.add_argument(
+    method = group.add_argument(
         "--method", default="GradCAM", help="a method of torchcam.methods, in any case (default: %(default)s)"
     )
+    method.completer = _completion.method_names
 
 
 def add_methods(group: Any, default: str, what: str = "methods of torchcam.methods") -> None:
     """Add the option that names several methods."""
-    group.add_argument(
+    several = group.add_argument(
         "--methods",
+        "--method",
         metavar="NAMES",
         action="extend",
         type=names,
         help=f"{what}, separated by commas (default: {default})",
     )
+    several.completer = _completion.method_names
 
 
 def find_methods(given: Sequence[str] | None, default: str) -> list[type[Any]]:
@@ -165,7 +183,7 @@ def add_json(parser: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON, and nothing else")
 
 
-def add_picture(parser: Any, what: str) -> None:
+def add_picture(parser: Any, what: str = "IMAGE-MODEL-LAYER-METHOD-CLASS.png") -> None:
     """Add the options of commands that write pictures, named as ``what`` says, into a folder."""
     parser.add_argument(
         "--output",

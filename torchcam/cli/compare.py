@@ -6,10 +6,11 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from . import _options
-from ._images import picture_paths, prepare, save_figure
-from ._messages import library_errors, print_json, print_table, printable
+from ._images import prepare, read_image, save_figure
+from ._messages import BEST, library_errors, print_json, print_line, print_table
 from ._models import RANDOM_WEIGHTS
-from .explain import class_entry, explain_image
+from ._paths import check_output, is_picture
+from .explain import class_entry, explain_image, picture_of
 
 if TYPE_CHECKING:
     import argparse
@@ -49,7 +50,7 @@ def add_to(commands: Any) -> None:
     _options.add_layers(maps)
     _options.add_classes(maps, "class to explain, by its number or name (default: the most probable)", several=False)
     result = compare.add_argument_group("the result")
-    _options.add_picture(result, "IMAGE-compare.png")
+    _options.add_picture(result)
     _options.add_colours(result)
 
 
@@ -57,9 +58,11 @@ def run(arguments: argparse.Namespace) -> None:
     """Explain the image by each method, draw the maps, and print how similar they are."""
     methods = _options.find_methods(arguments.methods, METHODS)
     (source,) = arguments.images
-    (path,) = picture_paths(arguments.output, [source], "compare")
-    classifier, target = prepare(arguments, methods, [path])
-    explanation = explain_image(arguments, classifier, source, methods, target)
+    file = [arguments.output] if is_picture(arguments.output) else []
+    classifier, target = prepare(arguments, methods, file)
+    explanation = explain_image(arguments, classifier, read_image(source), methods, target)
+    path = picture_of(arguments, classifier, source.stem, explanation)
+    check_output([path], [source], arguments.overwrite)
     (index,) = explanation.cams
     title = f"{classifier.name}: evidence for {classifier.label(index)}, {explanation.value_of(index)}"
     with library_errors():
@@ -71,19 +74,28 @@ def run(arguments: argparse.Namespace) -> None:
         print_json({**about, "methods": entries})
         return
 
+    from rich.text import Text
+
     from torchcam._tables import make_table
 
-    print(f"{title}\n")
+    print_line(f"{title}\n")
+    known = {entry["method"]: entry["likeness"] for entry in entries if not math.isnan(entry["likeness"])}
+    best = max(known.values(), default=math.nan)
     rows = [
         (
-            f"  {entry['method']}",
-            "" if math.isnan(entry["likeness"]) else f"{entry['likeness']:.2f}",
-            ", ".join(entry["target_layers"]),
+            f"  {name}",
+            Text(f"{likeness:.2f}" if name in known else "", BEST if likeness == best else ""),
+            ", ".join(layers),
         )
-        for entry in entries
+        for name, likeness, layers in ((e["method"], e["likeness"], e["target_layers"]) for e in entries)
     ]
     print_table(make_table(("  method", "like the others", "layers"), rows, right=[1]))
-    print("\n" + printable(f"{source} -> {path}"))
+    print_line(f"\n{source} -> {path}")
+    if len(known) > 2:
+        most, least = max(known, key=lambda name: known[name]), min(known, key=lambda name: known[name])
+        print_line(f"{most} is most like the others ({known[most]:.2f}), {least} least ({known[least]:.2f}).")
+    elif known:
+        print_line(f"The two maps agree to {best:.2f}.")
     if classifier.is_random:
         print(RANDOM_WEIGHTS)
 

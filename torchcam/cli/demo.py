@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from . import _options
-from ._images import check_output, save_figure
-from ._messages import print_json, print_table
+from ._images import save_figure
+from ._messages import BEST, print_json, print_line, print_table
+from ._paths import check_output
 
 if TYPE_CHECKING:
     import argparse
@@ -87,6 +88,8 @@ def run(arguments: argparse.Namespace) -> None:
         )
         return
 
+    from rich.text import Text
+
     from torchcam._tables import make_table
 
     ranking = probabilities.argsort(descending=True).tolist()[: len(sample.labels) + 1]
@@ -94,12 +97,19 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"The picture holds a {' and a '.join(map(str, sample.labels))}. The model finds: {answer}.\n")
     print("How much of each map lies on the digit it explains, on the other digit, and on neither:\n")
     header = ("  method", "layers", "explains", "on it", "on the other", "on neither")
+    best = {digit: max(m["on_it"] for m in maps if m["class_idx"] == digit) for digit in sample.labels}
     rows = [
-        (f"  {m['method']}", _span(m), str(m["class_idx"]), *(f"{m[key]:.1%}" for key in SHARES))
+        (
+            f"  {m['method']}",
+            _span(m),
+            str(m["class_idx"]),
+            Text(f"{m['on_it']:.1%}", BEST if m["on_it"] == best[m["class_idx"]] else ""),
+            *(f"{m[key]:.1%}" for key in SHARES[1:]),
+        )
         for m in (*maps, *flat_maps)
     ]
     print_table(make_table(header, rows, right=range(2, 6)))
-    print(f"\nThe maps are drawn in {path}")
+    print_line(f"\nThe maps are drawn in {path}.")
 
 
 def _measured(method: str, layers: Sequence[str], digit: int, cam: Tensor, sample: Sample) -> dict[str, Any]:

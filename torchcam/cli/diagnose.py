@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from . import _options
 from ._images import prepare, read_image
-from ._messages import UserError, library_errors, print_json, printable
+from ._messages import UserError, count_of, library_errors, print_json, print_line, print_marked
 
 if TYPE_CHECKING:
     import argparse
 
 __all__ = ["add_to"]
+
+MARKS = {r"^error: ": "bold red", r"^warning: ": "bold yellow", r"^info: ": "bold"}
 
 HELP = """\
 Report why the map of an image is blank, constant, NaN, upside down, the same for every class, or too coarse, and what
@@ -58,6 +60,8 @@ def run(arguments: argparse.Namespace) -> None:
         entries = [{"image": path, **diagnosis.to_dict()} for path, diagnosis in found]
         print_json({**classifier.facts, "diagnoses": entries})
         return
-    print(classifier.name)
+    print_line(classifier.name)
     for path, diagnosis in found:
-        print(f"\n{printable(path)}: {diagnosis}")
+        print_marked(f"\n{path}: {diagnosis}", MARKS)
+    sound = sum(not diagnosis for _, diagnosis in found)
+    print_line(f"\nNothing was found wrong with {sound} of {count_of(len(found), 'map')}.", "bold")

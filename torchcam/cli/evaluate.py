@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from . import _options
 from ._folder import read_folder
-from ._images import check_layers, check_output, save_reports, target_layer
+from ._images import check_layers, save_reports, target_layer
 from ._messages import UserError, library_errors, print_table, printable
 from ._models import load_model
+from ._paths import check_output
 from ._processes import processes, wait_for_all
 
 if TYPE_CHECKING:

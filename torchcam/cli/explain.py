@@ -3,44 +3,63 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import _options
-from ._images import picture_paths, prepare, read_image, save_figure
-from ._messages import UserError, library_errors, print_json, printable
+from ._images import file_errors, prepare, read_image, recommend, save_array, save_figure
+from ._messages import UserError, count_of, library_errors, listed, print_json, print_line, print_warning
 from ._models import RANDOM_WEIGHTS, Classifier
+from ._paths import Source, check_folder, check_output, find_sources, is_picture, result_path
 
 if TYPE_CHECKING:
     import argparse
 
+    from PIL import Image
+
     from torchcam._explanation import PredictionExplanation
 
-__all__ = ["add_to", "class_entry", "explain_image"]
+__all__ = ["add_to", "class_entry", "explain_image", "picture_of"]
+
+METHOD = "GradCAM"
 
 HELP = """\
 Explain what a classification model sees in images. Each image gives one picture: the image as the model sees it
-(resized and cropped as the weights want it), and a map over it for every class that is explained.
+(resized and cropped as the weights want it), and a grid of maps over it, with the methods in columns and the classes in
+rows. The name of a picture says of what model, layers, methods and classes it is. Images of a folder that cannot be
+read, and pictures that torchcam made, are left out.
 """
 
 EXAMPLES = """\
 examples:
   torchcam explain dog.jpg
       the most probable class of a resnet50, Grad-CAM on its last layer with positions
-  torchcam explain dog.jpg cat.jpg --top-k 3 --output maps
-      three classes of each of two images, in one picture per image
+  torchcam explain dog.jpg --arch vit_b_16
+      a transformer: HiResCAM with balanced gradients at its first tokens, which the leaderboard found best
+  torchcam explain photos --output maps --html
+      all images in a folder and in those below it, and a page to look into their maps
+  torchcam explain dog.jpg cat.jpg --top-k 3 --methods GradCAM,LayerCAM
+      three classes of each of two images by two methods, in one picture per image
   torchcam explain dog.jpg --arch convnext_tiny --method LayerCAM --target-layer features.5,features.7
       the maps of two layers, fused into one
+  torchcam explain dog.jpg --timm vit_base_patch16_224.augreg_in21k_ft_in1k --class-idx beagle --save-maps
+      a model of timm, a class by its name, and the map as numbers
   torchcam explain dog.jpg --arch resnet18 --weights resnet18-f37072fd.pth --class-idx 207
       weights from a file: for machines without network
   torchcam explain dog.jpg --model-factory mine.models:load
       your own model, which the function `load` of `mine/models.py` returns
+  torchcam explain dog.jpg --hf CLIP-FOLDER --texts "a cat" --texts "a dog"
+      where the text is that fits best; `--top-k 2` for both
   torchcam explain dog.jpg --arch resnet18 --weights none
       random weights: to try the command, not to learn about the image
 
-what to try first: GradCAM is quick and a good default. LayerCAM gives fine maps in early layers. ScoreCAM needs no
-gradients, but one forward pass per channel. FinerCAM shows what tells a class from those most like it.
+what to try first: nothing. Without --methods and --target-layer you get what the leaderboard found best for the kind of
+model: GradCAM for convolutions, HiResCAM with balanced gradients for transformers. LayerCAM gives fine maps in early
+layers. ScoreCAM needs no gradients, but one forward pass per channel. FinerCAM shows what tells a class from those most
+like it.
 """
 
 
@@ -49,10 +68,10 @@ def add_to(commands: Any) -> None:
     explain = _options.add_command(
         commands, "explain", short="explain images with a classifier", long=HELP, examples=EXAMPLES, run=run
     )
-    _options.add_images(explain)
+    _options.add_sources(explain)
     _options.add_model(explain)
     maps = explain.add_argument_group("the maps")
-    _options.add_method(maps)
+    _options.add_methods(maps, f"{METHOD}; for a transformer, without --target-layer, HiResCAM with balanced gradients")
     _options.add_layers(maps)
     _options.add_classes(maps, "class to explain, by its number or name; several as with --target-layer", several=True)
     _options.add_count(
@@ -61,66 +80,236 @@ def add_to(commands: Any) -> None:
         "explain the N most probable classes, before those of --class-idx (default: 1, or 0 with --class-idx)",
         lowest=0,
     )
+    maps.add_argument(
+        "--texts",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help="a text that images are compared with, by a model of --hf with an image and a text tower (CLIP, SigLIP); "
+        "repeated, the texts are the classes",
+    )
+    maps.add_argument("--against", choices=["others"], help="explain what tells a text from the others")
     result = explain.add_argument_group("the result")
-    _options.add_picture(result, "IMAGE-METHOD.png")
+    _options.add_picture(result)
+    result.add_argument("--html", action="store_true", help="write a page as well, to look into the maps of all images")
+    result.add_argument(
+        "--save-maps", action="store_true", help="write each map as well, as an array of numbers (.npy, height x width)"
+    )
     _options.add_colours(result)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Explain the images, one after the other."""
-    method = _options.find_method(arguments.method)
+    methods = _options.find_methods(arguments.methods, METHOD)
     if arguments.top_k == 0 and not arguments.class_idx:
         raise UserError("--top-k must be at least 1 without --class-idx, got 0")
-    pictures = picture_paths(arguments.output, arguments.images, method.__name__)
-    classifier, target = prepare(arguments, [method], pictures)
-    title, images = "", []
-    for source, path in zip(arguments.images, pictures, strict=True):
-        explanation = explain_image(arguments, classifier, source, [method], target, top_k=arguments.top_k or None)
-        if not title:
-            title = f"{classifier.name}: {method.__name__} of {', '.join(explanation.target_layers)}"
-            if not arguments.json:
-                print(title)
-        with library_errors():
-            figure = explanation.plot(colormap=arguments.colormap, alpha=arguments.alpha, dark=False, title=title)
-        save_figure(figure, path)
-        classes = [class_entry(explanation, index) for index in explanation.cams]
-        images.append({"image": str(source), "picture": str(path), "classes": classes})
-        if not arguments.json:
-            print(printable(f"{source} -> {path}"))
-            for index in explanation.cams:
-                print(f"  {explanation.value_of(index):>6}  {classifier.label(index)}")
+    if arguments.texts and arguments.hf is None:
+        raise UserError("--texts compares images with texts by a model of --hf, such as CLIP: name one")
+    sources = find_sources(arguments.images)
+    file = [arguments.output] if is_picture(arguments.output) else []
+    if file and len(sources) > 1:
+        raise UserError(f"--output '{file[0]}' is one file for {len(sources)} images: name a folder")
+    named = [source.path for source in sources if source.is_named]
+    if not file:
+        check_folder(arguments.output)
+    classifier, target = prepare(arguments, methods, file, named)
+    inputs, began = [source.path for source in sources], time.perf_counter()
+    found: dict[str, PredictionExplanation] = {}
+    images: list[dict[str, Any]] = []
+    left_out: list[str] = []
+    page = best = None
+    for source in _with_progress(sources):
+        try:
+            image = read_image(source.path)
+        except UserError as error:
+            if source.is_named:
+                raise
+            print_warning(f"{error}: it is left out")
+            left_out.append(str(source.path))
+            continue
+        if not images:
+            best = recommend(arguments, classifier, image)
+            methods, target = ([best.method], best.target_layer) if best else (methods, target)
+        options = {best.method: dict(best.method_kwargs)} if best else {}
+        explanation = explain_image(
+            arguments, classifier, image, methods, target, top_k=arguments.top_k or None, options=options
+        )
+        if arguments.html and page is None:
+            page = _page_of(arguments, classifier, sources, explanation)
+            check_output([page], inputs, arguments.overwrite)
+        if not images and not arguments.json:
+            print_line(_title(classifier, explanation))
+            if best is not None:
+                print_line(f"With balanced gradients, best for {best.kind}; --methods {METHOD} for another view.")
+        images.append(_write(arguments, classifier, source, explanation, inputs))
+        if arguments.html:
+            found[source.name] = replace(explanation, _try_out=None)  # which holds the input
+    if not images:
+        raise UserError(f"none of the {count_of(len(left_out), 'image')} can be read")
+    if page is not None:
+        _write_page(arguments, page, found, _title(classifier, explanation))
     if arguments.json:
-        layers = list(explanation.target_layers)
-        print_json({**classifier.facts, "method": method.__name__, "target_layers": layers, "images": images})
-    elif classifier.is_random:
+        facts = {**classifier.facts, **_facts(explanation)}
+        print_json({**facts, "images": images, "left_out": left_out, "page": None if page is None else str(page)})
+        return
+    print_line(f"\n{_conclusion(arguments, images, left_out, page, time.perf_counter() - began)}")
+    if classifier.is_random:
         print(RANDOM_WEIGHTS)
+
+
+def _with_progress(sources: Sequence[Source]) -> Iterator[Source]:
+    """Yield the images, of several with a bar on the terminal."""
+    from tqdm import tqdm
+
+    hidden = len(sources) < 2 or not sys.stderr.isatty()
+    yield from tqdm(sources, unit="image", disable=hidden, leave=False)
 
 
 def explain_image(
     arguments: argparse.Namespace,
     classifier: Classifier,
-    source: Path,
-    methods: Sequence[type[Any]],
+    image: Image.Image,
+    methods: Sequence[type[Any] | str],
     target: Any,
     top_k: int | None = None,
+    options: Mapping[Any, dict[str, Any]] | None = None,
 ) -> PredictionExplanation:
-    """Explain one image by some methods."""
-    from torchcam._methods import takes
+    """Explain one image by some methods; ``options`` holds arguments of theirs."""
+    from torchcam._methods import find_method, takes
     from torchcam.explain import explain
 
-    shown = [method for method in methods if sys.stderr.isatty() and takes(method, "progress")]
+    shown = [method for method in methods if sys.stderr.isatty() and takes(find_method(method), "progress")]
     with library_errors(arguments.target_layer):
         return explain(
             classifier.model,
-            read_image(source),
+            image,
             method=methods,
             target_layer=target,
-            method_kwargs={method: {"progress": True} for method in shown},
+            method_kwargs={**{method: {"progress": True} for method in shown}, **(options or {})},
             class_idx=arguments.class_idx or None,
             top_k=top_k,
+            texts=list(classifier.texts) or None,
+            against=getattr(arguments, "against", None),
             transform=classifier.preprocess,
+            processor=classifier.tokenizer,
             class_names=classifier.categories,
         )
+
+
+def _facts(explanation: PredictionExplanation) -> dict[str, Any]:
+    """Describe the methods, for other programs."""
+    methods = [
+        {"method": name, "target_layers": list(result.target_layers)} for name, result in explanation.results.items()
+    ]
+    return {**methods[0], "methods": methods}
+
+
+def _title(classifier: Classifier, explanation: PredictionExplanation) -> str:
+    layers: dict[str, list[str]] = {}
+    for name, result in explanation.results.items():
+        layers.setdefault(", ".join(result.target_layers), []).append(name)
+    return f"{classifier.name}: " + "; ".join(f"{', '.join(names)} of {of}" for of, names in layers.items())
+
+
+# The files.
+
+
+def picture_of(
+    arguments: argparse.Namespace, classifier: Classifier, name: str, explanation: PredictionExplanation
+) -> Path:
+    """Return the file of an image's picture; its name carries the model, the layers, the methods and the classes."""
+    if is_picture(arguments.output):
+        return Path(arguments.output)
+    return result_path(arguments.output, name, _parts(classifier, explanation), ".png")
+
+
+def _parts(
+    classifier: Classifier, explanation: PredictionExplanation, method: str | None = None, class_idx: int | None = None
+) -> list[list[str]]:
+    results = explanation.results if method is None else {method: explanation.results[method]}
+    layers = dict.fromkeys(layer for result in results.values() for layer in result.target_layers)
+    classes = explanation.cams if class_idx is None else [class_idx]
+    return [[classifier.file_name], list(layers), list(results), [f"class{index}" for index in classes]]
+
+
+def _write(
+    arguments: argparse.Namespace,
+    classifier: Classifier,
+    source: Source,
+    explanation: PredictionExplanation,
+    inputs: Collection[Path],
+) -> dict[str, Any]:
+    """Write the picture of an image, and its maps if they are asked for; print what the model sees, or return it."""
+    picture = picture_of(arguments, classifier, source.name, explanation)
+    stem = picture.stem if is_picture(arguments.output) else Path(source.name).name
+    files = {
+        (method, index): result_path(picture.parent, stem, _parts(classifier, explanation, method, index), ".npy")
+        for method in explanation.results
+        for index in explanation.cams
+        if arguments.save_maps
+    }
+    check_output([picture, *files.values()], inputs, arguments.overwrite)
+    title = _title(classifier, explanation)
+    with library_errors():
+        figure = explanation.plot(colormap=arguments.colormap, alpha=arguments.alpha, dark=False, title=title)
+    save_figure(figure, picture)
+    for (method, index), file in files.items():
+        save_array(explanation.results[method].values(index), file)
+    if not arguments.json:
+        print_line(f"{source.path} -> {picture}")
+        for index in explanation.cams:
+            print_line(f"  {explanation.value_of(index):>6}  {classifier.label(index)}")
+    return {
+        "image": str(source.path),
+        "picture": str(picture),
+        "classes": [class_entry(explanation, index) for index in explanation.cams],
+        "maps": [{"method": m, "class_idx": index, "file": str(file)} for (m, index), file in files.items()],
+    }
+
+
+def _page_of(
+    arguments: argparse.Namespace,
+    classifier: Classifier,
+    sources: Sequence[Source],
+    explanation: PredictionExplanation,
+) -> Path:
+    """Return the file of the page; of several images, its name says in place of classes what was asked for."""
+    parts = _parts(classifier, explanation)[:-1]
+    if len(sources) == 1:
+        return picture_of(arguments, classifier, sources[0].name, explanation).with_suffix(".html")
+    top = int(not arguments.class_idx) if arguments.top_k is None else arguments.top_k
+    asked = [*([f"top{top}"] if top else []), *(f"class{index}" for index in arguments.class_idx)]
+    return result_path(arguments.output, f"{len(sources)}-images", [*parts, asked], ".html")
+
+
+def _write_page(arguments: argparse.Namespace, page: Path, found: dict[str, PredictionExplanation], title: str) -> None:
+    from torchcam._explanation import Explanations
+
+    with file_errors(page), library_errors():
+        Explanations(list(found.values())).to_html(
+            page, colormap=arguments.colormap, alpha=arguments.alpha, title=title, names=list(found)
+        )
+
+
+def _conclusion(
+    arguments: argparse.Namespace,
+    images: Sequence[dict[str, Any]],
+    left_out: Sequence[str],
+    page: Path | None,
+    seconds: float,
+) -> str:
+    """Return what came out, in a sentence or two."""
+    arrays = sum(len(image["maps"]) for image in images)
+    made = [count_of(len(images), "picture"), *([count_of(arrays, "array")] if arrays else [])]
+    made += ["a page"] if page else []
+    folder = Path(images[0]["picture"]).parent if len(images) == 1 else arguments.output
+    place = "this folder" if folder == Path() else folder
+    parts = [
+        f"Explained {count_of(len(images), 'image')} in {seconds:.1f} s: {listed(made)} in {place}.",
+        f"{count_of(len(left_out), 'image')} could not be read." if left_out else "",
+        f"Open {page} in a browser." if page else "",
+    ]
+    return " ".join(filter(None, parts))
 
 
 def class_entry(explanation: PredictionExplanation, index: int) -> dict[str, Any]:

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import _options
-from ._images import check_layers, check_output, target_layer
-from ._messages import UserError, library_errors, print_json
+from ._images import check_layers, target_layer
+from ._messages import UserError, library_errors, print_json, print_line
 from ._models import RANDOM_WEIGHTS, SEED, find_device, load_model
+from ._paths import check_output
 
 if TYPE_CHECKING:
     import argparse
@@ -101,7 +102,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print_json({**classifier.facts, "file": str(path), "error": exported.error, "metadata": exported.metadata})
         return
-    print(f"{classifier.name}: {method.__name__} of {', '.join(exported.metadata['target_layers'])} -> {path}")
-    print(f"  {path.stat().st_size / 1e6:.1f} MB; maps differ from those of the method by {exported.error:.0e} at most")
+    print_line(f"{classifier.name}: {method.__name__} of {', '.join(exported.metadata['target_layers'])} -> {path}")
+    size = f"{path.stat().st_size / 1e6:.1f} MB"
+    print_line(f"{path.name} has {size}; its maps differ from those of the method by {exported.error:.0e} at most.")
     if classifier.is_random:
         print(RANDOM_WEIGHTS)

@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from . import _options
-from ._messages import UserError, print_json
+from ._messages import UserError, print_json, print_line, print_marked
 from ._models import SEED, load_model
 
 if TYPE_CHECKING:
@@ -77,8 +77,10 @@ def run(arguments: argparse.Namespace) -> None:
         ]
         print_json({"model": name, "size": [height, width], "default": found.choice, "layers": entries})
     else:
-        print(f"{name}, images of {height} x {width}")
-        print(shown)
+        print_line(f"{name}, images of {height} x {width}")
+        print_marked(shown, {r"<- default$": "bold green"})
+        told = "No layer is fit to be the default: name one with --target-layer."
+        print_line("\n" + (told if found.choice is None else f"Maps are made from {found.choice} by default."))
 
 
 def as_size(text: str) -> tuple[int, int]:

@@ -43,6 +43,8 @@ def balanced_grad(
     grad_outputs: Tensor,
     retain_graph: bool,
     create_graph: bool = False,
+    *,
+    together: bool = False,
     **options: Any,
 ) -> tuple[Tensor | None, ...]:
     """Differentiate a score with balanced gradients, as :func:`torch.autograd.grad` does with plain ones.
@@ -55,6 +57,7 @@ def balanced_grad(
         grad_outputs: the gradient of the score
         retain_graph: whether the graph is kept
         create_graph: whether the gradients have a graph of their own
+        together: whether the inputs count as one: what depends on one of them depends on all
         options: what else :func:`torch.autograd.grad` takes
 
     Returns:
@@ -63,7 +66,7 @@ def balanced_grad(
     score = score.view_as(score)  # its node is new: no other backward pass begins there
     edges = [edge if isinstance(edge, GradientEdge) else get_gradient_edge(edge) for edge in inputs]
     outputs = {tensor.grad_fn for tensor in tensors_in(output) if tensor.grad_fn is not None}
-    plans, groups = [_Plan(score.grad_fn, edges, outputs)], [edges]
+    plans, groups = [_Plan(score.grad_fn, edges, outputs, together)], [edges]
     if not plans[0].fits_all:
         plans = [_Plan(score.grad_fn, [edge], outputs) for edge in edges]
         groups = [[edge] for edge in edges]
@@ -153,6 +156,7 @@ class _Plan:
         root: the score's node
         targets: the target layers' edges
         outputs: the nodes of the model's output: what is above them belongs to the question, and is left as it is
+        together: whether the targets count as one
 
     Attributes:
         rules: nodes with their rules
@@ -161,14 +165,16 @@ class _Plan:
             product and one of them: where that one stands alone, the other factor is a constant.
     """
 
-    def __init__(self, root: Any, targets: Sequence[GradientEdge], outputs: Collection[Node]) -> None:
+    def __init__(
+        self, root: Any, targets: Sequence[GradientEdge], outputs: Collection[Node], together: bool = False
+    ) -> None:
         self.rules: list[tuple[Node, Rule]] = []
         self.unbalanced: set[str] = set()
         self.fits_all = True
         self._targets: dict[Node, dict[int, int]] = {}  # a bit for each target, by node and output
         for number, (node, output, *_) in enumerate(targets):
             of_node = self._targets.setdefault(node, {})
-            of_node[output] = of_node.get(output, 0) | 1 << number
+            of_node[output] = of_node.get(output, 0) | (1 if together else 1 << number)
         self._edges: dict[Node, tuple[tuple[Node | None, int], ...]] = {}
         self._kinds: dict[Node, str] = {}
         self._reach: dict[Node, int] = {}  # the targets that gradients get to from a node

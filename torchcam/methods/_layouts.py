@@ -10,7 +10,7 @@ from torch import nn
 
 from torchcam._certainty import Certainty
 from torchcam._passes import Call
-from torchcam.layout import AmbiguousLayoutError, Layout, Reading, no_reading
+from torchcam.layout import AmbiguousLayoutError, Layout, Reading, no_reading, unusual_axes
 
 from ._running import warn
 
@@ -28,7 +28,7 @@ class Layouts:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._found: dict[tuple[str, torch.Size, tuple[int, ...] | None], Layout] = {}
+        self._found: dict[tuple[str, torch.Size, tuple[int, ...] | None], Reading] = {}
         self._proven: dict[str, Layout] = {}
 
     def prove(self, name: str, layout: Layout) -> None:
@@ -48,7 +48,7 @@ class Layouts:
         call: Call,
         input_shape: tuple[int, ...] | None,
     ) -> Layout:
-        """Return the layout of a layer's output.
+        """Return the layout of a layer's output, and tell the call along which axes of the input its positions are.
 
         Args:
             shape: the shape of the output
@@ -65,7 +65,9 @@ class Layouts:
         if found is None:
             layer = _layer_of(name, target_names)
             found = self._found[key] = self._decide(tuple(shape), layer, name, call)
-        return found
+        if found.axes:
+            call.axes = unusual_axes(found.axes)
+        return found.placed
 
     def axes(self, layout: Layout, name: str, target_names: Sequence[str], call: Call) -> tuple[int, ...]:
         """Return the dimensions of the image-like input that a grid follows, by an experiment where they are in doubt.
@@ -86,7 +88,7 @@ class Layouts:
             self._proven[name] = known
         return known.axes
 
-    def _decide(self, shape: tuple[int, ...], layer: str, name: str, call: Call) -> Layout:
+    def _decide(self, shape: tuple[int, ...], layer: str, name: str, call: Call) -> Reading:
         certainty = Certainty(self.model, call)
         if len(shape) < 3:
             raise ValueError(no_reading(shape, certainty.input_shape, name))
@@ -109,15 +111,16 @@ class Layouts:
                 stacklevel=2,
             )
         self._proven[name] = layout
-        return layout
+        return verdict.reading
 
-    def _alike(self, possible: Sequence[Reading], name: str) -> Layout | None:
+    def _alike(self, possible: Sequence[Reading], name: str) -> Reading | None:
         """Return the reading that is like the one that was proven for another size, if it is the only one."""
         known = self._proven.get(name)
         if known is None:
             return None
-        found = {one.layout for one in possible if one.layout.is_like(known)}
-        return replace(found.pop(), axes=known.axes) if len(found) == 1 else None
+        found = [one for one in possible if one.layout.is_like(known)]
+        found = [one for one in found if one.axes == known.axes] or found
+        return found[0] if len({one.layout for one in found}) == 1 else None
 
 
 def _layer_of(name: str, target_names: Sequence[str]) -> str:

@@ -197,8 +197,6 @@ class SESS(Wrapper):
     def _raw_maps(self, request: Request, **options: Any) -> list[Tensor]:
         call = self._recorded_call(request)
         image = call.image
-        self._activations(request)
-        self.inner.check_positions(request.scores)
         windows = _Windows(image, self.window_size, self.scales)
 
         def cut(numbers: Tensor) -> tuple[Callable[[slice], Tensor], Tensor]:

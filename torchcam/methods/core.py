@@ -18,7 +18,7 @@ from torchcam._checks import one_of, torch_module
 from torchcam._passes import Call
 from torchcam._tensors import map_tensors, min_max, tensors_in, to_float
 from torchcam.layers import TargetLayer, layer_names
-from torchcam.layout import input_axes
+from torchcam.layout import unusual_axes
 from torchcam.targets import ClassIndex, OutputTarget, Selector, check_one_of, class_columns
 
 from ._default_layer import DefaultLayer
@@ -66,6 +66,7 @@ class _CAM:
     class_agnostic = False  # the map is the same for every class: none has to be named
 
     _default: DefaultLayer | None = None
+    _looks_at_a_layer = True  # whose positions make the map: a default is searched for where none is named
     _channels: int | None = None  # how many the default layer must have
     _relu = False
     _differentiates = False  # the pass keeps its graph from the target layers on
@@ -290,19 +291,6 @@ class _CAM:
         """Return which dimension of a layer's output is the batch."""
         return 0 if self.reshape_transform is not None else recorded.layout(tensor, name).batch
 
-    def _axes(self, recorded: Pass, index: int) -> tuple[int, ...]:
-        """Return the dimensions of the image-like input that the sides of a layer's grid follow."""
-        shape, activation, name = recorded.input_shape or (), recorded.activations[index], recorded.names[index]
-        usual = tuple(range(2, len(shape)))
-        if activation is None:
-            return usual
-        if self.reshape_transform is None:
-            return recorded.axes(activation, name)
-        possible = [
-            axes for axes in input_axes(shape) if len(axes) == self._to_grid(recorded, activation, name).ndim - 2
-        ]
-        return possible[0] if len(possible) == 1 else usual
-
     def check_positions(self, scores: Any = None) -> None:
         """Check that the positions of the recorded input follow its channels, (N, C, *spatial).
 
@@ -313,18 +301,22 @@ class _CAM:
             ValueError: if they do not, as far as the target layers show
         """
         recorded = self._recorder.find(scores)
-        shape = recorded.input_shape or ()
-        if not recorded.layouts and self.reshape_transform is None:
-            return
-        for index in range(len(recorded.names)):
-            axes = self._axes(recorded, index)
-            if axes != tuple(range(2, len(shape))):
-                raise ValueError(
-                    f"the positions of the model's input of shape {shape} lie along its dimensions {axes}, as the "
-                    f"`target_layer` '{recorded.names[index]}' shows, but what changes parts of the input needs them "
-                    "behind the channels, (N, C, *spatial): wrap the model in a module that takes such an input and "
-                    "permutes it"
-                )
+        self._settle_axes(recorded)
+        axes = recorded.call.axes
+        if axes is not None:
+            raise ValueError(
+                f"the positions of the model's input of shape {recorded.input_shape} lie along its dimensions {axes}, "
+                f"as the `target_layer` {', '.join(recorded.names)} shows, but what hides parts of the input needs "
+                "them behind the channels, (N, C, *spatial): wrap the model in a module that takes such an input and "
+                "permutes it"
+            )
+
+    def _settle_axes(self, recorded: Pass) -> None:
+        """Tell the call along which of its axes the positions of a signal or a spectrogram are."""
+        if len(recorded.input_shape or ()) < 4 and self._recorder.keeps_outputs and self.reshape_transform is None:
+            for name, activation in zip(recorded.names, recorded.activations, strict=True):
+                if activation is not None:
+                    recorded.call.axes = unusual_axes(recorded.axes(activation, name))
 
     def _to_grid(self, recorded: Pass, tensor: Tensor, name: str) -> Tensor:
         """Lay out a layer's output as (N, C, *spatial), in float32 at least."""
@@ -638,8 +630,10 @@ class _CAM:
 
     def _recorded_call(self, request: Request) -> Call:
         """Return the arguments of the recorded pass."""
-        request.recorded.call.check_unchanged()
-        return request.recorded.call
+        recorded = request.recorded
+        recorded.call.check_unchanged()
+        self._settle_axes(recorded)
+        return recorded.call
 
     # More than one pass.
 

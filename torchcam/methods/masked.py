@@ -80,18 +80,14 @@ class ScoreCAM(_ChannelCAM):
 
     def _evidence(self, request: Request) -> list[tuple[Any, ...]]:
         replay = self._replay(request, compiled=self.compile)
-        return [
-            (activation, self._mean_scores(replay, activation, self._axes(request.recorded, index)))
-            for index, activation in enumerate(self._activations(request))
-        ]
+        return [(activation, self._mean_scores(replay, activation)) for activation in self._activations(request)]
 
-    def _mean_scores(self, replay: Replay, activation: Tensor, axes: Sequence[int]) -> Tensor:
+    def _mean_scores(self, replay: Replay, activation: Tensor) -> Tensor:
         """Score the input under each channel's mask, averaged over the perturbations, (N, C): -inf for those left out.
 
         How many masks differ is up to the activation, so a device is waited for, once.
         """
-        arranged = _Arranged(replay.call.image, axes)
-        image = arranged.image
+        image = replay.call.image
         num_channels = activation.shape[1]
         channels = activation.flatten(0, 1).unsqueeze(1)  # (N * C, 1, *spatial)
         flat = activation.flatten(2)
@@ -110,10 +106,10 @@ class ScoreCAM(_ChannelCAM):
             masks = min_max(resize(channels[evaluated[chunk]], image.shape[2:])).masked_fill(blank[chunk], 0.0)
             inputs, masks = image[samples[chunk]], masks.to(image.dtype)
             for perturb in perturbations[:-1]:
-                yield arranged.restored(perturb(inputs, masks))
+                yield perturb(inputs, masks)
             inputs = perturbations[-1](inputs, masks)
             del masks  # the passes need the memory
-            yield arranged.restored(inputs)
+            yield inputs
 
         scores = activation.new_full(activation.shape[:2], -torch.inf).flatten()
         scores[evaluated] = replay.averaged(variants, samples).to(scores)
@@ -278,15 +274,20 @@ class GroupCAM(_ReplayCAM):
     def _evidence(self, request: Request) -> list[tuple[Any, ...]]:
         activations, gradients = self._activations(request), self._gradients(request)
         replay = self._replay(request)
-        samples = torch.arange(len(replay.call.image), device=replay.call.image.device)
-        axes = [self._axes(request.recorded, index) for index in range(len(activations))]
-        blurs = {one: _Blurred(_Arranged(replay.call.image, one), replay, samples) for one in dict.fromkeys(axes)}
+        image = replay.call.image
+        blurred = gaussian_blur(image, 51, 50.0)
+        samples = torch.arange(len(image), device=image.device)
+        baseline = replay.masked(lambda chunk: blurred[chunk], samples)
         evidence = []
-        for activation, gradient, one in zip(activations, gradients, axes, strict=True):
+        for activation, gradient in zip(activations, gradients, strict=True):
             masks = self._group_masks(activation, gradient)  # (N, g, *spatial)
             owners, flat = samples.repeat_interleave(masks.shape[1]), masks.flatten(0, 1).unsqueeze(1)
-            variants = partial(blurs[one].under, flat, owners)
-            gains = replay.masked(variants, owners).reshape(masks.shape[:2]) - blurs[one].scores.unsqueeze(1)
+
+            def variants(chunk: slice, owners: Tensor = owners, flat: Tensor = flat) -> Tensor:
+                rows = owners[chunk]
+                return torch.lerp(blurred[rows], image[rows], resize(flat[chunk], image.shape[2:]).to(image.dtype))
+
+            gains = replay.masked(variants, owners).reshape(masks.shape[:2]) - baseline.unsqueeze(1)
             evidence.append((activation, masks, gains))
         return evidence
 
@@ -300,52 +301,6 @@ class GroupCAM(_ReplayCAM):
         lower, upper = ordered[..., math.floor(rank)], ordered[..., math.ceil(rank)]
         threshold = lower.lerp(upper, rank % 1).reshape(*sums.shape[:2], *[1] * (sums.ndim - 2))
         return min_max(torch.where(sums <= threshold, 0.0, sums), start_dim=2)
-
-
-class _Arranged:
-    """An input with its positions behind its channels.
-
-    Args:
-        image: the input
-        axes: its dimensions with positions
-
-    Attributes:
-        image: the input as (N, C, *positions), whatever other dimensions there are joined in C
-    """
-
-    def __init__(self, image: Tensor, axes: Sequence[int]) -> None:
-        others = [dimension for dimension in range(1, image.ndim) if dimension not in axes]
-        self._order = (0, *others, *axes)
-        self._is_usual = len(others) == 1 and self._order == tuple(range(image.ndim))
-        moved = image.permute(self._order)
-        self._others = moved.shape[1 : 1 + len(others)]
-        self.image = image if self._is_usual else moved.reshape(len(image), -1, *moved.shape[1 + len(others) :])
-
-    def restored(self, inputs: Tensor) -> Tensor:
-        """Return inputs (B, C, *positions) as the model takes them."""
-        if self._is_usual:
-            return inputs
-        moved = inputs.reshape(len(inputs), *self._others, *inputs.shape[2:])
-        return moved.permute([self._order.index(dimension) for dimension in range(len(self._order))])
-
-
-class _Blurred:
-    """A blurred input, of which masks show parts as they are.
-
-    Attributes:
-        scores: the scores of the blurred samples, (N,)
-    """
-
-    def __init__(self, arranged: _Arranged, replay: Replay, samples: Tensor) -> None:
-        self._arranged = arranged
-        self._blurred = gaussian_blur(arranged.image, 51, 50.0)
-        self.scores = replay.masked(lambda chunk: arranged.restored(self._blurred[chunk]), samples)
-
-    def under(self, masks: Tensor, owners: Tensor, chunk: slice) -> Tensor:
-        """Return the inputs of a slice of the variants, from all masks (V, 1, *grid) and their samples (V,)."""
-        rows, image = owners[chunk], self._arranged.image
-        shown = resize(masks[chunk], image.shape[2:]).to(image.dtype)
-        return self._arranged.restored(torch.lerp(self._blurred[rows], image[rows], shown))
 
 
 def _noisy(noise: Tensor, inputs: Tensor, masks: Tensor) -> Tensor:

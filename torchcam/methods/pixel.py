@@ -17,7 +17,6 @@ from torch.overrides import TorchFunctionMode
 from torchcam._passes import Call
 from torchcam._replica import replicated
 from torchcam._tensors import is_constant, map_tensors, resize, to_float
-from torchcam.layout import input_axes
 from torchcam.targets import Selector
 
 from ._recorder import Pass, Recorder
@@ -35,6 +34,7 @@ class _PixelCAM(_CAM):
     """
 
     _runs_model = True
+    _looks_at_a_layer = False
     _options = ()
 
     def __init__(
@@ -54,17 +54,16 @@ class _PixelCAM(_CAM):
     def _batch_dimension(self, recorded: Pass, tensor: Tensor, name: str) -> int:
         return 0
 
-    def _axes(self, recorded: Pass, index: int) -> tuple[int, ...]:
-        return tuple(range(2, len(recorded.input_shape or ())))
-
     def _to_grid(self, recorded: Pass, tensor: Tensor, name: str) -> Tensor:
         return to_float(tensor)
 
 
 def _keep_image(ended: Pass) -> None:
-    if ended.call.found is not None:
-        found = ended.call.found
-        image = found if isinstance(found, Tensor) else torch.stack(found)
+    call = ended.call
+    if call.found is None and call.signal is not None:
+        call.axes = (1,)
+    if call.signal is not None:
+        image = call.image_now
         ended.layers[0] = {"input": (image, image)}
 
 
@@ -132,7 +131,6 @@ class GuidedGradCAM(GradCAM):
 
     def _evidence(self, request: Request) -> list[tuple[Any, ...]]:
         evidence = super()._evidence(request)
-        self.check_positions(request.scores)
         guided = _guided_gradient(self.model, self._recorded_call(request), self._selector(request))
         return [(*of_layer, guided) for of_layer in evidence]
 
@@ -164,12 +162,6 @@ class FullGrad(_PixelCAM):
 
     def _raw_maps(self, request: Request, **options: Any) -> list[Tensor]:
         image = to_float(self._recorded_call(request).image)
-        if tuple(range(2, image.ndim)) not in input_axes(tuple(image.shape)):
-            raise ValueError(
-                f"FullGrad needs an input (N, C, *spatial), but that of shape {tuple(image.shape)} looks as if its "
-                "channels came later: wrap the model in a module that takes them first, or take GradCAM with a "
-                "`target_layer`"
-            )
         total = torch.zeros_like(image[:, :1])
 
         def add(term: Tensor) -> None:

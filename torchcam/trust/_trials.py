@@ -19,7 +19,7 @@ from torchcam._passes import Call
 from torchcam._pictures import to_picture
 from torchcam._recommended import COMPARED, recommended
 from torchcam._replica import replicated
-from torchcam._tensors import blurred_out, is_constant, over_channels, resize, to_float
+from torchcam._tensors import blurred_out, is_constant, over_positions, resize, to_float
 from torchcam.layers import TargetLayer
 from torchcam.methods.core import _CAM, on_replica, plain_tensors
 from torchcam.metrics import Localization
@@ -373,7 +373,7 @@ class _Trials:
                 parts.append(to_float(own.fuse_cams(own(scores=output, **self.question.arguments(batch))).detach()))
                 check_positions(own, output)
         maps = torch.cat(parts)
-        return over_channels(maps) if maps.ndim == self.question.image.ndim else maps
+        return over_positions(maps, self.question.image)
 
     def _diagnosis(self, extractor: Any, *, signed: bool) -> list[Check]:
         """Diagnose the map of each sample."""
