@@ -308,3 +308,15 @@ def test_a_class_token_of_each_channel_is_no_position() -> None:
     assert str(layout) == "(N, 5, 1 + 8, C)"
     assert layout.is_like(Layout((9, 4), 0, 3, (2, 1), prefix=1))
     assert not layout.is_like(Layout((8, 5), 0, 3, (2, 1), prefix=1, before=1))
+
+
+def test_scores_that_no_gradient_leads_from_are_refused_with_the_way_out() -> None:
+    model = Net(between=torch.detach)
+    model.body = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), Cut())
+    with pytest.raises(ValueError, match=r"no gradient leads from the scores .* without gradients, such as ReciproCAM"):
+        GradCAM(model.eval(), input_shape=(3, 32, 32))
+
+
+class Cut(nn.Module):
+    def forward(self, t: Tensor) -> Tensor:
+        return t.mean((2, 3), keepdim=True).detach()

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import torchcam
 from tests.models import shuffled
 from torchcam.methods import (
     ISCAM,
@@ -128,3 +129,16 @@ def test_powers_of_small_gradients() -> None:
             model(noise(2, 3, 12, 12))
             maps.append(extractor(1)[0])
     torch.testing.assert_close(*maps)
+
+
+def test_an_input_that_is_no_picture_over_one_of_another_shape() -> None:
+    """Nothing tells where it lies: the map covers all of the picture, with a warning."""
+    from PIL import Image
+
+    result = torchcam.explain(Net(2, 1, ()).eval(), noise(1, 32, 32), target_layer="body", class_idx=1)
+    assert result.image is None
+    same = result.overlay(image=Image.new("RGB", (64, 64)))  # warnings are errors
+    assert same.size[0] == same.size[1]
+    with pytest.warns(UserWarning, match="`image` of 64 × 32 is not known .* so the map is drawn over all of it"):
+        drawn = result.overlay(image=Image.new("RGB", (64, 32)))
+    assert drawn.width == 2 * drawn.height

@@ -238,7 +238,8 @@ def seen_at_places(layout: Layout, output: Tensor, signal: Tensor) -> Seen | Non
         position = [int(share * side) for share, side in zip(place, sides, strict=False)]
         cells = zip(position, sides, parts, strict=True)
         expected[tuple(int((index + 0.5) * part / side) for index, side, part in cells)] = True
-        values = grid[(slice(None), slice(None), *position)]
+        index: Any = (slice(None), slice(None), *position)
+        values = grid[index]
         terms.append((torch.randn(values.shape[1], generator=generator).to(values) * values).sum())
     (gradient,) = torch.autograd.grad(torch.stack(terms).sum(), signal, retain_graph=True, allow_unused=True)
     if gradient is None:

@@ -136,7 +136,7 @@ class DefaultLayer:
             chosen = fitting[-1] if fitting else chosen
         if chosen is None:
             way = "name a `target_layer`, or look at the input itself, with GuidedBackprop, say"
-            if not any(one.influence for one in found):
+            if len(found) and not any(one.influence for one in found if math.prod(one.grid) > 1):
                 way = (
                     "as no gradient leads from the scores to any layer (parts are quantised or detached, say), name a "
                     "`target_layer` for a method without gradients, such as ReciproCAM"
