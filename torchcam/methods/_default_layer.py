@@ -72,7 +72,7 @@ class DefaultLayer:
         found = candidates_of(self.model, call)
         kept = next((one for one in found if [one.name] == self.names and one.depends), None)
         if kept is None or kept.is_proven is False:
-            self._choose(found, () if shape is None else shape[1:])
+            self._choose(found, () if shape is None else shape[1:], call)
             return self.names
         self.layouts.prove(kept.name, kept.layout)
         _warn_of_one_position(kept, found, () if shape is None else shape[1:])
@@ -124,8 +124,8 @@ class DefaultLayer:
         dimension, count = prefix
         return gradient.narrow(dimension, count, gradient.shape[dimension] - count)
 
-    def _choose(self, found: Candidates, shape: tuple[int, ...]) -> None:
-        """Take the default among candidates.
+    def _choose(self, found: Candidates, shape: tuple[int, ...], call: Call | None = None) -> None:
+        """Take the default among candidates, for an input of a shape without the batch dimension.
 
         Raises:
             ValueError: if there is none
@@ -141,6 +141,11 @@ class DefaultLayer:
                     "as no gradient leads from the scores to any layer (parts are quantised or detached, say), name a "
                     "`target_layer` for a method without gradients, such as ReciproCAM"
                 )
+            if (
+                call is not None
+                and len([t for t, _ in call.versions if t.ndim > 2 and tuple(t.shape[1:]) == shape]) > 1
+            ):
+                way += "; a layer that sees several inputs shows the last one: `input_index` says which is meant"
             raise ValueError(
                 f"no layer of {type(self.model).__name__} has positions that the score depends on, and that are those "
                 f"of the input, for an input of shape {shape}: {way}"
