@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import _options
 from ._images import file_errors, prepare, read_image, recommend, save_array, save_figure
-from ._messages import UserError, count_of, library_errors, listed, print_json, print_line, print_warning
+from ._messages import UserError, count_of, library_errors, listed, print_json, print_line, print_warning, printable
 from ._models import RANDOM_WEIGHTS, Classifier
 from ._paths import Source, check_folder, check_output, find_sources, is_picture, result_path
 
@@ -25,12 +25,13 @@ if TYPE_CHECKING:
 __all__ = ["add_to", "class_entry", "explain_image", "picture_of"]
 
 METHOD = "GradCAM"
+METHOD_OF_BOXES = "HiResCAM"
 
 HELP = """\
 Explain what a classification model sees in images. Each image gives one picture: the image as the model sees it
 (resized and cropped as the weights want it), and a grid of maps over it, with the methods in columns and the classes in
-rows. The name of a picture says of what model, layers, methods and classes it is. Images of a folder that cannot be
-read, and pictures that torchcam made, are left out.
+rows. With --box, it explains what a detector found. The name of a picture says of what model, layers, methods and
+classes it is. Images of a folder that cannot be read, and pictures that torchcam made, are left out.
 """
 
 EXAMPLES = """\
@@ -51,6 +52,8 @@ examples:
       weights from a file: for machines without network
   torchcam explain dog.jpg --model-factory mine.models:load
       your own model, which the function `load` of `mine/models.py` returns
+  torchcam explain street.jpg --model-factory mine.models:yolo --box 0
+      why a detector found its first box; --box all for every box, --hf FOLDER for a detector of transformers
   torchcam explain dog.jpg --hf CLIP-FOLDER --texts "a cat" --texts "a dog"
       where the text is that fits best; `--top-k 2` for both
   torchcam explain dog.jpg --arch resnet18 --weights none
@@ -71,7 +74,11 @@ def add_to(commands: Any) -> None:
     _options.add_sources(explain)
     _options.add_model(explain)
     maps = explain.add_argument_group("the maps")
-    _options.add_methods(maps, f"{METHOD}; for a transformer, without --target-layer, HiResCAM with balanced gradients")
+    _options.add_methods(
+        maps,
+        f"{METHOD}; of boxes {METHOD_OF_BOXES}; for a transformer, without --target-layer, HiResCAM with balanced "
+        "gradients",
+    )
     _options.add_layers(maps)
     _options.add_classes(maps, "class to explain, by its number or name; several as with --target-layer", several=True)
     _options.add_count(
@@ -80,6 +87,7 @@ def add_to(commands: Any) -> None:
         "explain the N most probable classes, before those of --class-idx (default: 1, or 0 with --class-idx)",
         lowest=0,
     )
+    _options.add_boxes(maps)
     maps.add_argument(
         "--texts",
         metavar="TEXT",
@@ -100,7 +108,8 @@ def add_to(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Explain the images, one after the other."""
-    methods = _options.find_methods(arguments.methods, METHOD)
+    methods = _options.find_methods(arguments.methods, METHOD_OF_BOXES if arguments.box else METHOD)
+    _check_boxes(arguments)
     if arguments.top_k == 0 and not arguments.class_idx:
         raise UserError("--top-k must be at least 1 without --class-idx, got 0")
     if arguments.texts and arguments.hf is None:
@@ -127,9 +136,10 @@ def run(arguments: argparse.Namespace) -> None:
             print_warning(f"{error}: it is left out")
             left_out.append(str(source.path))
             continue
-        if not images:
+        if not images and not arguments.box:
             best = recommend(arguments, classifier, image)
-            methods, target = ([best.method], best.target_layer) if best else (methods, target)
+            if best is not None:
+                methods, target = [_options.find_method(best.method)], best.target_layer
         options = {best.method: dict(best.method_kwargs)} if best else {}
         explanation = explain_image(
             arguments, classifier, image, methods, target, top_k=arguments.top_k or None, options=options
@@ -157,6 +167,18 @@ def run(arguments: argparse.Namespace) -> None:
         print(RANDOM_WEIGHTS)
 
 
+def _check_boxes(arguments: argparse.Namespace) -> None:
+    """Check that boxes are asked of a model that may be a detector, and that nothing else is asked."""
+    if not arguments.box:
+        if arguments.threshold is not None:
+            raise UserError("--threshold is the least score of a box: name one with --box, or --box all")
+        return
+    if arguments.class_idx or arguments.texts or arguments.top_k is not None:
+        raise UserError("--box takes the place of --class-idx, --texts and --top-k: give one of them")
+    if arguments.hf is None and arguments.model_factory is None:
+        raise UserError("--box needs a detector: name it with --model-factory or --hf")
+
+
 def _with_progress(sources: Sequence[Source]) -> Iterator[Source]:
     """Yield the images, of several with a bar on the terminal."""
     from tqdm import tqdm
@@ -169,16 +191,16 @@ def explain_image(
     arguments: argparse.Namespace,
     classifier: Classifier,
     image: Image.Image,
-    methods: Sequence[type[Any] | str],
+    methods: Sequence[type[Any]],
     target: Any,
     top_k: int | None = None,
     options: Mapping[Any, dict[str, Any]] | None = None,
 ) -> PredictionExplanation:
     """Explain one image by some methods; ``options`` holds arguments of theirs."""
-    from torchcam._methods import find_method, takes
+    from torchcam._methods import takes
     from torchcam.explain import explain
 
-    shown = [method for method in methods if sys.stderr.isatty() and takes(find_method(method), "progress")]
+    shown = [method for method in methods if sys.stderr.isatty() and takes(method, "progress")]
     with library_errors(arguments.target_layer):
         return explain(
             classifier.model,
@@ -186,14 +208,30 @@ def explain_image(
             method=methods,
             target_layer=target,
             method_kwargs={**{method: {"progress": True} for method in shown}, **(options or {})},
-            class_idx=arguments.class_idx or None,
-            top_k=top_k,
-            texts=list(classifier.texts) or None,
-            against=getattr(arguments, "against", None),
-            transform=classifier.preprocess,
-            processor=classifier.tokenizer,
             class_names=classifier.categories,
+            **_asked(arguments, classifier, top_k),
         )
+
+
+def _asked(arguments: argparse.Namespace, classifier: Classifier, top_k: int | None) -> dict[str, Any]:
+    """Return the arguments of `explain` that say what is explained, and how the model gets its input."""
+    boxes = getattr(arguments, "box", None)  # which a command may lack
+    if boxes:
+        box = "all" if "all" in boxes else boxes
+        return {"box": box, "threshold": arguments.threshold, "processor": classifier.processor}
+    return {
+        "class_idx": arguments.class_idx or None,
+        "top_k": top_k,
+        "texts": list(classifier.texts) or None,
+        "against": getattr(arguments, "against", None),
+        "transform": classifier.preprocess,
+        "processor": classifier.processor,
+    }
+
+
+def _part(key: int | str) -> str:
+    """Return a class or a box as a part of a file's name."""
+    return key.replace(" ", "") if isinstance(key, str) else f"class{key}"
 
 
 def _facts(explanation: PredictionExplanation) -> dict[str, Any]:
@@ -224,12 +262,12 @@ def picture_of(
 
 
 def _parts(
-    classifier: Classifier, explanation: PredictionExplanation, method: str | None = None, class_idx: int | None = None
+    classifier: Classifier, explanation: PredictionExplanation, method: str | None = None, class_idx: Any = None
 ) -> list[list[str]]:
     results = explanation.results if method is None else {method: explanation.results[method]}
     layers = dict.fromkeys(layer for result in results.values() for layer in result.target_layers)
     classes = explanation.cams if class_idx is None else [class_idx]
-    return [[classifier.file_name], list(layers), list(results), [f"class{index}" for index in classes]]
+    return [[classifier.file_name], list(layers), list(results), [_part(index) for index in classes]]
 
 
 def _write(
@@ -258,12 +296,16 @@ def _write(
     if not arguments.json:
         print_line(f"{source.path} -> {picture}")
         for index in explanation.cams:
-            print_line(f"  {explanation.value_of(index):>6}  {classifier.label(index)}")
+            label = explanation.name_of(index) if isinstance(index, str) else classifier.label(index)
+            print_line(f"  {explanation.value_of(index):>6}  {printable(label)}")
     return {
         "image": str(source.path),
         "picture": str(picture),
         "classes": [class_entry(explanation, index) for index in explanation.cams],
-        "maps": [{"method": m, "class_idx": index, "file": str(file)} for (m, index), file in files.items()],
+        "maps": [
+            {"method": m, "box" if isinstance(index, str) else "class_idx": index, "file": str(file)}
+            for (m, index), file in files.items()
+        ],
     }
 
 
@@ -279,6 +321,8 @@ def _page_of(
         return picture_of(arguments, classifier, sources[0].name, explanation).with_suffix(".html")
     top = int(not arguments.class_idx) if arguments.top_k is None else arguments.top_k
     asked = [*([f"top{top}"] if top else []), *(f"class{index}" for index in arguments.class_idx)]
+    if arguments.box:
+        asked = [f"box{number}" for number in arguments.box]
     return result_path(arguments.output, f"{len(sources)}-images", [*parts, asked], ".html")
 
 
@@ -312,8 +356,11 @@ def _conclusion(
     return " ".join(filter(None, parts))
 
 
-def class_entry(explanation: PredictionExplanation, index: int) -> dict[str, Any]:
-    """Describe what a model says of a class, for other programs."""
+def class_entry(explanation: PredictionExplanation, index: Any) -> dict[str, Any]:
+    """Describe what a model says of a class, or of a box, for other programs."""
+    if isinstance(index, str) and explanation.detections is not None:
+        found = explanation.detections
+        return {"number": found.explained[index], **found.entry(index), "score": explanation.scores[index]}
     probabilities = explanation.probabilities
     return {
         "class_idx": index,
