@@ -49,8 +49,9 @@ _WORDS = [*_SPECIAL, *COLORS, *SHAPES, NONE, "and", ":"]
 def build() -> tuple[Any, Any]:
     """Return the model with random weights, and its processor."""
     import tokenizers
-    import transformers
+    import transformers as library
 
+    transformers: Any = library  # partly untyped
     special = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), _SPECIAL, strict=False))
     places = {word: place for place, word in enumerate(_WORDS)}
     core = tokenizers.Tokenizer(tokenizers.models.WordLevel(places, unk_token=special["unk_token"]))

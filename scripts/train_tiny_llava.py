@@ -54,7 +54,7 @@ def main() -> None:
         logits = model(input_ids=tokens[:, :-1], pixel_values=values, use_cache=False).logits[:, -ANSWER:]
         loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, -ANSWER:].flatten())
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch's
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         hit = float((logits.argmax(-1) == tokens[:, -ANSWER:]).float().mean())

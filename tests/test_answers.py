@@ -181,6 +181,15 @@ class TestOnePass:
             pair = torch.stack([found.maps.double().flatten(), full.maps.flatten()])
             assert float(torch.corrcoef(pair)[0, 1]) > 0.99
 
+    def test_relevance_that_is_not_finite(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        read = VisualStreams._read
+        monkeypatch.setattr(VisualStreams, "_read", lambda self, gradients: read(self, gradients) / 0)
+        with pytest.warns(
+            UserWarning, match="relevance of LlavaForConditionalGeneration's visual tokens is not finite"
+        ):
+            found = explained("LLaVA", "dog")
+        assert found._items[0]._sheet().rows[0].cells[0].note.endswith("undefined (NaN)")
+
     def test_an_answer_ends_where_the_model_ends_it(self) -> None:
         model, processor = vl.family("LLaVA")
         four = explained("LLaVA", None, max_new_tokens=4)

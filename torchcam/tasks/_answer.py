@@ -151,7 +151,8 @@ class AnswerExplanation(Pictures):
         boxes = self._boxes
         area = np.abs((boxes[:, 3] - boxes[:, 1]) * (boxes[:, 4] - boxes[:, 2]))
         is_padding = (boxes[:, 1:3].max(1) >= 1) | (boxes[:, 3:].min(1) <= 0)
-        values = np.where(is_padding, np.nan, np.asarray(relevance, dtype=np.float64) / area)
+        values = np.asarray(relevance, dtype=np.float64) / area
+        values = np.where(is_padding | ~np.isfinite(values), np.nan, values)
         values = (values if signed else np.maximum(values, 0)).astype(np.float32)
         rasters, peak, start = [], 0.0, 0
         for picture, (cells, image) in enumerate(zip(self.cells, self.images, strict=True)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import warnings
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, overload
@@ -151,6 +152,12 @@ def explain_answer(
         explained = (weights * scores.unsqueeze(1)).sum(-1)  # (B, G)
         maps = streams.relevance(explained.sum(0))  # (G, V): the samples do not depend on each other
         probabilities = token_scores(logits.detach(), answers.ids, None, is_log=True).exp()
+    if not bool(maps.isfinite().all()):
+        warnings.warn(
+            f"some relevance of {type(model).__name__}'s visual tokens is not finite: run it in bfloat16 or float32",
+            UserWarning,
+            stacklevel=2,
+        )
     parts = torch.split(maps, counts, 1)
     found = [
         AnswerExplanation(
