@@ -23,7 +23,7 @@ from ._files import atomic_write
 from ._inputs import as_rgb, read_picture
 from ._method_maps import MethodMaps, fuse_layers, save_maps
 from ._names import closest
-from ._pictures import enlarged, fitted, fitted_size
+from ._pictures import SMALLEST, enlarged, fitted, fitted_size
 from ._views import FULL, View, Views
 from .layout import Cells
 from .utils import ALPHA, on_picture
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 __all__ = ["Explanations", "Pictures", "PredictionExplanation", "free_directory"]
 
 LINES = 8  # for the inputs of a batch that is printed
-SMALLEST = 256  # pictures with less on their longest side are enlarged, to 512 at least: maps over them are smooth
 
 
 class Pictures:
@@ -93,9 +92,11 @@ class Pictures:
         title: str | None = None,
         names: Sequence[str] | None = None,
     ) -> str:
-        """Write a page to look at the maps with: opacity, class, method, and two maps side by side.
+        """Write a page to look into the maps with: one map, two side by side, or all in a grid.
 
-        It is one file that fetches nothing, for any browser.
+        It has the untouched picture beside the map or under a curtain, the value at any place, zoom, opacity, a
+        threshold with its contour, what is shown as a PNG, and the verdict of `trust` if it was asked before. It is one
+        file that fetches nothing, for any browser, also from a disk; the fragment of its address holds what is shown.
 
         Args:
             path: the file to write, if any; an existing file is replaced
@@ -198,6 +199,7 @@ class PredictionExplanation(Pictures):
     detections: Detections | None = None
     _try_out: Callable[..., Any] | None = None  # holds on to the input, but not to the model
     _views: Views | None = None  # tells the view on other pictures
+    _reports: dict[int | str, Any] = field(default_factory=dict, init=False)  # of trust, by class or target
 
     def __post_init__(self) -> None:
         if not self.results:
@@ -284,7 +286,10 @@ class PredictionExplanation(Pictures):
         asked = next(iter(self.cams)) if class_idx is None else class_idx
         if isinstance(asked, str) and asked not in self.cams:
             raise ValueError(f"`class_idx` names '{asked}', but explained were {', '.join(map(str, self.cams))}")
-        return self._try_out(asked, **options)
+        report = self._try_out(asked, **options)
+        if "methods" not in options:  # the first method's map is judged
+            self._reports[asked] = report
+        return report
 
     # Pictures.
 
@@ -396,9 +401,17 @@ class PredictionExplanation(Pictures):
         for key in self.cams:
             share = None if self.probabilities is None or isinstance(key, str) else float(self.probabilities[0, key])
             tags = [roles[key]] if not isinstance(key, str) and key in roles else []
-            classes.append({"name": self.name_of(key), "value": self.value_of(key), "share": share, "tags": tags})
+            names = {"name": self.name_of(key), "value": self.value_of(key)}
+            classes.append({**names, "share": share, "tags": tags, "trust": self._verdict(key)})
         image = self._boxed(self.image if self.image is not None else self._picture(methods[0].maps[0]))
         return _page.PageItem(name, image, classes, methods)
+
+    def _verdict(self, key: int | str) -> dict[str, Any] | None:
+        """Return what trust said of a class or target, if it was asked."""
+        report = self._reports.get(key)
+        if report is None:
+            return None
+        return {"verdict": report.verdict, "headline": report.headline, "reasons": list(report[0].reasons)}
 
     def _origin(self) -> list[tuple[str, str]]:
         """Return how the maps were made, as terms and their descriptions."""

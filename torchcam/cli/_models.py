@@ -45,7 +45,7 @@ class Classifier:
         is_random: whether the weights are random
         code: the lines of Python that make ``model``, ``transform`` and, if they are known, ``class_names``
         texts: the texts that it compares images with
-        tokenizer: what reads them
+        processor: of transformers, what reads texts, or makes boxes of a detector's outputs
     """
 
     model: nn.Module
@@ -55,7 +55,7 @@ class Classifier:
     is_random: bool = False
     code: str = ""
     texts: tuple[str, ...] = ()
-    tokenizer: Any = None
+    processor: Any = None
 
     @property
     def file_name(self) -> str:
@@ -113,7 +113,8 @@ def load_model(arguments: argparse.Namespace) -> Classifier:
     if arguments.timm is not None:
         return load_timm(arguments.timm, weights)
     if arguments.hf is not None:
-        return load_hf(arguments.hf, weights, getattr(arguments, "texts", ()))
+        boxes = bool(getattr(arguments, "box", None))
+        return load_hf(arguments.hf, weights, getattr(arguments, "texts", ()), boxes=boxes)
     return load_classifier(arguments.arch or ARCH, weights)
 
 
@@ -238,8 +239,8 @@ def load_timm(name: str, weights: str) -> Classifier:
     return Classifier(model.eval(), f"{name}, {told}", preprocess, categories, is_random, code)
 
 
-def load_hf(place: str, weights: str, texts: Sequence[str] = ()) -> Classifier:
-    """Load an image classifier of transformers, or a model with an image and a text tower, whose classes are texts."""
+def load_hf(place: str, weights: str, texts: Sequence[str] = (), *, boxes: bool = False) -> Classifier:
+    """Load a model of transformers: an image classifier, one with two towers whose classes are texts, or a detector."""
     try:
         import transformers
     except ImportError as error:
@@ -249,9 +250,8 @@ def load_hf(place: str, weights: str, texts: Sequence[str] = ()) -> Classifier:
     from torchcam._inputs import split_processor
 
     library: Any = transformers  # but partly typed
-    auto, reader = (
-        ("AutoModel", "AutoProcessor") if texts else ("AutoModelForImageClassification", "AutoImageProcessor")
-    )
+    kind = "AutoModelForObjectDetection" if boxes else "AutoModelForImageClassification"
+    auto, reader = ("AutoModel", "AutoProcessor") if texts else (kind, "AutoImageProcessor")
     if weights.lower() not in {"none", "default"}:
         raise UserError(f"--weights '{weights}': a model of --hf has the weights of its folder, or none")
     is_random = weights.lower() == "none"
@@ -265,7 +265,7 @@ def load_hf(place: str, weights: str, texts: Sequence[str] = ()) -> Classifier:
     name = f"{place}, random weights (seed {SEED})" if is_random else f"{place}, its weights"
     if texts:
         images, tokenizer = split_processor(processor)
-        return Classifier(model.eval(), name, images, list(texts), is_random, texts=tuple(texts), tokenizer=tokenizer)
+        return Classifier(model.eval(), name, images, list(texts), is_random, texts=tuple(texts), processor=tokenizer)
     labels = model.config.id2label
 
     def preprocess(image: Image.Image) -> Tensor:
@@ -275,12 +275,14 @@ def load_hf(place: str, weights: str, texts: Sequence[str] = ()) -> Classifier:
     categories = [str(labels[index]) for index in range(len(labels))]
     loader = f"from_config(AutoConfig.from_pretrained({place!r}))" if is_random else f"from_pretrained({place!r})"
     code = (
-        "from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification\n\n"
-        f"{_seed_code(is_random)}model = AutoModelForImageClassification.{loader}.eval()\n"
+        f"from transformers import AutoConfig, AutoImageProcessor, {kind}\n\n"
+        f"{_seed_code(is_random)}model = {kind}.{loader}.eval()\n"
         f"transform = AutoImageProcessor.from_pretrained({place!r})\n"
         "class_names = [str(model.config.id2label[index]) for index in range(model.config.num_labels)]\n"
     )
-    return Classifier(model.eval(), name, preprocess, categories, is_random, code)
+    return Classifier(
+        model.eval(), name, preprocess, categories, is_random, code, processor=processor if boxes else None
+    )
 
 
 def _seed_code(is_random: bool) -> str:
