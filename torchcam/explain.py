@@ -210,7 +210,7 @@ def explain(
     names = as_class_names(class_names)
     model, input_tensor, transform, processor = opened(model, input_tensor, transform, processor)
     model = original = explained = _original(model)
-    others = {"class_idx": class_idx, "targets": targets, "texts": texts, "top_k": top_k}
+    others = {"class_idx": class_idx, "targets": targets, "texts": texts, "against": against, "top_k": top_k}
     about_boxes = _asks_about_boxes(model, box, threshold, {**others, "expected_class_idx": expected_class_idx})
     if about_boxes and isinstance(input_tensor, (list, tuple)):  # of pictures of any size, with any number of boxes
         return Explanations([explain(**{**arguments, "input_tensor": one}) for one in input_tensor])
