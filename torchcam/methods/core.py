@@ -65,6 +65,7 @@ class _CAM:
     class_agnostic = False  # the map is the same for every class: none has to be named
 
     _default: DefaultLayer | None = None
+    _looks_at_a_layer = True  # whose positions make the map: a default is searched for where none is named
     _channels: int | None = None  # how many the default layer must have
     _relu = False
     _differentiates = False  # the pass keeps its graph from the target layers on
@@ -93,6 +94,8 @@ class _CAM:
         torch_module("model", model)
         if isinstance(model, torch.jit.ScriptModule):
             raise TypeError("`model` is one of TorchScript, whose layers run no hooks: pass the model it was made from")
+        if isinstance(model, torch.fx.GraphModule) and not any(map(_calls_layer, model.graph.nodes)):
+            raise TypeError("`model` is an exported graph, whose layers are gone: pass the model it was made from")
         if gradients is not None and not self._weighs_gradients:
             raise ValueError(
                 f"{type(self).__name__} takes no gradients at a layer, so there is no `gradients`, got {gradients!r}: "
@@ -585,8 +588,13 @@ class _CAM:
 
     def _recorded_call(self, request: Request) -> Call:
         """Return the arguments of the recorded pass."""
-        request.recorded.call.check_unchanged()
-        return request.recorded.call
+        recorded = request.recorded
+        recorded.call.check_unchanged()
+        if len(recorded.input_shape or ()) < 4 and self._recorder.keeps_outputs and self.reshape_transform is None:
+            for name, activation in zip(recorded.names, recorded.activations, strict=True):
+                if activation is not None:
+                    recorded.layout(activation, name)  # which tells the call the axes of a signal or a spectrogram
+        return recorded.call
 
     # More than one pass.
 
@@ -692,6 +700,10 @@ class _CAM:
         if self.gradients == "balanced":
             values["gradients"] = self.gradients
         return f"{type(self).__name__}({', '.join(f'{option}={value}' for option, value in values.items())})"
+
+
+def _calls_layer(node: torch.fx.Node) -> bool:
+    return node.op == "call_module" and not str(node.target).startswith("_guards")  # which an export checks inputs by
 
 
 def plain_tensors() -> AbstractContextManager[Any]:
