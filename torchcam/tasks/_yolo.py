@@ -49,7 +49,8 @@ def find(wrapper: Any, looked: Looked) -> Found:
     size = (result.orig_shape[1], result.orig_shape[0])
     if result.boxes is None:
         raise ValueError(
-            f"`model` finds no upright boxes: its task is {wrapper.task!r}. Leave `box` out, pass `targets`"
+            f"`model` finds no upright boxes, its task is {wrapper.task!r}: pass the model inside, "
+            f"`{type(wrapper).__name__}(...).model`, with an input tensor"
         )
     answers = result.boxes.data.detach().float().cpu()
     boxes, scores, labels = answers[:, :4], answers[:, 4], answers[:, 5].long()
