@@ -138,7 +138,8 @@ def run(arguments: argparse.Namespace) -> None:
             continue
         if not images and not arguments.box:
             best = recommend(arguments, classifier, image)
-            methods, target = ([best.method], best.target_layer) if best else (methods, target)
+            if best is not None:
+                methods, target = [_options.find_method(best.method)], best.target_layer
         options = {best.method: dict(best.method_kwargs)} if best else {}
         explanation = explain_image(
             arguments, classifier, image, methods, target, top_k=arguments.top_k or None, options=options
@@ -190,16 +191,16 @@ def explain_image(
     arguments: argparse.Namespace,
     classifier: Classifier,
     image: Image.Image,
-    methods: Sequence[type[Any] | str],
+    methods: Sequence[type[Any]],
     target: Any,
     top_k: int | None = None,
     options: Mapping[Any, dict[str, Any]] | None = None,
 ) -> PredictionExplanation:
     """Explain one image by some methods; ``options`` holds arguments of theirs."""
-    from torchcam._methods import find_method, takes
+    from torchcam._methods import takes
     from torchcam.explain import explain
 
-    shown = [method for method in methods if sys.stderr.isatty() and takes(find_method(method), "progress")]
+    shown = [method for method in methods if sys.stderr.isatty() and takes(method, "progress")]
     with library_errors(arguments.target_layer):
         return explain(
             classifier.model,
