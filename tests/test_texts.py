@@ -77,8 +77,7 @@ def open_clip_resnet() -> nn.Module:
     return open_clip({"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None, "head_width": 32})
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
+def make_tokenizer() -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     made = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, "<unk>"))
@@ -86,6 +85,11 @@ def tokenizer() -> Any:
     made.post_processor = processors.TemplateProcessing("<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)])
     special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
     return transformers.PreTrainedTokenizerFast(tokenizer_object=made, **special)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return make_tokenizer()
 
 
 @pytest.fixture(scope="module")
