@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from torchcam import methods
+from torchcam._recommended import recommended
 from torchcam._tensors import gaussian_blur, min_max, resize
 from torchcam.methods.gradient import _GradientCAM
 
-__all__ = ["LAYERS", "METHODS", "POSITIONS", "Setting", "choose", "measure_settings", "settings"]
+__all__ = ["LAYERS", "METHODS", "POSITIONS", "RECOMMENDED", "Setting", "choose", "measure_settings", "settings"]
 
 # From the input to the head: the first layer with positions, the next stage or the first tokens, a late one, the last.
 POSITIONS = ("first layer", "early layer", "late layer", "last layer")
@@ -76,7 +77,7 @@ class Setting:
     """A method, its gradients, and the layers that it looks at.
 
     Attributes:
-        method: its name, or "gated"
+        method: its name, "gated", or "recommended"
         balanced: whether its gradients are balanced
         where: how it is made of the maps of the layers: see `_FUSED` and `_GATED`
     """
@@ -89,10 +90,14 @@ class Setting:
         return f"{self.method}, {'balanced' if self.balanced else 'plain'}, {self.where}"
 
 
+RECOMMENDED = Setting("recommended", True, "by kind of model")
+
+
 def settings() -> list[Setting]:
     """List all settings."""
     ways = dict.fromkeys(METHODS, tuple(_FUSED)) | {"gated": _GATED}
-    return [Setting(method, kind, where) for method in ways for kind in (False, True) for where in ways[method]]
+    every = [Setting(method, kind, where) for method in ways for kind in (False, True) for where in ways[method]]
+    return [*every, RECOMMENDED]
 
 
 def choose(boards: Mapping[str, Board]) -> list[str]:
@@ -106,11 +111,13 @@ def choose(boards: Mapping[str, Board]) -> list[str]:
         for name, board in boards.items()
     }
     overall = {one: float(np.mean([found[one] for found in means.values()])) for one in next(iter(means.values()))}
-    kept = [str(Setting("GradCAM", False, POSITIONS[-1]))]
+    kept = [str(Setting("GradCAM", False, POSITIONS[-1])), str(RECOMMENDED)]
     kept += [str(Setting("gated", kind, where)) for kind in (False, True) for where in _GATED]
     for found, count in [*((found, 1) for found in means.values()), (overall, 3)]:
         for kind in ("plain", "balanced"):
-            rivals = {one: score for one, score in found.items() if f", {kind}, " in one and one[:5] != "gated"}
+            rivals = {
+                one: score for one, score in found.items() if f", {kind}, " in one and one.split(",")[0] in METHODS
+            }
             kept += sorted(rivals, key=rivals.__getitem__, reverse=True)[:count]
     return sorted(dict.fromkeys(kept), key=lambda one: -overall[one])
 
@@ -125,7 +132,7 @@ def measure_settings(name: str, model: nn.Module, tasks: Mapping[str, Task], wan
     measured = [replace(one, balanced=one.balanced and name not in PIECEWISE_LINEAR) for one in wanted]
     found: dict[Setting, dict[str, list[Tensor]]] = {one: {} for one in measured}
     for method, balanced in tqdm(dict.fromkeys((one.method, one.balanced) for one in found), desc=f"{name}, settings"):
-        ask = _gated if method == "gated" else partial(_fused, getattr(methods, method))
+        ask = _SPECIAL.get(method) or partial(_fused, getattr(methods, method))
         asked = [one for one in found if (one.method, one.balanced) == (method, balanced)]
         for letter, part in parts:
             maps = ask(name, model, balanced, part)
@@ -135,7 +142,9 @@ def measure_settings(name: str, model: nn.Module, tasks: Mapping[str, Task], wan
     board = {}
     for one, same in zip(wanted, measured, strict=True):
         single = one.where in POSITIONS
-        layers = [LAYERS[name][POSITIONS.index(one.where)]] if single else LAYERS[name]
+        layers: Sequence[str] = [LAYERS[name][POSITIONS.index(one.where)]] if single else LAYERS[name]
+        if one == RECOMMENDED:
+            layers = recommended(model, next(iter(tasks.values())).images[:1]).target_layer or LAYERS[name][-1:]
         values = {
             key: group_means(torch.cat(scores).numpy(), tasks[COLUMNS[key].task].groups.numpy())
             for key, scores in found[same].items()
@@ -183,6 +192,18 @@ def _gated(name: str, model: nn.Module, balanced: bool, task: Task) -> dict[str,
     gate = torch.stack([_to_peak(gaussian_blur(cam.unsqueeze(1), size, _BLUR).squeeze(1)) for cam in changes]).mean(0)
     evidence, contrast = (_maps(kind, name, model, balanced, task)[0] for kind in (_Size, _Contrast))
     return dict(zip(_GATED, (gate, evidence * gate, contrast * gate), strict=True))
+
+
+@torch.no_grad()
+def _recommended(name: str, model: nn.Module, _balanced: bool, task: Task) -> dict[str, Tensor]:
+    """Return the maps of what the package recommends for the model."""
+    found = recommended(model, task.images[:1])
+    with getattr(methods, found.method)(model, found.target_layer or LAYERS[name][-1], **found.method_kwargs) as cam:
+        maps = cam.fuse_cams(cam(task.classes, model(task.images)))
+    return {RECOMMENDED.where: resize(maps.unsqueeze(1), task.images.shape[2:]).squeeze(1)}
+
+
+_SPECIAL = {"gated": _gated, "recommended": _recommended}
 
 
 def _to_peak(maps: Tensor) -> Tensor:

@@ -20,9 +20,11 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torchvision.models import VisionTransformer
 from torchvision.transforms import Compose, Resize, ToTensor
 
 from tests.browsers import chromium
+from tests.models import shuffled
 from torchcam import cli
 from torchcam.app import build
 from torchcam.demo import CLASS_NAMES, load_model, sample_images
@@ -359,6 +361,31 @@ class TestBuild:
         assert pictures_of(maps) == pictures_of(wanted._repr_html_())
         assert "`0` · Conv2d · 94 × 94 positions · 4 channels" in layer
         assert 'target_layer="0"' in code
+        app.close()
+
+    def test_a_transformer_begins_with_what_is_recommended(self) -> None:
+        torch.manual_seed(0)
+        model = shuffled(VisionTransformer(image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=16,
+                                           mlp_dim=32, num_classes=4))  # fmt: skip
+        picture, transform = sample_images()[0].image, Compose([Resize(32), ToTensor()])
+        app = build(model, transform=transform, pictures=[picture])
+        (methods,) = [one for one in app.blocks.values() if getattr(one, "elem_id", None) == "methods"]
+        assert methods.value == ["HiResCAM, recommended"]
+        last = len(app.layers) - 1
+        _, maps, _, code, _ = app._show(str(app.folder / "begin-0.png"), [1], last, [*methods.value, "HiResCAM"])
+        wanted = explain(
+            model,
+            picture,
+            image=picture,
+            transform=transform,
+            class_idx=1,
+            method={"HiResCAM, recommended": "HiResCAM", "HiResCAM": "HiResCAM"},
+            target_layer={"HiResCAM, recommended": "conv_proj", "HiResCAM": app.layers[last].name},
+            method_kwargs={"HiResCAM, recommended": {"gradients": "balanced"}},
+        )
+        assert pictures_of(maps) == pictures_of(wanted._repr_html_())
+        assert not torch.equal(*[result.fused[1] for result in wanted.results.values()])
+        assert 'method_kwargs={"HiResCAM, recommended": {"gradients": "balanced"}}' in code
         app.close()
 
     def test_methods_that_find_their_layers_are_not_told(self) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from torchcam.demo import data as demo_data
 from torchcam.demo import load_model, make_scenes
-from torchcam.methods import HiResCAM
+from torchcam.methods import GradCAM, HiResCAM
 from torchcam.metrics import ADCC, ARCC, ClassificationMetric, DeletionInsertionMetric, Localization
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -538,6 +538,14 @@ class TestSettings:
         assert both.any()
         torch.testing.assert_close(ratio[both], other[both], atol=1e-4, rtol=1e-3)
 
+    def test_what_is_recommended_is_run_as_the_others_are(self) -> None:
+        for name, method, where in (("vit", HiResCAM, "early layer"), ("cnn", GradCAM, "last layer")):
+            model, task = models.load(name).requires_grad_(False), scenes.one_digit(2, 1)
+            found = layers._recommended(name, model, True, task)[layers.RECOMMENDED.where]
+            expected = layers._fused(method, name, model, name == "vit", task)[where]
+            scores = (scored.locate(maps, task, "a")["a ap"] for maps in (found, expected))
+            torch.testing.assert_close(*scores, atol=1e-3, rtol=0)
+
     def test_the_best_are_chosen(self) -> None:
         def entry(score: float) -> scored.Entry:
             return scored.Entry("setting", "", "", {f"{letter} ap": np.full(3, score) for letter in "abd"})
@@ -553,7 +561,7 @@ class TestSettings:
             "LayerCAM, plain, early layer",
             "XGradCAM, plain, last layer",
         ]
-        assert "GradCAM, plain, last layer" in chosen
+        assert {"GradCAM, plain, last layer", str(layers.RECOMMENDED)} <= set(chosen)
         assert sum(one.startswith("gated") for one in chosen) == 2 * len(layers._GATED)
 
     def test_the_tables(self) -> None:

@@ -38,6 +38,8 @@ FLOORS = {
     "_numbers": 0,
     "_tables": 0,
     "_callable": 0,
+    "_detector_rows": 0,
+    "_detections": 2,
     "_recipes": 7,
     "_trust_request": 8,
     "tasks": 8,

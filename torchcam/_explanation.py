@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, overload
@@ -16,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from . import _figures, _page
+from ._detections import Detections
 from ._figures import Cell, Column, Row, Sheet
 from ._files import atomic_write
 from ._inputs import as_rgb, read_picture
@@ -174,6 +176,7 @@ class PredictionExplanation(Pictures):
         probabilities: the probabilities of the classes, (1, classes); None where there are none
         scores: the scores of the targets, by their names
         view: where the model's view lies on ``image``: top, left, bottom and right, as shares of its height and width
+        detections: all boxes that a detector found in the picture, if it was asked about them
     """
 
     logits: Tensor
@@ -192,6 +195,7 @@ class PredictionExplanation(Pictures):
     probabilities: Tensor | None = None
     scores: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     view: View = FULL
+    detections: Detections | None = None
     _try_out: Callable[..., Any] | None = None  # holds on to the input, but not to the model
     _views: Views | None = None  # tells the view on other pictures
 
@@ -218,17 +222,20 @@ class PredictionExplanation(Pictures):
         return MappingProxyType({name: result.cams for name, result in self.results.items()})
 
     def name_of(self, key: int | str) -> str:
-        """Return the name of a class (or of a target), with its index."""
+        """Return the name of a class (or of a target, or of the class of a box), with its index."""
         if isinstance(key, str):
-            return key
+            index = None if self.detections is None else self.detections.explained.get(key)
+            return key if index is None or self.detections is None else f"{self.detections.label(index)}, {key}"
         if self.class_names is None:
             return f"class {key}"
         name = self.class_names[key]
         return name if name == str(key) else f"{name} ({key})"
 
     def value_of(self, key: int | str) -> str:
-        """Return the probability of a class as text, or else its score."""
+        """Return the probability of a class, or the score of a box, as text; or else the explained score."""
         if isinstance(key, str):
+            if self.detections is not None and key in self.detections.explained:
+                return f"{float(self.detections.scores[self.detections.explained[key]]):.1%}"
             return f"score {self.scores[key]:.3g}" if key in self.scores else ""
         if self.probabilities is None:
             return f"score {self.logits[0, key]:.3g}"
@@ -314,7 +321,13 @@ class PredictionExplanation(Pictures):
         base, view = self._picture(values), self.view
         if image is not None:
             base, view = self._on_other(as_rgb(read_picture(image)))
-        return _drawn(base, result, key, view, colormap, alpha, grey)
+        return self._boxed(_drawn(base, result, key, view, colormap, alpha, grey), key, view)
+
+    def _boxed(self, picture: Image.Image, key: Any = None, view: View | None = None) -> Image.Image:
+        """Draw the box behind a target, or all that are explained, over a picture that shows the model's view there."""
+        if self.detections is None:
+            return picture
+        return self.detections.drawn(picture, key, self.view, self.view if view is None else view)
 
     def _drawable(self) -> bool:
         """Check whether all maps have height and width."""
@@ -359,9 +372,10 @@ class PredictionExplanation(Pictures):
             cells = []
             for result in self.results.values():
                 base = fitted(self._picture(result.values(key)), 512)
-                cells.append(Cell(_drawn(base, result, key, self.view, colormap, alpha, grey), result.note(key)))
+                drawn = self._boxed(_drawn(base, result, key, self.view, colormap, alpha, grey), key)
+                cells.append(Cell(drawn, result.note(key)))
             rows.append(Row(self.name_of(key), self.value_of(key), cells))
-        image = None if self.image is None else fitted(enlarged(self.image, SMALLEST), 512)
+        image = None if self.image is None else self._boxed(fitted(enlarged(self.image, SMALLEST), 512))
         return Sheet(image, columns, rows)
 
     def _page_item(self, name: str) -> _page.PageItem:
@@ -383,7 +397,7 @@ class PredictionExplanation(Pictures):
             share = None if self.probabilities is None or isinstance(key, str) else float(self.probabilities[0, key])
             tags = [roles[key]] if not isinstance(key, str) and key in roles else []
             classes.append({"name": self.name_of(key), "value": self.value_of(key), "share": share, "tags": tags})
-        image = self.image if self.image is not None else self._picture(methods[0].maps[0])
+        image = self._boxed(self.image if self.image is not None else self._picture(methods[0].maps[0]))
         return _page.PageItem(name, image, classes, methods)
 
     def _origin(self) -> list[tuple[str, str]]:
@@ -441,6 +455,11 @@ class PredictionExplanation(Pictures):
             name_of_picture = "image.tiff" if picture.mode == "F" else "image.png"  # PNG has no floating-point pixels
             picture.save(folder / name_of_picture)
             below = enlarged(picture, SMALLEST)
+
+            def draw(result: MethodMaps, key: int | str, values: NDArray[np.float32]) -> Image.Image:
+                colours = None if result.signed else colormap
+                return self._boxed(result.over(below, values, view, colours, alpha), key, view)
+
             methods = {}
             for number, (name, result) in enumerate(self.results.items()):
                 place = f"method-{number}/" if number else ""
@@ -452,7 +471,7 @@ class PredictionExplanation(Pictures):
                     "signed": result.signed,
                     "classes": {
                         str(key): self._class_entry(
-                            key, save_maps(result, key, folder, place, below, alpha, colormap, view)
+                            key, save_maps(result, key, folder, place, partial(draw, result, key))
                         )
                         for key in result.cams
                     },
@@ -484,7 +503,8 @@ class PredictionExplanation(Pictures):
         """Return what the manifest says of a class or a target."""
         entry = self._reference(key)
         if isinstance(key, str):
-            return {**entry, "score": _json_number(self.scores.get(key, math.nan)), "artifacts": artifacts}
+            found = {} if self.detections is None else self.detections.entry(key)
+            return {**entry, "score": _json_number(self.scores.get(key, math.nan)), **found, "artifacts": artifacts}
         probability = None if self.probabilities is None else _json_number(self.probabilities[0, key].item())
         logit = _json_number(self.logits[0, key].item())
         return {**entry, "logit": logit, "probability": probability, "artifacts": artifacts}

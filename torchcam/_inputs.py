@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from ._passes import find_image, model_device
+from ._passes import Call, model_device
 from ._pictures import from_unit_range, to_picture
 from ._tensors import map_tensors
 from ._views import FULL, View, Views
@@ -177,8 +177,10 @@ def _check_tensor(tensor: Tensor, model: nn.Module) -> Tensor:
             f"`input_tensor` of shape {shape} holds bytes, models take floats: convert it as the model was trained, or "
             "pass the image itself (a path, a PIL image or an array) with `transform=` or `weights=`"
         )
-    lacks_batch = tensor.ndim == 3 and len(tensor) in {3, 4} and _input_channels(model) is not None
-    if tensor.ndim < 3 or not len(tensor) or lacks_batch:
+    has_images = _input_channels(model) is not None
+    lacks_batch = tensor.ndim == 3 and len(tensor) in {3, 4} and has_images
+    is_signal = tensor.ndim == 2 and tensor.is_floating_point() and not has_images  # (N, length), as of speech
+    if (tensor.ndim < 3 and not is_signal) or not len(tensor) or lacks_batch:
         raise ValueError(
             "`input_tensor` must be one sample with its batch dimension, (1, C, *spatial), or a batch "
             f"(N, C, *spatial), got shape {shape}" + (": pass `input_tensor.unsqueeze(0)`" if lacks_batch else "")
@@ -187,10 +189,11 @@ def _check_tensor(tensor: Tensor, model: nn.Module) -> Tensor:
 
 
 def _image_of(kwargs: Mapping[str, Any]) -> Tensor:
-    found = find_image((), dict(kwargs))
+    found = Call((), dict(kwargs)).signal
     if not isinstance(found, Tensor):
         raise ValueError(  # noqa: TRY004 - a mapping is a right type
-            f"`input_tensor` is a mapping with {sorted(kwargs)}, none of which is a tensor of images (N, C, *spatial)"
+            f"`input_tensor` is a mapping with {sorted(kwargs)}, none of which is a tensor of images (N, C, *spatial) "
+            "or signals (N, length)"
         )
     return found
 

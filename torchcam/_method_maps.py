@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,12 +83,9 @@ def save_maps(
     key: int | str,
     folder: Path,
     place: str,
-    image: Image.Image,
-    alpha: float,
-    colormap: str | Colormap | None,
-    view: View,
+    draw: Callable[[NDArray[np.float32]], Image.Image],
 ) -> list[dict[str, Any]]:
-    """Write the maps of a class to ``place`` within ``folder``, and return the names of the files."""
+    """Write the maps of a class, and pictures of them, to ``place`` within ``folder``; return the files' names."""
     entries = []
     subject = f"target-{list(result.cams).index(key)}" if isinstance(key, str) else f"class-{key}"
     for number, (names, cam) in enumerate(zip(result.layer_names(key), result.cams[key], strict=True)):
@@ -98,8 +95,7 @@ def save_maps(
         grey = (255 * np.nan_to_num(shares)).round().astype(np.uint8)
         np.save(folder / f"{stem}.npy", cam.numpy(), allow_pickle=False)
         Image.fromarray(grey).save(folder / f"{stem}-heatmap.png")
-        drawn = result.over(image, values, view, None if result.signed else colormap, alpha)
-        drawn.save(folder / f"{stem}-overlay.png")
+        draw(values).save(folder / f"{stem}-overlay.png")
         entries.append(
             {
                 "target_layers": names,

@@ -94,6 +94,8 @@ class Call:
         found: the image-like argument as it was given; None if there is none
         autocast: the type of device, whether autocast was on for it, and its type
         shared: the inputs that all samples share although they have as many rows, by identity; None until it is proven
+        axes: the dimensions of the image-like input, or of the signal, along which its positions are; None for all
+            from the third on
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], wanted: str | int | None = None) -> None:
@@ -111,6 +113,7 @@ class Call:
         enabled = torch.is_autocast_enabled(device_type)
         self.autocast = device_type, enabled, torch.get_autocast_dtype(device_type) if enabled else None
         self.shared: set[int] | None = None
+        self.axes: tuple[int, ...] | None = None
 
     def check_unchanged(self) -> None:
         """Raise a ``RuntimeError`` if an argument was modified in place since the call."""
@@ -123,28 +126,36 @@ class Call:
                 )
 
     def _image(self) -> Tensor | list[Tensor]:
-        self.check_unchanged()
-        if self.found is None:
+        found = self.found if self.axes is None else self.signal
+        if found is None:
             shapes = [tuple(tensor.shape) for tensor, _ in self.versions]
             raise ValueError(f"no input of the model looks like an image (N, C, *spatial); it was called with {shapes}")
-        return self.found
+        return found
 
     @property
     def device(self) -> torch.device:
         """The device of the image-like input, the CPU where there is none."""
-        first = next(tensors_in(self.found), None)
+        first = next(tensors_in(self.signal), None)
         return torch.device("cpu") if first is None else first.device
 
     @property
     def image(self) -> Tensor:
-        """The image-like input, (N, C, *spatial); a list of images of one size is stacked.
+        """The image-like input, (N, C, *spatial), whatever its order; a list of images of one size is stacked.
 
         Raises:
             ValueError: if no argument is such a tensor
             RuntimeError: if an argument was modified in place since the call
         """
+        self.check_unchanged()
+        return self.image_now
+
+    @property
+    def image_now(self) -> Tensor:
+        """The image-like input, (N, C, *spatial), also if it was modified since the call."""
         found = self._image()
-        return found if isinstance(found, Tensor) else torch.stack(found)
+        if isinstance(found, Tensor):
+            return found if self.axes is None else _channels_first(found, self.axes)
+        return torch.stack(found)
 
     def with_image(self, image: Tensor, samples: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments with the image-like input replaced by ``image``.
@@ -153,7 +164,11 @@ class Call:
             image: variants of the input, (B, C, *spatial)
             samples: the sample of the recorded batch that each variant belongs to, (B,)
         """
-        return self._with(self._image(), image, samples)
+        self.check_unchanged()
+        given = self._image()
+        if self.axes is not None and isinstance(given, Tensor):
+            image = _as_given(image, self.axes, given.ndim)
+        return self._with(given, image, samples)
 
     @property
     def signal(self) -> Tensor | list[Tensor] | None:
@@ -165,6 +180,7 @@ class Call:
 
     def with_signal(self, signal: Tensor, samples: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments with ``signal`` in the place of the image-like input or the signal (N, L)."""
+        self.check_unchanged()
         original = self.signal
         return self._with(self._image() if original is None else original, signal, samples)
 
@@ -227,6 +243,20 @@ class Call:
         if not enabled and not torch.is_autocast_enabled(device_type):
             return nullcontext()
         return torch.autocast(device_type, dtype=dtype, enabled=enabled)
+
+
+def _channels_first(tensor: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Return an input with positions along some axes as (N, C, *spatial); one without channels has one."""
+    others = [axis for axis in range(1, tensor.ndim) if axis not in axes]
+    moved = tensor.permute(0, *others, *axes)
+    return moved if others else moved.unsqueeze(1)
+
+
+def _as_given(tensor: Tensor, axes: tuple[int, ...], ndim: int) -> Tensor:
+    """Return what :func:`_channels_first` made of an input of so many dimensions as it was given."""
+    order = [0, *(axis for axis in range(1, ndim) if axis not in axes), *axes]
+    moved = tensor if tensor.ndim == ndim else tensor.squeeze(1)
+    return moved.permute([order.index(axis) for axis in range(ndim)])
 
 
 def _others_are_close(new: Tensor, old: Tensor) -> bool:

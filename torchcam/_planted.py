@@ -192,7 +192,8 @@ def _explained(centre: Tensor, weight: Tensor, side: int) -> float:
     variance = (weight * (centre - mean) ** 2).sum()
     if not float(variance) > 1e-12 * float(total):
         return 0.0
-    rise = float(torch.corrcoef(torch.stack([index, means]))[0, 1])
+    seen = weights > 1e-6 * weights.amax()  # what a model pads its input with has no place
+    rise = float(torch.corrcoef(torch.stack([index[seen], means[seen]]))[0, 1])
     if not rise > 0.8:
         return 0.0
     if not others:  # each place is its own group: a line, not their means, must explain them

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
 
@@ -46,6 +46,15 @@ class Recipe:
     def plain_options(self) -> dict[str, Any]:
         """All arguments, as plain values."""
         return {name: plain_value(value) for name, value in {**self.options, **self.call_options}.items()}
+
+    @property
+    def searches_layer(self) -> bool:
+        """Whether the method looks for a layer with positions by itself: none is named, and it looks at one."""
+        return self.target_layer is None and getattr(self.method, "_looks_at_a_layer", True)
+
+    def at(self, layer: str | None) -> Recipe:
+        """Return this recipe with a layer in the place of the one that it would look for."""
+        return replace(self, target_layer=layer) if self.searches_layer else self
 
     @property
     def signed(self) -> bool:

@@ -21,6 +21,7 @@ __all__ = [
     "map_tensors",
     "min_max",
     "over_channels",
+    "over_positions",
     "resize",
     "tensors_in",
     "to_float",
@@ -159,6 +160,15 @@ def min_max(maps: Tensor, start_dim: int = 1) -> Tensor:
     scale = highest - lowest
     scale = scale.masked_fill_(_is_rounding(scale, lowest), torch.inf)  # by which all finite values become 0
     return (flat - lowest).div_(scale).reshape(maps.shape)
+
+
+def over_positions(maps: Tensor, image: Tensor) -> Tensor:
+    """Return maps over positions, (N, *spatial): as they are, or :func:`over_channels` of an attribution of an input.
+
+    A map has a dimension less than the input, but for inputs without channels: signals and spectrograms.
+    """
+    of_channels = maps.ndim > max(2, image.ndim - 1) and (image.ndim != 3 or maps.shape == image.shape)
+    return over_channels(maps) if of_channels else maps
 
 
 def over_channels(maps: Tensor) -> Tensor:

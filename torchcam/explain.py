@@ -18,21 +18,32 @@ from torchcam import __version__
 from torchcam._callable import make_callable
 from torchcam._checks import positive_integer
 from torchcam._choice import Choice, as_class_names
+from torchcam._detections import Detections
 from torchcam._explanation import Explanations, PredictionExplanation
 from torchcam._files import written_whole
 from torchcam._inputs import Inputs, read_inputs
 from torchcam._method_maps import MethodMaps
 from torchcam._recipes import Recipe, as_recipes, extractors_on, named_errors
 from torchcam._replica import replicated
-from torchcam._tensors import over_channels, to_float
+from torchcam._tensors import over_positions, to_float
 from torchcam._trust_request import TrustRequest
+from torchcam._views import FULL
 from torchcam.layers import TargetLayer
-from torchcam.methods import GradCAM
+from torchcam.methods import GradCAM, HiResCAM
 from torchcam.methods.core import plain_tensors
 from torchcam.targets import Selector, read_logits
+from torchcam.tasks.boxes import as_boxes, is_detector
 from torchcam.tasks.texts import as_images, as_texts, own_scores
 
-__all__ = ["Explanations", "MethodMaps", "PredictionExplanation", "explain", "explain_classes", "written_whole"]
+__all__ = [
+    "Detections",
+    "Explanations",
+    "MethodMaps",
+    "PredictionExplanation",
+    "explain",
+    "explain_classes",
+    "written_whole",
+]
 
 Method = type[Any] | str
 Layers = TargetLayer | Sequence[TargetLayer] | None
@@ -45,12 +56,14 @@ class Options(TypedDict, total=False):
 
     expected_class_idx: Any
     class_names: Sequence[str] | None
-    method: Method | Sequence[Method] | Mapping[str, Method]
+    method: Method | Sequence[Method] | Mapping[str, Method] | None
     target_layer: Layers | Mapping[Any, Layers]
     method_kwargs: Mapping[Any, Any] | None
     top_k: int | None
     class_idx: Any
     targets: Any
+    box: Any
+    threshold: float | None
     texts: Sequence[str] | None
     against: Literal["others"] | None
     relu: bool | Literal["negative"] | None
@@ -85,12 +98,14 @@ def explain(
     *,
     expected_class_idx: Any = None,
     class_names: Sequence[str] | None = None,
-    method: Method | Sequence[Method] | Mapping[str, Method] = GradCAM,
+    method: Method | Sequence[Method] | Mapping[str, Method] | None = None,
     target_layer: Layers | Mapping[Any, Layers] = None,
     method_kwargs: Mapping[Any, Any] | None = None,
     top_k: int | None = None,
     class_idx: Any = None,
     targets: Any = None,
+    box: Any = None,
+    threshold: float | None = None,
     texts: Sequence[str] | None = None,
     against: Literal["others"] | None = None,
     relu: bool | Literal["negative"] | None = None,
@@ -131,7 +146,7 @@ def explain(
         class_names: the names of all classes, in the order of the scores; by default those of ``weights``, or those
             that a model of transformers knows
         method: the class of the method, or its name in any spelling; several in a list, or in a mapping from labels of
-            your own
+            your own; by default GradCAM and, for boxes, HiResCAM
         target_layer: the layer(s) to look at, as the method takes them; for several methods the same, or a mapping from
             methods to layers
         method_kwargs: further arguments of the method: of its constructor, or of its call (``relu``,
@@ -143,6 +158,12 @@ def explain(
         targets: in place of classes, what to explain of any output: a callable from one sample's output to a scalar
             (see :mod:`torchcam.targets`), several in a mapping from their names, or in a list: of one input's several
             targets, of a batch's one for each input
+        box: of a detector, in place of classes: the number of a box that it finds, a list of them, or ``"all"``; by
+            default the box with the highest score. In place of a number also a :class:`torchcam.targets.Box` with it,
+            for a side, a mask or a point. For the wrappers of ultralytics, DETR and its relatives of transformers (with
+            their ``processor``) and the detectors of torchvision; ``input_tensor`` is an image then, or a list of them.
+            Their method is by default HiResCAM: the gradient of a box has a place, and GradCAM averages over it.
+        threshold: of a detector, the least score of a box; by default its own
         texts: of a model with an image and a text tower (CLIP, SigLIP, ...), the texts that the image is compared with.
             They are embedded once, and are the classes from then on; so they are what ``class_idx`` names.
         against: ``"others"`` to explain what tells a text from the others: its score less the mean of theirs
@@ -151,8 +172,8 @@ def explain(
         transform: function from a PIL image to a tensor (C, *spatial), or an image processor of transformers. The image
             that is shown is the model's view, with the transform's normalisation undone where it can be found.
         processor: a processor, image processor or tokenizer of transformers: it makes a tensor of an image where there
-            is no ``transform``, and tokens of ``texts``. For the latter also a function from a list of strings to what
-            the text tower takes, as the tokenizers of open_clip are.
+            is no ``transform``, boxes of a detector's output, and tokens of ``texts``. For the latter also a function
+            from a list of strings to what the text tower takes, as the tokenizers of open_clip are.
         weights: weights of torchvision, or their name, such as "ResNet18_Weights.DEFAULT" or, for a model as
             torchvision builds it, "DEFAULT": their transform is taken, and the names of the classes
         image: what to show in place of the model's view: an image as above, or a list of one for each input. If it is
@@ -172,18 +193,41 @@ def explain(
             there are fewer than ``top_k``, ``class_names`` has the wrong length, the scores are not (N, classes) or not
             finite, or a method cannot handle the model
     """
+    arguments = dict(locals())
     if top_k is not None:
         positive_integer("top_k", top_k)
     positive_integer("batch_size", batch_size)
-    recipes = as_recipes(method, target_layer, method_kwargs, relu)
     names = as_class_names(class_names)
-    model = _original(model)
+    model = original = explained = _original(model)
+    others = {"class_idx": class_idx, "targets": targets, "texts": texts, "top_k": top_k}
+    about_boxes = _asks_about_boxes(model, box, threshold, {**others, "expected_class_idx": expected_class_idx})
+    if about_boxes and isinstance(input_tensor, (list, tuple)):  # of pictures of any size, with any number of boxes
+        return Explanations([explain(**{**arguments, "input_tensor": one}) for one in input_tensor])
+    method = (HiResCAM if about_boxes else GradCAM) if method is None else method
+    recipes = as_recipes(method, target_layer, method_kwargs, relu)
+    boxes, compared = None, None
     with plain_tensors():
-        compared = as_texts(model, input_tensor, texts, against, targets, processor, batch_size)
-        if compared is not None:
-            input_tensor, transform = as_images(model, input_tensor, transform, processor)
-        inputs = read_inputs(model, input_tensor, transform, weights, image, processor)
-    original, names = model, inputs.class_names if names is None else names
+        if about_boxes:
+            boxes = as_boxes(
+                model,
+                input_tensor,
+                box,
+                processor=processor,
+                threshold=threshold,
+                class_names=names,
+                needs_layer=any(recipe.searches_layer for recipe in recipes),
+                transform=transform,
+                weights=weights,
+            )
+            model, inputs, targets = boxes.model, boxes.inputs, boxes.targets
+            recipes = [recipe.at(boxes.layer) for recipe in recipes]
+            names, explained = None, model
+        else:
+            compared = as_texts(model, input_tensor, texts, against, targets, processor, batch_size)
+            if compared is not None:
+                input_tensor, transform = as_images(model, input_tensor, transform, processor)
+            inputs = read_inputs(model, input_tensor, transform, weights, image, processor)
+            names = inputs.class_names if names is None else names
     if compared is not None:
         model, names = compared.classifier(model), compared.names if class_names is None else names
         to_probabilities = to_probabilities or compared.to_probabilities
@@ -203,12 +247,13 @@ def explain(
                 request = None
                 if inputs.kwargs is None:
                     request = TrustRequest.of(
-                        original,
+                        explained,
                         inputs.tensor[number : number + 1],
                         recipes,
                         [result.target_layers for result in results.values()],
                         {} if choice.targets is None else choice.targets[number],
-                        images=None if picture is None else [picture],
+                        # A map that covers another part of the picture is judged over what the model sees.
+                        images=None if picture is None or inputs.shown[number] != FULL else [picture],
                         class_names=names,
                         to_probabilities=to_probabilities,
                         view=None if compared is None else compared.classifier,
@@ -231,6 +276,7 @@ def explain(
                         probabilities=_probabilities(answer.logits, to_probabilities),
                         scores=MappingProxyType(answer.scores),
                         view=inputs.shown[number],
+                        detections=None if boxes is None else boxes.detections,
                         _try_out=request,
                         _views=inputs.views[number],
                     )
@@ -282,6 +328,24 @@ def explain_classes(
     return logits, cams, extractor
 
 
+def _asks_about_boxes(model: nn.Module, box: Any, threshold: float | None, others: Mapping[str, Any]) -> bool:
+    """Check whether a detector is asked about its boxes: it is, if nothing else is asked.
+
+    Raises:
+        ValueError: if it is asked about something else as well, or there is a ``threshold`` for no boxes
+    """
+    asked = [name for name, value in others.items() if value is not None]
+    if box is not None and asked:
+        raise ValueError(f"give `box` or `{asked[0]}`, not both: boxes take the place of classes and targets")
+    if box is not None or (not asked and is_detector(model)):
+        return True
+    if threshold is not None:
+        raise ValueError(
+            f"`threshold` is {threshold}, the least score of a detector's boxes, but no `box` is asked about"
+        )
+    return False
+
+
 def _original(model: nn.Module) -> nn.Module:
     """Return the model, or what `torch.compile` was given: compiled code runs no hooks."""
     if not isinstance(model, nn.Module):
@@ -325,7 +389,7 @@ def _explain_samples(
     for recipe, extractor in zip(recipes, extractors, strict=True):
         with named_errors(recipe, recipes):
             maps = [
-                _fused_on_cpu(recipe.compute_maps(extractor, output, **column), extractor, inputs.tensor.ndim - 2)
+                _fused_on_cpu(recipe.compute_maps(extractor, output, **column), extractor, inputs.tensor[samples])
                 for column in columns
             ]
         for sample, named in enumerate(keys):
@@ -383,11 +447,10 @@ def _answers_of_targets(
     return [_Answer(torch.zeros(1, 0), None, one) for one in scores]
 
 
-def _fused_on_cpu(maps: list[Tensor], extractor: Any, num_spatial: int) -> tuple[list[Tensor], Tensor]:
+def _fused_on_cpu(maps: list[Tensor], extractor: Any, image: Tensor) -> tuple[list[Tensor], Tensor]:
     """Return the maps (N, *spatial) of all layers, and the one that is drawn."""
     fused = extractor.fuse_cams(maps) if len(maps) > 1 else maps[0]
-    drawn = over_channels(fused) if fused.ndim - 1 > num_spatial else fused
-    return [cam.cpu() for cam in maps], drawn.cpu()
+    return [cam.cpu() for cam in maps], over_positions(fused, image).cpu()
 
 
 def _probabilities(logits: Tensor, function: Callable[[Tensor], Tensor] | None) -> Tensor | None:

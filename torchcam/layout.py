@@ -293,6 +293,20 @@ def _input_axes(input_shape: tuple[int, ...]) -> list[tuple[int, ...]]:
     return []
 
 
+def axes_of(input_shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    """Return the dimensions with positions of an input as its shape tells them; None for all from the third on."""
+    if input_shape is None or len(input_shape) < 4:
+        return None
+    if len(input_shape) == 4 and max(input_shape[1:3]) > 8 * min(input_shape[1:3]):  # a recording of several channels
+        return None
+    return unusual_axes(next(iter(_input_axes(input_shape)), ()))
+
+
+def unusual_axes(axes: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Return dimensions with positions, None where they are all from the third on."""
+    return None if axes == tuple(range(2, len(axes) + 2)) else axes
+
+
 def _maps(
     shape: tuple[int, ...], axes: tuple[int, ...], input_shape: tuple[int, ...], channels: int | None
 ) -> list[Reading]:

@@ -35,7 +35,7 @@ from torchcam._monitor_checks import (
 from torchcam._passes import model_device
 from torchcam._replica import random_states_kept, replicated
 from torchcam._tables import as_csv
-from torchcam._tensors import is_finite, min_max, over_channels, resize, to_float
+from torchcam._tensors import is_finite, min_max, over_positions, resize, to_float
 from torchcam._timeline import ProbeResult, Timeline
 from torchcam.layers import TargetLayer, layer_names
 from torchcam.methods import GradCAM
@@ -344,9 +344,7 @@ class CAMMonitor:
             images = self._images[chunk].to(device=device, dtype=dtype)
             output = model(images) if self._forward is None else self._forward(model, images)
             asked = {} if select is None else select.arguments(output, samples)
-            cams = extractor.fuse_cams(extractor(scores=output, **asked))
-            if cams.ndim == images.ndim:  # an attribution of every channel
-                cams = over_channels(cams)
+            cams = over_positions(extractor.fuse_cams(extractor(scores=output, **asked)), images)
             if cams.ndim != images.ndim - 1:
                 raise ValueError(
                     f"`method` {self.method.__name__} gives maps of shape {tuple(cams.shape)} for images of shape "

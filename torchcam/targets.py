@@ -12,10 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._checks import integer
+from ._detector_rows import SIDES, read_rows
 from ._tensors import map_tensors, tensors_in, to_float
 
 __all__ = [
     "BinaryLogit",
+    "Box",
     "BoxScores",
     "ClassIndex",
     "ClassLogit",
@@ -397,6 +400,60 @@ class Segmentation:
                 f"`mask` has shape {tuple(self.mask.shape)}, but the scores of a class have {tuple(scores.shape)}"
             )
         return (scores * self.mask.to(scores)).sum()
+
+
+@dataclass(frozen=True, eq=False)
+class Box:
+    """The score of one of a detector's boxes, or one of its sides, its mask, or the confidence in one of its points.
+
+    It reads the outputs of detectors of torchvision (a list of mappings with ``boxes``, ``labels`` and ``scores``), of
+    DETR and its relatives of transformers (``logits`` and ``pred_boxes``), and of models of ultralytics (the decoded
+    output and the raw ones). The score is the logit of the box's class, before the softmax or sigmoid; of torchvision,
+    the final score.
+
+    Attributes:
+        index: the row: of torchvision the detection, of transformers the query, of ultralytics the anchor
+        side: in place of the score ``"left"``, ``"top"``, ``"right"`` or ``"bottom"`` of the box, in the output's own
+            units, or ``"mask"``: the sum of its mask over the pixels that belong to it
+        keypoint: in place of the score, the confidence in this one of its points
+        label: the class, by default the one with the highest score in the row (of DETR, the last one is "no object")
+        near: left, top, right and bottom of a box, in the output's own units. Then the row whose box overlaps it most
+            is read, in place of the row at ``index``: for models whose rows have no place of their own (torchvision,
+            RT-DETR), when they run on variants of the input. Where torchvision finds no box of the class that overlaps
+            it by half, the score is 0.
+
+    Raises:
+        TypeError: if ``index`` is no integer
+        ValueError: if ``side`` is none of these, both ``side`` and ``keypoint`` are given, or there is no such row
+    """
+
+    index: int
+    side: str | None = None
+    keypoint: int | None = None
+    label: int | None = None
+    near: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        integer("index", self.index, 0)
+        if self.side not in {None, "mask", *SIDES}:
+            raise ValueError(f"`side` must be one of {', '.join(map(repr, SIDES))}, 'mask' or None, got {self.side!r}")
+        if self.side is not None and self.keypoint is not None:
+            raise ValueError(f"give `side` ({self.side!r}) or `keypoint` ({self.keypoint}), not both")
+
+    def __call__(self, output: Any) -> Tensor:
+        """Score one sample's output."""
+        rows = read_rows(output)
+        row = self.index if self.near is None else rows.find(self.near, self.label)
+        if row is None:
+            return rows.nothing
+        if row >= len(rows):
+            raise ValueError(f"`index` must lie between 0 and {len(rows) - 1}, the rows of the output, got {row}")
+        label = rows.label(row) if self.label is None else self.label
+        if self.keypoint is not None:
+            return rows.keypoint(row, self.keypoint)
+        if self.side is None:
+            return rows.score(row, label)
+        return rows.mask(row, label) if self.side == "mask" else rows.box(row, label)[SIDES.index(self.side)]
 
 
 @dataclass(frozen=True, eq=False)

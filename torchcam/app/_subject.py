@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torchcam._explanation import PredictionExplanation
 from torchcam._inputs import read_inputs
 from torchcam._methods import method_names
 from torchcam._passes import Call
+from torchcam._recommended import Recommended, recommended
 from torchcam.explain import explain
 from torchcam.layers import Candidates, candidates_of
 from torchcam.methods import attention, pixel
@@ -35,6 +36,7 @@ class_names = CLASS_NAMES
 transform = Compose([Resize(96), ToTensor()])
 to_probabilities = torch.sigmoid  # several digits may be there
 """
+BEST = "recommended"
 UNKNOWN = "model = ...  # your model, and what was passed to `torchcam.app.build` with it\n"
 
 
@@ -73,17 +75,26 @@ class Subject:
         self.setup = UNKNOWN if setup is None else setup
         given = {"transform": transform, "class_names": class_names, "to_probabilities": to_probabilities}
         self._given = {name: value for name, value in given.items() if value is not None}
+        self.best: dict[str, Recommended] = {}
 
-    def layers(self, picture: str) -> Candidates:
-        """Return the layers that a map can be made from, by a pass over a picture."""
+    def look_at(self, picture: str) -> Candidates:
+        """Return the layers that a map can be made from, by passes over a picture, and note what is recommended."""
         inputs = read_inputs(self.model, picture, self._given.get("transform"))
         call = Call((inputs.tensor,), {}) if inputs.kwargs is None else Call((), dict(inputs.kwargs))
+        best = recommended(self.model, *call.args, **call.kwargs)
+        if best.target_layer is not None:
+            self.best = {f"{best.method}, {BEST}": best}
         usable = candidates_of(self.model, call).usable
         return Candidates([one for one in usable if one.is_stage] or usable)
 
+    @property
+    def methods(self) -> list[str]:
+        """The methods to choose from: first the one that is recommended for the model, if it is not the default."""
+        return [*self.best, *METHODS]
+
     def answer(self, question: Question) -> PredictionExplanation:
         """Explain a picture. The maps are drawn on the picture itself, where the model saw it."""
-        options = {**self._given, **_options(question)}
+        options = {**self._given, **self._options(question)}
         result: PredictionExplanation = explain(self.model, question.picture, image=question.picture, **options)
         return result
 
@@ -95,7 +106,7 @@ class Subject:
             picture: the expression that stands for the picture
             imports: what this expression needs
         """
-        options = {name: as_code(value) for name, value in _options(question).items()}
+        options = {name: as_code(value) for name, value in self._options(question).items()}
         arguments = {"image": "picture", **{name: name for name in self._given}, **options}
         lines = "".join(f"    {name}={text},\n" for name, text in arguments.items())
         return (
@@ -105,23 +116,27 @@ class Subject:
             'result.to_html("maps.html")  # a page with opacity, threshold and zoom\n'
         )
 
+    def _options(self, question: Question) -> dict[str, Any]:
+        """Return the arguments of `explain` that a question decides."""
+        best = {name: self.best[name] for name in question.methods if name in self.best}
+        placed = [name for name in question.methods if name not in OWN_LAYERS and name not in best]
+        options: dict[str, Any] = {"method": list(question.methods)}
+        layers: dict[str, Any] = {name: one.target_layer for name, one in best.items()}
+        if question.layer is not None:
+            layers |= dict.fromkeys(placed, question.layer)
+        if layers:
+            options["target_layer"] = question.layer if len(placed) == len(question.methods) else layers
+        if best:  # it has a name of its own beside the method with the chosen layer
+            options["method"] = {name: best[name].method if name in best else name for name in question.methods}
+            options["method_kwargs"] = {name: dict(one.method_kwargs) for name, one in best.items()}
+        if question.classes:
+            options["class_idx"] = list(question.classes)
+        return options
+
 
 def as_code(value: Any) -> str:
     """Return the code of a text, a number, or a list or mapping of such."""
     return json.dumps(value, ensure_ascii=False)
-
-
-def _options(question: Question) -> dict[str, Any]:
-    """Return the arguments of `explain` that a question decides."""
-    options: dict[str, Any] = {"method": list(question.methods)}
-    placed = [name for name in question.methods if name not in OWN_LAYERS]
-    if question.layer is not None and placed:
-        same = len(placed) == len(question.methods)
-        layer: str | Mapping[str, str] = question.layer if same else dict.fromkeys(placed, question.layer)
-        options["target_layer"] = layer
-    if question.classes:
-        options["class_idx"] = list(question.classes)
-    return options
 
 
 def bundled() -> Subject:

@@ -23,7 +23,7 @@ from torchcam.demo import sample_images
 from torchcam.demo.model import DemoNet
 
 from ._private import LOOPBACK, KnownHosts, uploads_in
-from ._subject import METHODS, Question, Subject, as_code
+from ._subject import Question, Subject, as_code
 
 __all__ = ["Window"]
 
@@ -71,7 +71,7 @@ class Window(gr.Blocks):  # type: ignore[misc]
         with uploads_in(self.folder):
             super().__init__(analytics_enabled=False, title=title, delete_cache=OLD, fill_width=True)
             begin = self._keep(pictures)
-            layers = subject.layers(begin[0])
+            layers = subject.look_at(begin[0])
             names = _class_labels(subject.answer(Question(begin[0], (), layers.choice, ("GradCAM",))))
             self.layers = list(layers)
             self._labels = {label: index for index, label in enumerate(names)}
@@ -158,7 +158,11 @@ class Window(gr.Blocks):  # type: ignore[misc]
                     )  # fmt: skip
                     layer_text = gr.Markdown(elem_id="layer-text")
                     methods = gr.Dropdown(
-                        list(METHODS), value=BEGIN, multiselect=True, label="Methods", elem_id="methods"
+                        self.subject.methods,
+                        value=self.subject.methods[:1] if self.subject.best else BEGIN,
+                        multiselect=True,
+                        label="Methods",
+                        elem_id="methods",
                     )
                 with gr.Column(scale=5, min_width=320):
                     top = gr.Label(num_top_classes=SHOWN, label="The model's answer", show_heading=False, elem_id="top")

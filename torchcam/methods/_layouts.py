@@ -9,7 +9,7 @@ from torch import nn
 
 from torchcam._certainty import Certainty
 from torchcam._passes import Call
-from torchcam.layout import AmbiguousLayoutError, Layout, Reading, no_reading
+from torchcam.layout import AmbiguousLayoutError, Layout, Reading, no_reading, unusual_axes
 
 from ._running import warn
 
@@ -27,7 +27,7 @@ class Layouts:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._found: dict[tuple[str, torch.Size, tuple[int, ...] | None], Layout] = {}
+        self._found: dict[tuple[str, torch.Size, tuple[int, ...] | None], Reading] = {}
         self._proven: dict[str, Layout] = {}
 
     def prove(self, name: str, layout: Layout) -> None:
@@ -47,7 +47,7 @@ class Layouts:
         call: Call,
         input_shape: tuple[int, ...] | None,
     ) -> Layout:
-        """Return the layout of a layer's output.
+        """Return the layout of a layer's output, and tell the call along which axes of the input its positions are.
 
         Args:
             shape: the shape of the output
@@ -64,9 +64,11 @@ class Layouts:
         if found is None:
             layer = next((one for one in target_names if name == one or name.startswith(f"{one}[")), name)
             found = self._found[key] = self._decide(tuple(shape), layer, name, call)
-        return found
+        if found.fits or len(found.axes) + 2 != len(input_shape or ()):
+            call.axes = unusual_axes(found.axes)
+        return found.layout
 
-    def _decide(self, shape: tuple[int, ...], layer: str, name: str, call: Call) -> Layout:
+    def _decide(self, shape: tuple[int, ...], layer: str, name: str, call: Call) -> Reading:
         certainty = Certainty(self.model, call)
         if len(shape) < 3:
             raise ValueError(no_reading(shape, certainty.input_shape, name))
@@ -89,15 +91,15 @@ class Layouts:
                 stacklevel=2,
             )
         self._proven[name] = layout
-        return layout
+        return verdict.reading
 
-    def _alike(self, possible: Sequence[Reading], name: str) -> Layout | None:
+    def _alike(self, possible: Sequence[Reading], name: str) -> Reading | None:
         """Return the reading that is like the one that was proven for another size, if it is the only one."""
         known = self._proven.get(name)
         if known is None:
             return None
-        found = {one.layout for one in possible if one.layout.is_like(known)}
-        return found.pop() if len(found) == 1 else None
+        found = [one for one in possible if one.layout.is_like(known)]
+        return found[0] if len({one.layout for one in found}) == 1 else None
 
 
 def _no_layout(

@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from torchcam._passes import Call, image_shape
 from torchcam._replica import CallWrapper, ExtractorHook
 from torchcam._tensors import map_tensors, tensors_in
-from torchcam.layout import Layout, primary_tensors, replace_tensors
+from torchcam.layout import Layout, axes_of, primary_tensors, replace_tensors
 
 from ._fused import FusedCall, SharedWrapper, attached, fused_modules
 from ._layouts import Layouts
@@ -112,6 +112,7 @@ class Pass:
         self.predecessor: int | None = None
         self.call = Call(args, kwargs, recorder.wanted_input)
         self.input_shape = image_shape(self.call.found)
+        self.call.axes = axes_of(self.input_shape)
         self.private = private
         self.output: Any = None
         self.returned: list[weakref.ref[Tensor]] = []

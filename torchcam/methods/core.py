@@ -65,6 +65,7 @@ class _CAM:
     class_agnostic = False  # the map is the same for every class: none has to be named
 
     _default: DefaultLayer | None = None
+    _looks_at_a_layer = True  # whose positions make the map: a default is searched for where none is named
     _channels: int | None = None  # how many the default layer must have
     _relu = False
     _differentiates = False  # the pass keeps its graph from the target layers on
@@ -585,8 +586,13 @@ class _CAM:
 
     def _recorded_call(self, request: Request) -> Call:
         """Return the arguments of the recorded pass."""
-        request.recorded.call.check_unchanged()
-        return request.recorded.call
+        recorded = request.recorded
+        recorded.call.check_unchanged()
+        if len(recorded.input_shape or ()) < 4 and self._recorder.keeps_outputs and self.reshape_transform is None:
+            for name, activation in zip(recorded.names, recorded.activations, strict=True):
+                if activation is not None:
+                    recorded.layout(activation, name)  # which tells the call the axes of a signal or a spectrogram
+        return recorded.call
 
     # More than one pass.
 

@@ -34,6 +34,7 @@ class _PixelCAM(_CAM):
     """
 
     _runs_model = True
+    _looks_at_a_layer = False
     _options = ()
 
     def __init__(
@@ -58,9 +59,11 @@ class _PixelCAM(_CAM):
 
 
 def _keep_image(ended: Pass) -> None:
-    if ended.call.found is not None:
-        found = ended.call.found
-        image = found if isinstance(found, Tensor) else torch.stack(found)
+    call = ended.call
+    if call.found is None and call.signal is not None:
+        call.axes = (1,)
+    if call.signal is not None:
+        image = call.image_now
         ended.layers[0] = {"input": (image, image)}
 
 

@@ -17,7 +17,8 @@ from torchcam._checks import callable_object, integer
 from torchcam._chunks import run_chunks
 from torchcam._passes import forwards_replaced
 from torchcam._replica import replicated
-from torchcam._tensors import map_tensors, over_channels, resize, to_float
+from torchcam._tensors import map_tensors, over_positions, resize, to_float
+from torchcam.layout import axes_of
 from torchcam.methods._replay import VariantRunner
 from torchcam.methods.core import on_replica, plain_tensors
 from torchcam.targets import ClassIndex, OutputTarget, Selector, check_one_of, class_scores, read_logits
@@ -436,7 +437,7 @@ def as_image(input_tensor: object) -> Tensor:
 
     Raises:
         TypeError: if it is not a floating-point tensor
-        ValueError: if it has no samples, channels or positions
+        ValueError: if it has no samples, channels or positions, or they are in another order
     """
     if not isinstance(input_tensor, Tensor) or not input_tensor.is_floating_point():
         found = f"a tensor of {input_tensor.dtype}" if isinstance(input_tensor, Tensor) else type(input_tensor).__name__
@@ -445,6 +446,12 @@ def as_image(input_tensor: object) -> Tensor:
         raise ValueError(
             f"`input_tensor` must hold samples, channels and positions, (N, C, *spatial), got "
             f"{tuple(input_tensor.shape)}"
+        )
+    if axes_of(tuple(input_tensor.shape)) is not None:
+        raise ValueError(
+            f"`input_tensor` of shape {tuple(input_tensor.shape)} has its channels behind positions, and what is "
+            "hidden is a part of an input (N, C, *spatial): pass a module that takes such an input and permutes it for "
+            "the model"
         )
     return input_tensor.detach()
 
@@ -558,9 +565,7 @@ def maps_of(extractor: Extractor, output: Any, image: Tensor, **asked: Any) -> T
             f"`cam_extractor` gave maps of shape {tuple(fused.shape)} for {len(image)} inputs: a metric needs one "
             "map per sample"
         )
-    if fused.ndim == image.ndim:  # an attribution of every channel
-        fused = over_channels(fused)
-    return resize(fused.unsqueeze(1), image.shape[2:]).squeeze(1)
+    return resize(over_positions(fused, image).unsqueeze(1), image.shape[2:]).squeeze(1)
 
 
 def with_logits(logits_fn: LogitsFn | None, output: Any) -> Any:

@@ -1,3 +1,3 @@
-"""Questions beyond one class: which part of the image fits a text, and why a model answers with a word."""
+"""Questions beyond one class: what fits a text, why a box is there, and why a model answers with a word."""
 
 __all__: list[str] = []

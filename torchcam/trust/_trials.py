@@ -18,7 +18,7 @@ from torchcam._methods import CALL_OPTIONS, by_method, find_method, takes
 from torchcam._pictures import to_picture
 from torchcam._recommended import COMPARED, recommended
 from torchcam._replica import replicated
-from torchcam._tensors import blurred_out, is_constant, over_channels, resize, to_float
+from torchcam._tensors import blurred_out, is_constant, over_positions, resize, to_float
 from torchcam.layers import TargetLayer
 from torchcam.methods.core import on_replica, plain_tensors
 from torchcam.metrics import Localization
@@ -367,7 +367,7 @@ class _Trials:
                 output = run_to_explain(own, image)
                 parts.append(to_float(own.fuse_cams(own(scores=output, **self.question.arguments(batch))).detach()))
         maps = torch.cat(parts)
-        return over_channels(maps) if maps.ndim == self.question.image.ndim else maps
+        return over_positions(maps, self.question.image)
 
     def _diagnosis(self, extractor: Any, *, signed: bool) -> list[Check]:
         """Diagnose the map of each sample."""

@@ -1,0 +1,104 @@
+"""What the detectors of all libraries are asked, and what they answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from torchcam._inputs import Inputs
+
+__all__ = ["Found", "Looked", "match_rows"]
+
+
+@dataclass(frozen=True)
+class Looked:
+    """How a detector is asked about a picture.
+
+    Attributes:
+        given: the picture, or what stands for it: a path, an array, or a tensor (1, C, H, W)
+        picture: the picture, RGB; None of a tensor
+        processor: of transformers, what makes inputs of pictures and boxes of outputs
+        threshold: the least score of a box; None for the detector's own
+        options: how `explain` reads inputs: ``transform`` and ``weights``
+    """
+
+    given: Any
+    picture: Image.Image | None
+    processor: Any
+    threshold: float | None
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a detector found in a picture, and how it is explained.
+
+    Attributes:
+        model: the model that returns rows: it runs on ``inputs``
+        inputs: its inputs, with the original picture and where the model's view lies on it
+        boxes: left, top, right and bottom in pixels of the picture, (D, 4)
+        labels: the class of each box, (D,)
+        scores: the score of each box, (D,)
+        rows: the row of the model's output behind each box
+        near: each box in the output's own units, (D, 4), where rows have no place of their own; None where they have
+        size: the width and height of the picture
+        class_names: the names of the classes, as far as they are known
+        layers: the names of layers whose positions are those of the picture, the first one that all boxes depend on is
+            explained
+        least_stride: of the layers, first those whose positions span so many pixels of the input or more, the finest
+            first; None for the order as it is
+    """
+
+    model: nn.Module
+    inputs: Inputs
+    boxes: Tensor
+    labels: Tensor
+    scores: Tensor
+    rows: Sequence[int]
+    near: Tensor | None
+    size: tuple[int, int]
+    class_names: Mapping[int, str]
+    layers: Sequence[str]
+    least_stride: int | None = None
+
+
+def match_rows(rows: Tensor, shares: Tensor, boxes: Tensor, labels: Tensor, scores: Tensor, argument: str) -> list[int]:
+    """Return the row that each box came from, by its values; of rows with the same values, the first one left.
+
+    Args:
+        rows: the boxes of the rows, (R, 4), in the units of ``boxes``
+        shares: the scores of all classes of the rows, in the units of ``scores``, (R, K)
+        boxes: the boxes to look for, (D, 4)
+        labels: their classes, (D,)
+        scores: their scores, (D,)
+        argument: what the error says of a box that no row has
+
+    Raises:
+        ValueError: if there is no row with these values
+    """
+    tolerance = max(1.0, 1e-3 * float(boxes.abs().amax())) if len(boxes) else 1.0
+    taken: set[tuple[int, int]] = set()
+    found = []
+    for box, label, score in zip(boxes, labels.tolist(), scores, strict=True):
+        if label >= shares.shape[1]:
+            raise ValueError(f"{argument}: a box has class {label}, the model scores {shares.shape[1]}")
+        # A thousandth of a score weighs as much as a pixel.
+        miss = (rows - box).abs().amax(1) + 1e3 * (shares[:, label] - score).abs()
+        miss = miss.nan_to_num(torch.inf)
+        for row, other in taken:
+            if other == label:
+                miss[row] = torch.inf
+        row = int(miss.argmin())
+        if not miss[row] <= tolerance:
+            raise ValueError(
+                f"{argument}: no row of the model's output is the box {[round(side, 1) for side in box.tolist()]} of "
+                f"class {label} with score {float(score):.3f}"
+            )
+        taken.add((row, label))
+        found.append(row)
+    return found

@@ -1,0 +1,191 @@
+"""Why this box: detectors of ultralytics, transformers and torchvision."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from torchcam._checks import finite_number
+from torchcam._detections import Detections
+from torchcam._inputs import Inputs, as_rgb, read_picture
+from torchcam._passes import Call
+from torchcam._replica import replicated
+from torchcam.layers import candidates_of
+from torchcam.layout import first_tensor, replace_tensors
+from torchcam.targets import Box, Selector
+
+from . import _detr, _torchvision, _yolo
+from ._found import Found, Looked
+
+__all__ = ["Boxes", "as_boxes", "is_detector"]
+
+_LIBRARIES = (_yolo, _detr, _torchvision)
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """Which boxes of a picture are explained, and how.
+
+    Attributes:
+        model: the model to explain
+        inputs: its inputs, with the original picture
+        targets: the target of each box that is asked about, by its name
+        detections: all boxes that were found
+        layer: the layer that is explained by default
+    """
+
+    model: nn.Module
+    inputs: Inputs
+    targets: Mapping[str, Box]
+    detections: Detections
+    layer: str | None
+
+
+def is_detector(model: Any) -> bool:
+    """Check whether the boxes of a model can be explained."""
+    return any(library.is_detector(model) for library in _LIBRARIES)
+
+
+def as_boxes(
+    model: nn.Module,
+    given: Any,
+    box: Any,
+    *,
+    processor: Any = None,
+    threshold: float | None = None,
+    class_names: Sequence[str] | None = None,
+    needs_layer: bool = True,
+    **options: Any,
+) -> Boxes:
+    """Ask a detector about a picture, and find the rows of its output behind the boxes that are asked about.
+
+    Args:
+        model: the detector
+        given: the picture: a path, a PIL image or an array; for torchvision also a tensor (1, C, H, W)
+        box: the number of a box, a :class:`torchcam.targets.Box` with it, ``"all"``, or a list of them; by default the
+            one with the highest score
+        processor: of transformers, what makes inputs of pictures and boxes of outputs
+        threshold: the least score of a box, by default the detector's own
+        class_names: the names of the classes, by default those that the detector knows
+        needs_layer: whether the default layer is looked for
+        options: how inputs are read: ``transform`` and ``weights``
+
+    Raises:
+        TypeError: if the model is no detector, or an argument has the wrong type
+        ValueError: if there is no such box, or none at all
+    """
+    library = next((one for one in _LIBRARIES if one.is_detector(model)), None)
+    if library is None:
+        raise TypeError(
+            f"`box` asks about the boxes of a detector, and {type(model).__name__} is none that is known (the wrappers "
+            "of ultralytics, detectors of transformers and of torchvision): leave it out, or pass `targets`, say "
+            "torchcam.targets.Box of a row of the output"
+        )
+    if threshold is not None:
+        finite_number("threshold", threshold, 0.0)
+    picture = None if isinstance(given, Tensor) else as_rgb(read_picture(given))
+    if isinstance(given, Tensor) and (given.ndim != 4 or len(given) != 1):
+        raise ValueError(f"`input_tensor` must be one image, (1, C, H, W), for `box`, got shape {tuple(given.shape)}")
+    found = library.find(model, Looked(given, picture, processor, threshold, options))
+    asked = _asked(box, found)
+    names: Mapping[int, str] = found.class_names if class_names is None else dict(enumerate(class_names))
+    targets = {_name(one): _target(found, one) for one in asked}
+    explained = {_name(one): one.index for one in asked}
+    detections = Detections(
+        found.boxes, found.labels, found.scores, found.size, MappingProxyType(dict(names)), MappingProxyType(explained)
+    )
+    layer = _layer(found, list(targets.values())) if needs_layer else None
+    return Boxes(found.model, found.inputs, MappingProxyType(targets), detections, layer)
+
+
+def _asked(box: Any, found: Found) -> list[Box]:
+    """Read which boxes are asked about; their index is that of the box among those that were found."""
+    count = len(found.boxes)
+    if not count:
+        raise ValueError("`box`: the detector found no box in the picture; a lower `threshold` shows less certain ones")
+    if box is None:
+        box = int(found.scores.argmax())
+    asked = []
+    for one in (
+        box if isinstance(box, (list, tuple)) else range(count) if isinstance(box, str) and box == "all" else [box]
+    ):
+        index = one.index if isinstance(one, Box) else one
+        if isinstance(index, (bool, np.bool_)) or not isinstance(index, (int, np.integer)):
+            raise TypeError(f"`box` must be the number of a box, a list of them, or 'all', got {one!r}")
+        if not 0 <= index < count:
+            raise ValueError(
+                f"`box` must lie between 0 and {count - 1} for the {count} boxes that were found, got {index}"
+            )
+        asked.append(replace(one, index=int(index)) if isinstance(one, Box) else Box(int(index)))
+    if not asked:
+        raise ValueError("`box` is an empty list: name at least one box")
+    return asked
+
+
+def _name(box: Box) -> str:
+    part = box.side if box.keypoint is None else f"point {box.keypoint}"
+    return f"box {box.index}" + (f", {part}" if part else "")
+
+
+def _target(found: Found, box: Box) -> Box:
+    """Return the target of a box that was found: of its row, and of its class."""
+    label = int(found.labels[box.index]) if box.label is None else box.label
+    near = None if found.near is None else found.near[box.index]
+    return replace(box, index=found.rows[box.index], label=label, near=near)
+
+
+def _layer(found: Found, targets: Sequence[Box]) -> str:
+    """Return the first of the layers that all targets depend on; of none of them, the default of any model.
+
+    Raises:
+        ValueError: if there is none
+    """
+    outputs: dict[str, Tensor] = {}
+
+    def note(name: str, _module: nn.Module, _args: Any, output: Any) -> Any:
+        tensor = first_tensor(output)
+        if tensor is None or not tensor.is_floating_point() or tensor.ndim < 3:
+            return None
+        outputs[name] = copied = (tensor if tensor.requires_grad else tensor.detach().requires_grad_()).clone()
+        return replace_tensors(output, [(tensor, copied)])
+
+    inputs = found.inputs
+    with replicated(found.model) as replica, torch.inference_mode(False), torch.enable_grad():
+        for name in found.layers:
+            replica.get_submodule(name).register_forward_hook(partial(note, name))
+        output = inputs.call(replica, slice(0, 1))
+        scores = [Selector(None, target, 1)(output).sum() for target in targets]
+        pixels = inputs.tensor.shape[2] * inputs.tensor.shape[3]
+        strides = {name: (pixels / (one.shape[-2] * one.shape[-1])) ** 0.5 for name, one in outputs.items()}
+        names = [name for name in found.layers if name in outputs]
+        least = found.least_stride
+        if least is not None:
+            # Grids are rounded up: a stride of 16 may count less.
+            names.sort(key=lambda name: (strides[name] < 0.75 * least, abs(strides[name] - least)))
+        depends = {name: [_has_gradient(score, outputs[name]) for score in scores] for name in names}
+    asked = [place for place in range(len(targets)) if any(found_on[place] for found_on in depends.values())]
+    for name, found_on in depends.items():  # a target that no layer moves, say an empty mask, decides nothing
+        if asked and all(found_on[place] for place in asked):
+            return name
+    args, kwargs = ((inputs.tensor,), {}) if inputs.kwargs is None else ((), dict(inputs.kwargs))
+    choice = candidates_of(found.model, Call(args, kwargs), Selector(None, targets[0], 1)).choice
+    if choice is None:
+        raise ValueError(
+            f"no layer of {type(found.model).__name__} is known to show the picture: name a `target_layer`"
+        )
+    return choice
+
+
+def _has_gradient(score: Tensor, output: Tensor) -> bool:
+    """Check whether a score depends on the output of a layer."""
+    if not score.requires_grad:
+        return False
+    (gradient,) = torch.autograd.grad(score, output, retain_graph=True, allow_unused=True)
+    return gradient is not None and bool(gradient.any())
