@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -38,7 +39,17 @@ def detr() -> tuple[Any, Any]:
     backbone = transformers.ResNetConfig(**RESNET, out_features=["stage4"])
     config = transformers.DetrConfig(backbone_config=backbone, **sizes, **heads)
     processor = transformers.DetrImageProcessor(size={"shortest_edge": 96, "longest_edge": 160})
-    return transformers.DetrForObjectDetection(config), processor
+    model = transformers.DetrForObjectDetection(config)
+    torch.nn.init.constant_(model.class_labels_classifier.bias[:1], 5.0)  # so that it finds something
+    return model, processor
+
+
+def yolo(ultralytics: Any) -> Any:
+    """Make a YOLO that finds something."""
+    made = ultralytics.YOLO("yolo11n.yaml")
+    for branch in made.model.model[-1].cv3:
+        torch.nn.init.zeros_(branch[-1].bias)
+    return made
 
 
 SMALL = {
@@ -51,7 +62,11 @@ SMALL = {
 
 
 def place(patch: pytest.MonkeyPatch) -> None:
-    """Let timm, torchvision and transformers build models without weights, for as long as the patch holds."""
+    """Let libraries build models without weights, for as long as the patch holds."""
+    ultralytics = sys.modules.get("ultralytics")
+    if ultralytics is not None:
+        small_yolo = yolo(ultralytics)
+        patch.setattr(ultralytics, "YOLO", lambda _: small_yolo)
     create = timm.create_model
     patch.setattr(timm, "create_model", lambda name, pretrained=False, **options: create(name, **options))
 

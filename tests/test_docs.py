@@ -121,9 +121,12 @@ class TestCode:
         assert {"README.md", "docs/getting-started.md", "docs/guides/training.md"} <= set(map(name_of, RUNNING))
 
     @pytest.mark.parametrize("page", RUNNING, ids=name_of)
-    def test_runs(self, page: Path, quiet: None, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_runs(
+        self, page: Path, quiet: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         if name_of(page) in NEEDS:
             pytest.importorskip(NEEDS[name_of(page)])
+        stand_ins.place(monkeypatch)
         namespace: dict[str, object] = {"__name__": "__docs__"}
         exec(GIVEN.get(name_of(page), ""), namespace)
         for block in PYTHON[page]:
@@ -131,6 +134,7 @@ class TestCode:
                 # As long as the lines above it, so that a traceback names the line of the page.
                 exec(compile("\n" * block.line + block.code, str(page), "exec"), namespace)
 
+    @pytest.mark.filterwarnings("ignore:At least one mel filter has all zero values:UserWarning")
     @pytest.mark.parametrize("title", RECIPES)
     def test_recipe_runs_alone(self, title: str, quiet: None, monkeypatch: pytest.MonkeyPatch) -> None:
         block = RECIPES[title]
