@@ -705,10 +705,10 @@ class TestBrowser:
         words = page.locator(".sentence button")
         assert words.all_inner_texts() == ["a", "cat", "on", "the", "left"]
         assert "of a" in caption.inner_text()
-        before = page.locator(".stage canvas").first.evaluate("c => c.toDataURL()")
+        before = page.locator(".map canvas").first.evaluate("c => c.toDataURL()")
         words.nth(1).hover()
         assert "of cat" in caption.inner_text()
-        assert page.locator(".stage canvas").first.evaluate("c => c.toDataURL()") != before
+        assert page.locator(".map canvas").first.evaluate("c => c.toDataURL()") != before
         page.locator("h1").hover()
         assert "of a" in caption.inner_text()
         words.nth(4).click()

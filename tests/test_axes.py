@@ -141,13 +141,15 @@ def test_metrics_and_trust_say_what_they_hide_parts_of(shape: tuple[int, ...]) -
 
 def test_speech_of_transformers() -> None:
     transformers = pytest.importorskip("transformers")
-    sizes: dict[str, Any] = {
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    sizes |= {
         "num_attention_heads": 2,
-        "intermediate_size": 32,
+        "conv_dim": [8, 8],
+        "conv_stride": [5, 4],
+        "conv_kernel": [10, 8],
+        "num_labels": 3,
+        "vocab_size": 8,
     }
-    sizes |= {"conv_dim": [8, 8], "conv_stride": [5, 4], "conv_kernel": [10, 8], "num_labels": 3, "vocab_size": 8}
     sizes |= {"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2, "num_feat_extract_layers": 2}
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 import torchcam
 from tests.detectors import noise_picture
+from torchcam import cli
 from torchcam.layout import Cells
 from torchcam.methods import HiResCAM
 from torchcam.targets import Box
@@ -249,3 +252,20 @@ def test_bad_input() -> None:
         torchcam.explain(classifier, Image.new("RGB", (64, 64)), box=0)
     with pytest.raises(TypeError, match="`box` asks about the boxes of a detector"):
         torchcam.explain(wrapper.model, picture, box=0)
+
+
+def test_from_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "streets", raising=False)
+    code = "from tests.test_boxes_yolo import yolo\n\n\ndef load():\n    wrapper = yolo('yolov8n')\n"
+    (tmp_path / "streets.py").write_text(f"{code}    wrapper.overrides['imgsz'] = 128\n    return wrapper\n")
+    noise_picture(128, 64).save("street.png")
+    command = ["explain", "street.png", "--model-factory", "streets:load", "--box", "0", "--threshold", "0.05"]
+    assert cli.main([*command, "--json"]) == 0
+    (image,) = json.loads(capsys.readouterr().out)["images"]
+    (box,) = image["classes"]
+    (result,) = _shared().predict("street.png", **ASKED)
+    assert box["box"] == pytest.approx(result.boxes.xyxy[0].tolist(), abs=0.05)
+    assert box["detection_score"] == pytest.approx(float(result.boxes.conf[0]), abs=1e-4)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -298,3 +300,70 @@ class TestCompletion:
         assert {"resnet18", "vit_b_16"} <= set(_completion.architectures())
         named = argparse.Namespace(arch="alexnet", timm=None, hf=None, model_factory=None)
         assert {"x,features.1", "x,features"} <= set(_completion.layers("x,feat", named))
+
+
+TRANSFORMER = """
+import torch
+from torchvision import transforms
+from torchvision.models import VisionTransformer
+
+def load():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = VisionTransformer(
+            image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=24, mlp_dim=16, num_classes=3
+        )
+        torch.nn.init.normal_(net.heads.head.weight)
+    return net, transforms.Compose([transforms.Resize((32, 32)), transforms.ToTensor()]), ["cat", "dog", "fish"]
+"""
+DEFAULT = "encoder.layers.encoder_layer_1.ln_1"
+
+
+class TestTransformers:
+    """Without a method and a layer, what the leaderboard found best for the kind of model."""
+
+    @pytest.fixture
+    def arguments(self, place: Path) -> list[str]:
+        (place / f"vit{abs(hash(place))}.py").write_text(TRANSFORMER)
+        (file,) = place.glob("vit*.py")
+        return ["photos/p01.png", "--model-factory", f"{file.stem}:load"]
+
+    def test_explain(self, place: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main(["explain", *arguments, "--class-idx", "dog", "--save-maps", "--output", "maps"]) == 0
+        printed = capsys.readouterr().out
+        assert "HiResCAM of conv_proj" in printed
+        assert "With balanced gradients, best for a transformer with a class token" in printed
+        (file,) = (place / "maps").glob("*-conv_proj-HiResCAM-class1.npy")
+        net, transform, _ = _load(arguments[2])
+        wanted = explain(
+            net,
+            Image.open("photos/p01.png"),
+            method="HiResCAM",
+            target_layer="conv_proj",
+            method_kwargs={"gradients": "balanced"},
+            class_idx=1,
+            transform=transform,
+        )
+        np.testing.assert_allclose(np.load(file), wanted.results["HiResCAM"].fused[1].numpy(), atol=1e-5)
+
+    @pytest.mark.parametrize(
+        "named", [["--methods", "GradCAM"], ["--target-layer", "encoder.layers.encoder_layer_1.ln_1"]]
+    )
+    def test_who_names_something_gets_exactly_that(
+        self, named: list[str], arguments: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert cli.main(["explain", *arguments, *named, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (found["method"], found["target_layers"]) == ("GradCAM", [DEFAULT])
+
+    def test_trust(self, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main(["trust", *arguments, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["method"] == "HiResCAM(target_layer=['conv_proj'], gradients=balanced)"
+        assert found["compared_with"] == ["GradCAM", "LayerCAM", "ReciproCAM"]
+
+
+def _load(factory: str) -> tuple[torch.nn.Module, Any, list[str]]:
+    module, function = factory.split(":")
+    found: tuple[torch.nn.Module, Any, list[str]] = getattr(importlib.import_module(module), function)()
+    return found

@@ -138,3 +138,68 @@ class TestTransformers:
         assert f"--hf '{tmp_path / 'empty'}' could not be loaded" in fails(
             capsys, "layers", "--hf", str(tmp_path / "empty")
         )
+
+
+class TestBoxes:
+    FACTORY = "from tests.detectors import bright_retinanet\n\n\ndef lamps():\n    return bright_retinanet()\n"
+
+    @pytest.fixture
+    def lamps(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """A folder with a factory of a detector, and a picture with one white place."""
+        from tests.detectors import bright_picture
+
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.delitem(sys.modules, "lamps", raising=False)
+        (tmp_path / "lamps.py").write_text(self.FACTORY)
+        bright_picture(200, 60, (136, 16, 156, 36)).save(tmp_path / "street.png")
+        return tmp_path
+
+    def test_of_a_factory(self, lamps: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main(["explain", "street.png", "--model-factory", "lamps:lamps", "--box", "0", "--json"]) == 0
+        printed = json.loads(capsys.readouterr().out)
+        (image,) = printed["images"]
+        (box,) = image["classes"]
+        assert printed["method"] == "HiResCAM"
+        assert box["number"] == 0
+        left, top, right, bottom = box["box"]
+        assert left < 156
+        assert right > 136
+        assert top < 36
+        assert bottom > 16
+        assert box["class_idx"] == 1
+        assert box["detection_score"] > 0.5
+        assert Path(image["picture"]).is_file()
+        assert "box0" in image["picture"]
+
+    def test_all_with_a_threshold(self, lamps: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        command = ["explain", "street.png", "--model-factory", "lamps:lamps", "--box", "all", "--threshold", "0.9"]
+        assert cli.main([*command, "--save-maps"]) == 0
+        out = capsys.readouterr().out
+        assert "class 1, box 0" in out
+        assert "HiResCAM of backbone" in out
+        assert len(list(lamps.glob("*.npy"))) == out.count("class 1, box")
+
+    def test_of_transformers(self, lamps: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        pytest.importorskip("transformers")
+        from tests.detectors import detr_family
+
+        model, processor = detr_family("Detr")
+        model.save_pretrained(lamps / "checkpoint")
+        processor.save_pretrained(lamps / "checkpoint")
+        command = ["explain", "street.png", "--hf", "checkpoint", "--box", "0,2", "--threshold", "0"]
+        assert cli.main([*command, "--json"]) == 0
+        (image,) = json.loads(capsys.readouterr().out)["images"]
+        assert [box["number"] for box in image["classes"]] == [0, 2]
+
+    @pytest.mark.parametrize(
+        ("arguments", "says"),
+        [
+            (["--box", "0"], "--box needs a detector"),
+            (["--model-factory", "lamps:lamps", "--box", "first"], "--box must be the number of a box, or all"),
+            (["--model-factory", "lamps:lamps", "--box", "99"], "`box` must lie between 0 and "),
+            (["--model-factory", "lamps:lamps", "--box", "0", "--class-idx", "1"], "--box takes the place"),
+            (["--model-factory", "lamps:lamps", "--threshold", "0.5"], "--threshold is the least score"),
+        ],
+    )
+    def test_bad_input(self, arguments: list[str], says: str, lamps: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert says in fails(capsys, "explain", "street.png", *arguments)

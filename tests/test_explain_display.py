@@ -131,7 +131,7 @@ class TestOverlay:
         ("options", "message"),
         [
             ({"class_idx": 7}, r"`class_idx` 7 was not explained; there are maps of \[0\]"),
-            ({"method": "GradCam"}, "`method` 'GradCam' made no maps here; there are 'GradCAM'"),
+            ({"method": "GradCam"}, "`method` 'GradCam' made no maps here; did you mean 'GradCAM'"),
             ({"alpha": 1}, "`alpha` must be a number"),
             ({"colormap": "no"}, "'no' is not a matplotlib colormap"),
         ],

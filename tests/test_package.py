@@ -56,6 +56,7 @@ FLOORS = {
     "_recommended": 5,
     "layers": 4,
     "methods": 5,
+    "_displays": 6,
     "_method_maps": 6,
     "_explanation": 7,
     "_methods": 6,

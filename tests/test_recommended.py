@@ -58,9 +58,12 @@ class Hybrid(nn.Module):
     ("build", "layers"),
     [
         (fresh_vit, ["conv_proj"]),
-        (small_timm_vit, ["patch_embed"]),
-        (lambda: small_timm_vit(reg_tokens=4), ["patch_embed"]),
-        (lambda: small_timm_vit(class_token=False, global_pool="avg", fc_norm=False), ["patch_embed", "norm"]),
+        (lambda: small_timm_vit(embed_dim=24), ["patch_embed"]),
+        (lambda: small_timm_vit(embed_dim=24, reg_tokens=4), ["patch_embed"]),
+        (
+            lambda: small_timm_vit(embed_dim=24, class_token=False, global_pool="avg", fc_norm=False),
+            ["patch_embed", "norm"],
+        ),
         (small_swin, ["features.0", "permute"]),
     ],
 )

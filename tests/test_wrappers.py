@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from torchcam.methods import FullGrad, GradCAM
+from torchcam._replica import replicate
+from torchcam.methods import FullGrad, GradCAM, ScoreCAM
 
 
 def test_an_extractor_that_is_collected_while_another_is_made() -> None:
@@ -46,3 +47,18 @@ def test_a_model_of_torchscript(make: Any, method: Any) -> None:
     model = make(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 2)).eval())
     with pytest.raises(TypeError, match="`model` is one of TorchScript"):
         method(model)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated")
+@pytest.mark.parametrize("make", [torch.jit.script, lambda net: torch.jit.trace(net, torch.rand(1, 3, 8, 8))])
+def test_a_part_of_torchscript_in_training_mode(make: Any) -> None:
+    part = make(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).train())
+    model = nn.Sequential(part, nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 2))
+    x = torch.rand(1, 3, 8, 8)
+    with ScoreCAM(model, "1") as extractor, torch.no_grad():
+        model(x)
+        extractor(0)
+    assert part.training
+    replica: Any = replicate(model)
+    assert not replica[0].training
+    assert torch.equal(replica(x), model(x))

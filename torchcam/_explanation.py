@@ -16,140 +16,26 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from . import _figures, _page
+from . import _page
 from ._detections import Detections
+from ._displays import Pictures
 from ._figures import Cell, Column, Row, Sheet
-from ._files import atomic_write
+from ._files import atomic_write, free_directory
 from ._inputs import as_rgb, read_picture
 from ._method_maps import MethodMaps, fuse_layers, save_maps
 from ._names import closest
-from ._pictures import enlarged, fitted, fitted_size
+from ._pictures import SMALLEST, enlarged, fitted, fitted_size
 from ._views import FULL, View, Views
 from .layout import Cells
 from .utils import ALPHA, on_picture
 
 if TYPE_CHECKING:
     from matplotlib.colors import Colormap
-    from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
-__all__ = ["Explanations", "Pictures", "PredictionExplanation", "free_directory"]
+__all__ = ["Explanations", "PredictionExplanation"]
 
 LINES = 8  # for the inputs of a batch that is printed
-SMALLEST = 256  # pictures with less on their longest side are enlarged, to 512 at least: maps over them are smooth
-
-
-class Pictures:
-    """Figures, pages and notebook output, for one explanation and for several alike."""
-
-    @property
-    def _items(self) -> Sequence[Any]:  # explanations, or whatever else has a title, a sheet and an item of a page
-        raise NotImplementedError
-
-    @property
-    def _sentence(self) -> Sequence[tuple[str, int | None]]:
-        """Pieces of a text in which the reader of a page chooses a map, each with its number."""
-        return ()
-
-    @property
-    def title(self) -> str:
-        """The heading of figures and pages."""
-        raise NotImplementedError
-
-    def plot(
-        self,
-        *,
-        colormap: str | Colormap | None = None,
-        alpha: float = ALPHA,
-        grey: bool = False,
-        dark: bool | None = None,
-        title: str | None = None,
-    ) -> Figure:
-        """Draw images and maps into a matplotlib figure.
-
-        It has a column for each method, after the image, and a row for each class or target, of several inputs one
-        after the other. The figure is not one of pyplot's, so that nothing has to be closed. All maps share one scale
-        of colours, signed ones another.
-
-        Args:
-            colormap: as for `overlay`
-            alpha: the opacity of the image under the strongest values, in [0, 1)
-            grey: whether the image below a map is drawn in grey
-            dark: light text on dark paper, or the other way round; None for the style that matplotlib is set to
-            title: the figure's title, by default the prediction
-
-        Raises:
-            ValueError: if the maps are not two-dimensional, ``alpha`` is out of range, or there are no explanations
-        """
-        sheets = [item._sheet(alpha, colormap, grey) for item in self._checked_items()]
-        return _figures.draw(sheets, self.title if title is None else title, colormap, dark)
-
-    def to_html(
-        self,
-        path: str | Path | None = None,
-        *,
-        colormap: str | Colormap | None = None,
-        alpha: float = ALPHA,
-        title: str | None = None,
-        names: Sequence[str] | None = None,
-    ) -> str:
-        """Write a page to look at the maps with: opacity, class, method, and two maps side by side.
-
-        It is one file that fetches nothing, for any browser.
-
-        Args:
-            path: the file to write, if any; an existing file is replaced
-            colormap: the colormap of all maps; by default the reader has a choice
-            alpha: the opacity of the image when the page opens, in [0, 1)
-            title: the heading, by default the prediction
-            names: what the inputs are called, by default their numbers and predictions
-
-        Returns:
-            the page
-
-        Raises:
-            ValueError: if the maps are not two-dimensional, ``alpha`` is out of range, there are no explanations, or
-                not as many names as inputs
-        """
-        items = self._checked_items()
-        if names is not None and len(names) != len(items):
-            raise ValueError(f"`names` must hold one name for each of the {len(items)} inputs, got {len(names)}")
-        if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 <= alpha < 1:
-            raise ValueError(f"`alpha` must be a number in [0, 1), got {alpha!r}")
-        told = [f"{number}: {item.title}" for number, item in enumerate(items)] if names is None else names
-        pages = [item._page_item(name) for name, item in zip(told, items, strict=True)]
-        heading = self.title if title is None else title
-        page = _page.render(pages, heading, items[0]._origin(), colormap, alpha, self._sentence)
-        if path is not None:
-            with atomic_write(Path(path)) as part:
-                part.write_text(page, encoding="utf-8")
-        return page
-
-    def _checked_items(self) -> Sequence[Any]:
-        if not self._items:
-            raise ValueError("there is no explanation in here, so there is nothing to draw")
-        return self._items
-
-    def _repr_html_(self) -> str:
-        shown = self._shown
-        if not all(item._drawable() for item in shown):
-            return "".join(
-                _figures.scores_as_html(item.title, [(item.name_of(key), item.value_of(key)) for key in item.cams])
-                for item in shown
-            )
-        more = len(self._items) - len(shown)
-        return _figures.to_html([item._sheet() for item in shown], self.title, None, more=more)
-
-    def _repr_png_(self) -> bytes | None:
-        shown = self._shown
-        if not shown or not all(item._drawable() for item in shown):
-            return None
-        return _figures.png(_figures.draw([item._sheet() for item in shown], self.title, None, None))
-
-    @property
-    def _shown(self) -> Sequence[Any]:
-        """The first of several inputs, as many as the output of a notebook cell shows."""
-        return self._items[: _figures.fitting([item._panels for item in self._items])]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -198,6 +84,7 @@ class PredictionExplanation(Pictures):
     detections: Detections | None = None
     _try_out: Callable[..., Any] | None = None  # holds on to the input, but not to the model
     _views: Views | None = None  # tells the view on other pictures
+    _reports: dict[int | str, Any] = field(default_factory=dict, init=False)  # of trust, by class or target
 
     def __post_init__(self) -> None:
         if not self.results:
@@ -284,7 +171,10 @@ class PredictionExplanation(Pictures):
         asked = next(iter(self.cams)) if class_idx is None else class_idx
         if isinstance(asked, str) and asked not in self.cams:
             raise ValueError(f"`class_idx` names '{asked}', but explained were {', '.join(map(str, self.cams))}")
-        return self._try_out(asked, **options)
+        report = self._try_out(asked, **options)
+        if "methods" not in options:  # the first method's map is judged
+            self._reports[asked] = report
+        return report
 
     # Pictures.
 
@@ -396,9 +286,17 @@ class PredictionExplanation(Pictures):
         for key in self.cams:
             share = None if self.probabilities is None or isinstance(key, str) else float(self.probabilities[0, key])
             tags = [roles[key]] if not isinstance(key, str) and key in roles else []
-            classes.append({"name": self.name_of(key), "value": self.value_of(key), "share": share, "tags": tags})
+            names = {"name": self.name_of(key), "value": self.value_of(key)}
+            classes.append({**names, "share": share, "tags": tags, "trust": self._verdict(key)})
         image = self._boxed(self.image if self.image is not None else self._picture(methods[0].maps[0]))
         return _page.PageItem(name, image, classes, methods)
+
+    def _verdict(self, key: int | str) -> dict[str, Any] | None:
+        """Return what trust said of a class or target, if it was asked."""
+        report = self._reports.get(key)
+        if report is None:
+            return None
+        return {"verdict": report.verdict, "headline": report.headline, "reasons": list(report[0].reasons)}
 
     def _origin(self) -> list[tuple[str, str]]:
         """Return how the maps were made, as terms and their descriptions."""
@@ -604,16 +502,6 @@ def _in_place(values: NDArray[np.float32], view: View, picture: Image.Image | No
     if picture is None or view == FULL:
         return values
     return on_picture(values, Cells.of_grid(values.shape, view), fitted_size(picture.size, 512))
-
-
-def free_directory(directory: str | Path) -> Path:
-    """Check that a directory can be written."""
-    directory = Path(directory)
-    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
-        raise FileExistsError(
-            f"`directory` '{directory}' exists and is not an empty directory: name another one, or remove it first"
-        )
-    return directory
 
 
 def _json_number(number: float) -> float | None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 
-__all__ = ["append_lines", "atomic_write", "write_all", "written_whole"]
+__all__ = ["append_lines", "atomic_write", "free_directory", "write_all", "written_whole"]
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -45,6 +45,16 @@ def atomic_write(path: Path) -> Iterator[Path]:
         if isinstance(error, OSError) and error.errno in _FULL:
             raise _no_space(error, path) from error
         raise
+
+
+def free_directory(directory: str | Path) -> Path:
+    """Check that a directory can be written."""
+    directory = Path(directory)
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        raise FileExistsError(
+            f"`directory` '{directory}' exists and is not an empty directory: name another one, or remove it first"
+        )
+    return directory
 
 
 def append_lines(path: Path, text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -13,18 +14,17 @@ import numpy as np
 from PIL import Image
 
 from ._figures import SCALES
-from ._pictures import base64_text, data_uri, enlarged_size, fitted, fitted_size
+from ._pictures import SMALLEST, TINY, base64_text, data_uri, enlarged_size, fitted, fitted_size
 from .utils import COLORMAP, colormap_of, resize_map
 
 if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from numpy.typing import NDArray
 
-__all__ = ["PageItem", "PageMethod", "color_table", "render", "script_json"]
+__all__ = ["PageItem", "PageMethod", "color_table", "fill", "render", "script_json"]
 
 COLORMAPS = (COLORMAP, "plasma", "inferno", "cividis", "gray", "jet")
 EDGE = 768  # the longest side of a picture in the page
-SMALL = 128  # pictures whose longest side is shorter are enlarged without interpolation
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ class PageItem:
     Attributes:
         name: the name of the input, unique in the page
         image: the image below the maps
-        classes: for each class its name, and further entries for the page: value, share, tags
+        classes: for each class its name, and further entries for the page: value, share, tags, and the verdict of trust
+            on the first method's map
         methods: the maps
     """
 
@@ -95,12 +96,25 @@ def render(
         ],
         "signed": color_table(None, signed=True) if colormap is None else None,
     }
-    text = script_json(data)
-    template = files("torchcam").joinpath("_page.html").read_text(encoding="utf-8")
-    head, between, tail = template.split("@@TITLE@@")
-    before, after = tail.split("@@DATA@@")
-    escaped = html.escape(title)
-    return f"{head}{escaped}{between}{escaped}{before}{text}{after}"
+    return fill(
+        "torchcam", {"TITLE": html.escape(title), "DATA": script_json(data), "SCRIPT": _text("torchcam", "_page.js")}
+    )
+
+
+def fill(package: str, parts: Mapping[str, str]) -> str:
+    """Return the page of a package, `_page.html`, with its parts and the style that all pages share.
+
+    Args:
+        package: the package that holds the page
+        parts: what comes in the place of each name, such as that of ``@@TITLE@@``; it is not looked at again
+    """
+    parts = {**parts, "STYLE": _text("torchcam", "_page.css")}
+    pieces = re.split(r"@@([A-Z]+)@@", _text(package, "_page.html"))  # text and names by turns
+    return "".join(parts[piece] if i % 2 else piece for i, piece in enumerate(pieces))
+
+
+def _text(package: str, name: str) -> str:
+    return files(package).joinpath(name).read_text(encoding="utf-8")
 
 
 def script_json(data: Any) -> str:
@@ -111,11 +125,11 @@ def script_json(data: Any) -> str:
 
 def _item(item: PageItem) -> dict[str, Any]:
     image = fitted(item.image, EDGE)
-    width, height = enlarged_size(image.size, SMALL)
+    width, height = enlarged_size(image.size, SMALLEST)
     return {
         "name": item.name,
         "image": data_uri(image),
-        "small": max(image.size) < SMALL,
+        "tiny": max(image.size) < TINY,
         "size": [height, width],
         "classes": [dict(entry) for entry in item.classes],
         "methods": [
@@ -133,11 +147,11 @@ def _item(item: PageItem) -> dict[str, Any]:
 
 
 def _map(values: NDArray[np.float32], signed: bool, note: str) -> dict[str, Any]:
-    """Return a map as bytes: 0 to 254 for its range, 255 for undefined values."""
+    """Return a map in two bytes for each position: 0 to 65534 for its range, 65535 for undefined values."""
     values = _fitted_map(values)
     defined = np.isfinite(values)
     shares = (values + 1) / 2 if signed else values
-    levels = np.where(defined, np.rint(254 * np.clip(np.where(defined, shares, 0), 0, 1)), 255).astype(np.uint8)
+    levels = np.where(defined, np.rint(65534 * np.clip(np.where(defined, shares, 0), 0, 1)), 65535).astype("<u2")
     return {"shape": list(levels.shape), "values": base64_text(levels.tobytes()), "note": note}
 
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
 __all__ = [
+    "SMALLEST",
+    "TINY",
     "as_plane",
     "base64_text",
     "data_uri",
@@ -30,6 +32,7 @@ __all__ = [
 ]
 
 TOLERANCE = 0.02  # by which rounding may carry an input out of [0, 1]
+SMALLEST = 256  # pictures with less on their longest side are enlarged, to 512 at least: maps over them are smooth
 TINY = 112  # of pictures whose longest side is shorter, the pixels can be seen
 LOSSLESS_PIXELS = 128 * 128  # pictures with more pixels are encoded as JPEG
 

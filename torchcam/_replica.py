@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import random
 import sys
@@ -188,7 +189,7 @@ class _Copier:
 
     def _module(self, module: nn.Module) -> nn.Module:
         if isinstance(module, torch.jit.ScriptModule):
-            script: nn.Module = self._keep(module, module.copy().eval() if module.training else module)
+            script: nn.Module = self._keep(module, copy.deepcopy(module).eval() if module.training else module)
             return script
         if isinstance(module, _WRAPPERS):
             return self._handing_on(module, "module")

@@ -32,6 +32,7 @@ from torchcam.layers import TargetLayer
 from torchcam.methods import GradCAM, HiResCAM
 from torchcam.methods.core import plain_tensors
 from torchcam.targets import Selector, read_logits
+from torchcam.tasks._pipelines import opened
 from torchcam.tasks.boxes import as_boxes, is_detector
 from torchcam.tasks.texts import as_images, as_texts, own_scores
 
@@ -49,6 +50,13 @@ Method = type[Any] | str
 Layers = TargetLayer | Sequence[TargetLayer] | None
 OneInput = Tensor | str | Path | Image.Image | Mapping[str, Any]
 SeveralInputs = Sequence[Any] | np.ndarray[Any, Any]
+
+
+class Pipeline(Protocol):
+    """What is read of a pipeline of transformers."""
+
+    model: Any
+    preprocess: Any
 
 
 class Options(TypedDict, total=False):
@@ -80,11 +88,13 @@ class ExplainFunction(Protocol):
 
     @overload
     def __call__(
-        self, model: nn.Module, input_tensor: OneInput, **options: Unpack[Options]
+        self, model: nn.Module | Pipeline, input_tensor: OneInput, **options: Unpack[Options]
     ) -> PredictionExplanation: ...
 
     @overload
-    def __call__(self, model: nn.Module, input_tensor: SeveralInputs, **options: Unpack[Options]) -> Explanations: ...
+    def __call__(
+        self, model: nn.Module | Pipeline, input_tensor: SeveralInputs, **options: Unpack[Options]
+    ) -> Explanations: ...
 
 
 def _overloaded(function: Callable[..., Any]) -> ExplainFunction:
@@ -93,7 +103,7 @@ def _overloaded(function: Callable[..., Any]) -> ExplainFunction:
 
 @_overloaded
 def explain(
-    model: nn.Module,
+    model: nn.Module | Pipeline,
     input_tensor: Any,
     *,
     expected_class_idx: Any = None,
@@ -137,7 +147,7 @@ def explain(
         (('GradCAMpp', 'LayerCAM'), True)
 
     Args:
-        model: the model
+        model: the model, or a pipeline of transformers, whose processors are taken
         input_tensor: one input as the model takes it, (1, C, *spatial), or a batch (N, C, *spatial); or an image: the
             path of a file, a PIL image, or an array (height, width[, channels]) of bytes or of floats in [0, 1]; or a
             list of images, or of tensors (C, *spatial); or the model's keyword arguments in a mapping
@@ -198,8 +208,9 @@ def explain(
         positive_integer("top_k", top_k)
     positive_integer("batch_size", batch_size)
     names = as_class_names(class_names)
+    model, input_tensor, transform, processor = opened(model, input_tensor, transform, processor)
     model = original = explained = _original(model)
-    others = {"class_idx": class_idx, "targets": targets, "texts": texts, "top_k": top_k}
+    others = {"class_idx": class_idx, "targets": targets, "texts": texts, "against": against, "top_k": top_k}
     about_boxes = _asks_about_boxes(model, box, threshold, {**others, "expected_class_idx": expected_class_idx})
     if about_boxes and isinstance(input_tensor, (list, tuple)):  # of pictures of any size, with any number of boxes
         return Explanations([explain(**{**arguments, "input_tensor": one}) for one in input_tensor])
@@ -346,12 +357,17 @@ def _asks_about_boxes(model: nn.Module, box: Any, threshold: float | None, other
     return False
 
 
-def _original(model: nn.Module) -> nn.Module:
+def _original(model: object) -> nn.Module:
     """Return the model, or what `torch.compile` was given: compiled code runs no hooks."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
+        hint = ": its layers are gone, pass the model it was made from" if _is_exported(model) else ""
+        raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}{hint}")
     original: nn.Module = getattr(model, "_orig_mod", model)
     return original
+
+
+def _is_exported(model: object) -> bool:
+    return type(model).__name__ == "ExportedProgram"
 
 
 @dataclass(frozen=True)
@@ -414,7 +430,10 @@ def _columns(rows: Sequence[Sequence[Any]]) -> list[list[Any]]:
 
 def _class_scores(output: Any, count: int) -> Tensor:
     """Return the class scores (N, classes) of an output."""
+    _check_is_one_task(output, count)
     logits = to_float(read_logits(output).detach()).clone()
+    if logits.ndim == 1 and len(logits) == count:  # a regression
+        logits = logits.unsqueeze(1)
     if logits.ndim != 2 or len(logits) != count:
         raise ValueError(
             f"the model must give class scores of shape ({count}, classes), got {tuple(logits.shape)}; for other "
@@ -425,6 +444,19 @@ def _class_scores(output: Any, count: int) -> Tensor:
         where = f" for the inputs {broken}" if count > 1 else ""
         raise ValueError(f"the model's scores are NaN or infinite{where}: there is no class to explain")
     return logits
+
+
+def _check_is_one_task(output: Any, count: int) -> None:
+    """Check that a plain dictionary of outputs does not hold scores of several tasks."""
+    if type(output) is not dict or {"logits", "logits_per_image", "out"} & output.keys():
+        return
+    tasks = [name for name, t in output.items() if isinstance(t, Tensor) and t.is_floating_point() and len(t) == count]
+    if len(tasks) > 1:
+        first = repr(tasks[0])
+        raise ValueError(
+            f"the model gives several outputs, {', '.join(map(repr, tasks))}: name what is explained as `targets`, say "
+            f"`targets={{{first}: lambda output: output[{first}]}}` of a number, `output[{first}][2]` of a class"
+        )
 
 
 def _answers(logits: Tensor, scores: Sequence[Mapping[str, float]]) -> list[_Answer]:

@@ -19,11 +19,14 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import nn
 
+    from torchcam._recommended import Recommended
+
 __all__ = [
     "check_layers",
     "file_errors",
     "prepare",
     "read_image",
+    "recommend",
     "save_array",
     "save_figure",
     "save_reports",
@@ -65,6 +68,17 @@ def prepare(
         with library_errors():
             arguments.class_idx = named(arguments.class_idx, classifier.categories)
     return classifier, target_layer(classifier.model.to(device), layers)
+
+
+def recommend(arguments: argparse.Namespace, classifier: Classifier, image: Image.Image) -> Recommended | None:
+    """Return what is best for the kind of model, if that is not the usual; None where a method or a layer is named."""
+    from torchcam._recommended import recommended
+
+    if arguments.methods is not None or arguments.target_layer:
+        return None
+    with library_errors():
+        found = recommended(classifier.model, classifier.read([image]).tensor)
+    return None if found.target_layer is None else found
 
 
 def check_layers(arguments: argparse.Namespace, methods: Sequence[type[Any]]) -> list[str]:

@@ -44,6 +44,8 @@ class Classifier:
         categories: the names of the classes, if they are known
         is_random: whether the weights are random
         code: the lines of Python that make ``model``, ``transform`` and, if they are known, ``class_names``
+        texts: the texts that it compares images with
+        processor: of transformers, what reads texts, or makes boxes of a detector's outputs
     """
 
     model: nn.Module
@@ -52,6 +54,8 @@ class Classifier:
     categories: Sequence[str] | None = None
     is_random: bool = False
     code: str = ""
+    texts: tuple[str, ...] = ()
+    processor: Any = None
 
     @property
     def file_name(self) -> str:
@@ -109,7 +113,8 @@ def load_model(arguments: argparse.Namespace) -> Classifier:
     if arguments.timm is not None:
         return load_timm(arguments.timm, weights)
     if arguments.hf is not None:
-        return load_hf(arguments.hf, weights)
+        boxes = bool(getattr(arguments, "box", None))
+        return load_hf(arguments.hf, weights, getattr(arguments, "texts", ()), boxes=boxes)
     return load_classifier(arguments.arch or ARCH, weights)
 
 
@@ -234,28 +239,34 @@ def load_timm(name: str, weights: str) -> Classifier:
     return Classifier(model.eval(), f"{name}, {told}", preprocess, categories, is_random, code)
 
 
-def load_hf(place: str, weights: str) -> Classifier:
-    """Load an image classifier of transformers."""
+def load_hf(place: str, weights: str, texts: Sequence[str] = (), *, boxes: bool = False) -> Classifier:
+    """Load a model of transformers: an image classifier, one with two towers whose classes are texts, or a detector."""
     try:
         import transformers
     except ImportError as error:
         raise UserError("--hf needs transformers: pip install 'torchcam[transformers]'") from error
     import torch
 
+    from torchcam._inputs import split_processor
+
     library: Any = transformers  # but partly typed
-    classifiers = library.AutoModelForImageClassification
+    kind = "AutoModelForObjectDetection" if boxes else "AutoModelForImageClassification"
+    auto, reader = ("AutoModel", "AutoProcessor") if texts else (kind, "AutoImageProcessor")
     if weights.lower() not in {"none", "default"}:
         raise UserError(f"--weights '{weights}': a model of --hf has the weights of its folder, or none")
     is_random = weights.lower() == "none"
     with torch.random.fork_rng(devices=[]), _hub_errors(f"--hf '{place}'"):
         torch.manual_seed(SEED)
-        processor = library.AutoImageProcessor.from_pretrained(place)
+        processor = getattr(library, reader).from_pretrained(place)
         if is_random:
-            model = classifiers.from_config(library.AutoConfig.from_pretrained(place))
+            model = getattr(library, auto).from_config(library.AutoConfig.from_pretrained(place))
         else:
-            model = classifiers.from_pretrained(place)
+            model = getattr(library, auto).from_pretrained(place)
+    name = f"{place}, random weights (seed {SEED})" if is_random else f"{place}, its weights"
+    if texts:
+        images, tokenizer = split_processor(processor)
+        return Classifier(model.eval(), name, images, list(texts), is_random, texts=tuple(texts), processor=tokenizer)
     labels = model.config.id2label
-    told = f"random weights (seed {SEED})" if is_random else "its weights"
 
     def preprocess(image: Image.Image) -> Tensor:
         pixels: Tensor = processor(images=image, return_tensors="pt")["pixel_values"][0]
@@ -264,12 +275,14 @@ def load_hf(place: str, weights: str) -> Classifier:
     categories = [str(labels[index]) for index in range(len(labels))]
     loader = f"from_config(AutoConfig.from_pretrained({place!r}))" if is_random else f"from_pretrained({place!r})"
     code = (
-        "from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification\n\n"
-        f"{_seed_code(is_random)}model = AutoModelForImageClassification.{loader}.eval()\n"
+        f"from transformers import AutoConfig, AutoImageProcessor, {kind}\n\n"
+        f"{_seed_code(is_random)}model = {kind}.{loader}.eval()\n"
         f"transform = AutoImageProcessor.from_pretrained({place!r})\n"
         "class_names = [str(model.config.id2label[index]) for index in range(model.config.num_labels)]\n"
     )
-    return Classifier(model.eval(), f"{place}, {told}", preprocess, categories, is_random, code)
+    return Classifier(
+        model.eval(), name, preprocess, categories, is_random, code, processor=processor if boxes else None
+    )
 
 
 def _seed_code(is_random: bool) -> str:

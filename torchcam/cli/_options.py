@@ -12,6 +12,7 @@ from . import _completion
 from ._messages import HelpFormatter, Parser, UserError
 
 __all__ = [
+    "add_boxes",
     "add_classes",
     "add_colours",
     "add_command",
@@ -74,7 +75,7 @@ def add_model(parser: Any, *, weights: bool = True, default: str = ARCH) -> None
     model.add_argument(
         "--hf",
         metavar="FOLDER",
-        help="an image classifier of transformers in place of --arch: a folder, or a name on the hub",
+        help="a model of transformers in place of --arch: a folder, or a name on the hub",
     )
     model.add_argument("--model-factory", metavar="PACKAGE.MODULE:FUNCTION", help=FACTORY_HELP)
     if weights:
@@ -158,6 +159,30 @@ def add_classes(group: Any, what: str, *, several: bool) -> None:
 
     action = "extend" if several else "store"
     group.add_argument("--class-idx", metavar="CLASS", action=action, type=read, default=[], help=what)
+
+
+def add_boxes(group: Any) -> None:
+    """Add the options that ask about a detector's boxes."""
+
+    def read(text: str) -> list[int | str]:
+        found: list[int | str] = [int(part) if part.isdecimal() else part for part in names(text)]
+        wrong = next((part for part in found if isinstance(part, str) and part != "all"), None)
+        if wrong is not None or not found:
+            raise UserError(f"--box must be the number of a box, or all, got '{text}'")
+        return found
+
+    group.add_argument(
+        "--box",
+        metavar="N|all",
+        action="extend",
+        type=read,
+        default=[],
+        help="of a detector, the box to explain, by its number among those that it finds; several as with "
+        "--target-layer. The model is one of --model-factory (of ultralytics or torchvision), or of --hf",
+    )
+    group.add_argument(
+        "--threshold", metavar="SCORE", type=float, help="least score of a box (default: the detector's own)"
+    )
 
 
 def add_count(group: Any, option: str, what: str, *, lowest: int = 1, default: int | None = None) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import _options
-from ._images import file_errors, prepare, read_image, save_array, save_figure
-from ._messages import UserError, count_of, library_errors, listed, print_json, print_line, print_warning
+from ._images import file_errors, prepare, read_image, recommend, save_array, save_figure
+from ._messages import UserError, count_of, library_errors, listed, print_json, print_line, print_warning, printable
 from ._models import RANDOM_WEIGHTS, Classifier
 from ._paths import Source, check_folder, check_output, find_sources, is_picture, result_path
 
@@ -25,18 +25,21 @@ if TYPE_CHECKING:
 __all__ = ["add_to", "class_entry", "explain_image", "picture_of"]
 
 METHOD = "GradCAM"
+METHOD_OF_BOXES = "HiResCAM"
 
 HELP = """\
 Explain what a classification model sees in images. Each image gives one picture: the image as the model sees it
 (resized and cropped as the weights want it), and a grid of maps over it, with the methods in columns and the classes in
-rows. The name of a picture says of what model, layers, methods and classes it is. Images of a folder that cannot be
-read, and pictures that torchcam made, are left out.
+rows. With --box, it explains what a detector found. The name of a picture says of what model, layers, methods and
+classes it is. Images of a folder that cannot be read, and pictures that torchcam made, are left out.
 """
 
 EXAMPLES = """\
 examples:
   torchcam explain dog.jpg
       the most probable class of a resnet50, Grad-CAM on its last layer with positions
+  torchcam explain dog.jpg --arch vit_b_16
+      a transformer: HiResCAM with balanced gradients at its first tokens, which the leaderboard found best
   torchcam explain photos --output maps --html
       all images in a folder and in those below it, and a page to look into their maps
   torchcam explain dog.jpg cat.jpg --top-k 3 --methods GradCAM,LayerCAM
@@ -49,11 +52,17 @@ examples:
       weights from a file: for machines without network
   torchcam explain dog.jpg --model-factory mine.models:load
       your own model, which the function `load` of `mine/models.py` returns
+  torchcam explain street.jpg --model-factory mine.models:yolo --box 0
+      why a detector found its first box; --box all for every box, --hf FOLDER for a detector of transformers
+  torchcam explain dog.jpg --hf CLIP-FOLDER --texts "a cat" --texts "a dog"
+      where the text is that fits best; `--top-k 2` for both
   torchcam explain dog.jpg --arch resnet18 --weights none
       random weights: to try the command, not to learn about the image
 
-what to try first: GradCAM is quick and a good default. LayerCAM gives fine maps in early layers. ScoreCAM needs no
-gradients, but one forward pass per channel. FinerCAM shows what tells a class from those most like it.
+what to try first: nothing. Without --methods and --target-layer you get what the leaderboard found best for the kind of
+model: GradCAM for convolutions, HiResCAM with balanced gradients for transformers. LayerCAM gives fine maps in early
+layers. ScoreCAM needs no gradients, but one forward pass per channel. FinerCAM shows what tells a class from those most
+like it.
 """
 
 
@@ -65,7 +74,11 @@ def add_to(commands: Any) -> None:
     _options.add_sources(explain)
     _options.add_model(explain)
     maps = explain.add_argument_group("the maps")
-    _options.add_methods(maps, METHOD)
+    _options.add_methods(
+        maps,
+        f"{METHOD}; of boxes {METHOD_OF_BOXES}; for a transformer, without --target-layer, HiResCAM with balanced "
+        "gradients",
+    )
     _options.add_layers(maps)
     _options.add_classes(maps, "class to explain, by its number or name; several as with --target-layer", several=True)
     _options.add_count(
@@ -74,6 +87,16 @@ def add_to(commands: Any) -> None:
         "explain the N most probable classes, before those of --class-idx (default: 1, or 0 with --class-idx)",
         lowest=0,
     )
+    _options.add_boxes(maps)
+    maps.add_argument(
+        "--texts",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help="a text that images are compared with, by a model of --hf with an image and a text tower (CLIP, SigLIP); "
+        "repeated, the texts are the classes",
+    )
+    maps.add_argument("--against", choices=["others"], help="explain what tells a text from the others")
     result = explain.add_argument_group("the result")
     _options.add_picture(result)
     result.add_argument("--html", action="store_true", help="write a page as well, to look into the maps of all images")
@@ -85,9 +108,12 @@ def add_to(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Explain the images, one after the other."""
-    methods = _options.find_methods(arguments.methods, METHOD)
+    methods = _options.find_methods(arguments.methods, METHOD_OF_BOXES if arguments.box else METHOD)
+    _check_boxes(arguments)
     if arguments.top_k == 0 and not arguments.class_idx:
         raise UserError("--top-k must be at least 1 without --class-idx, got 0")
+    if arguments.texts and arguments.hf is None:
+        raise UserError("--texts compares images with texts by a model of --hf, such as CLIP: name one")
     sources = find_sources(arguments.images)
     file = [arguments.output] if is_picture(arguments.output) else []
     if file and len(sources) > 1:
@@ -100,7 +126,7 @@ def run(arguments: argparse.Namespace) -> None:
     found: dict[str, PredictionExplanation] = {}
     images: list[dict[str, Any]] = []
     left_out: list[str] = []
-    page = None
+    page = best = None
     for source in _with_progress(sources):
         try:
             image = read_image(source.path)
@@ -110,12 +136,21 @@ def run(arguments: argparse.Namespace) -> None:
             print_warning(f"{error}: it is left out")
             left_out.append(str(source.path))
             continue
-        explanation = explain_image(arguments, classifier, image, methods, target, top_k=arguments.top_k or None)
+        if not images and not arguments.box:
+            best = recommend(arguments, classifier, image)
+            if best is not None:
+                methods, target = [_options.find_method(best.method)], best.target_layer
+        options = {best.method: dict(best.method_kwargs)} if best else {}
+        explanation = explain_image(
+            arguments, classifier, image, methods, target, top_k=arguments.top_k or None, options=options
+        )
         if arguments.html and page is None:
             page = _page_of(arguments, classifier, sources, explanation)
             check_output([page], inputs, arguments.overwrite)
         if not images and not arguments.json:
             print_line(_title(classifier, explanation))
+            if best is not None:
+                print_line(f"With balanced gradients, best for {best.kind}; --methods {METHOD} for another view.")
         images.append(_write(arguments, classifier, source, explanation, inputs))
         if arguments.html:
             found[source.name] = replace(explanation, _try_out=None)  # which holds the input
@@ -130,6 +165,18 @@ def run(arguments: argparse.Namespace) -> None:
     print_line(f"\n{_conclusion(arguments, images, left_out, page, time.perf_counter() - began)}")
     if classifier.is_random:
         print(RANDOM_WEIGHTS)
+
+
+def _check_boxes(arguments: argparse.Namespace) -> None:
+    """Check that boxes are asked of a model that may be a detector, and that nothing else is asked."""
+    if not arguments.box:
+        if arguments.threshold is not None:
+            raise UserError("--threshold is the least score of a box: name one with --box, or --box all")
+        return
+    if arguments.class_idx or arguments.texts or arguments.top_k is not None:
+        raise UserError("--box takes the place of --class-idx, --texts and --top-k: give one of them")
+    if arguments.hf is None and arguments.model_factory is None:
+        raise UserError("--box needs a detector: name it with --model-factory or --hf")
 
 
 def _with_progress(sources: Sequence[Source]) -> Iterator[Source]:
@@ -147,8 +194,9 @@ def explain_image(
     methods: Sequence[type[Any]],
     target: Any,
     top_k: int | None = None,
+    options: Mapping[Any, dict[str, Any]] | None = None,
 ) -> PredictionExplanation:
-    """Explain one image by some methods."""
+    """Explain one image by some methods; ``options`` holds arguments of theirs."""
     from torchcam._methods import takes
     from torchcam.explain import explain
 
@@ -159,12 +207,31 @@ def explain_image(
             image,
             method=methods,
             target_layer=target,
-            method_kwargs={method: {"progress": True} for method in shown},
-            class_idx=arguments.class_idx or None,
-            top_k=top_k,
-            transform=classifier.preprocess,
+            method_kwargs={**{method: {"progress": True} for method in shown}, **(options or {})},
             class_names=classifier.categories,
+            **_asked(arguments, classifier, top_k),
         )
+
+
+def _asked(arguments: argparse.Namespace, classifier: Classifier, top_k: int | None) -> dict[str, Any]:
+    """Return the arguments of `explain` that say what is explained, and how the model gets its input."""
+    boxes = getattr(arguments, "box", None)  # which a command may lack
+    if boxes:
+        box = "all" if "all" in boxes else boxes
+        return {"box": box, "threshold": arguments.threshold, "processor": classifier.processor}
+    return {
+        "class_idx": arguments.class_idx or None,
+        "top_k": top_k,
+        "texts": list(classifier.texts) or None,
+        "against": getattr(arguments, "against", None),
+        "transform": classifier.preprocess,
+        "processor": classifier.processor,
+    }
+
+
+def _part(key: int | str) -> str:
+    """Return a class or a box as a part of a file's name."""
+    return key.replace(" ", "") if isinstance(key, str) else f"class{key}"
 
 
 def _facts(explanation: PredictionExplanation) -> dict[str, Any]:
@@ -195,12 +262,12 @@ def picture_of(
 
 
 def _parts(
-    classifier: Classifier, explanation: PredictionExplanation, method: str | None = None, class_idx: int | None = None
+    classifier: Classifier, explanation: PredictionExplanation, method: str | None = None, class_idx: Any = None
 ) -> list[list[str]]:
     results = explanation.results if method is None else {method: explanation.results[method]}
     layers = dict.fromkeys(layer for result in results.values() for layer in result.target_layers)
     classes = explanation.cams if class_idx is None else [class_idx]
-    return [[classifier.file_name], list(layers), list(results), [f"class{index}" for index in classes]]
+    return [[classifier.file_name], list(layers), list(results), [_part(index) for index in classes]]
 
 
 def _write(
@@ -229,12 +296,16 @@ def _write(
     if not arguments.json:
         print_line(f"{source.path} -> {picture}")
         for index in explanation.cams:
-            print_line(f"  {explanation.value_of(index):>6}  {classifier.label(index)}")
+            label = explanation.name_of(index) if isinstance(index, str) else classifier.label(index)
+            print_line(f"  {explanation.value_of(index):>6}  {printable(label)}")
     return {
         "image": str(source.path),
         "picture": str(picture),
         "classes": [class_entry(explanation, index) for index in explanation.cams],
-        "maps": [{"method": m, "class_idx": index, "file": str(file)} for (m, index), file in files.items()],
+        "maps": [
+            {"method": m, "box" if isinstance(index, str) else "class_idx": index, "file": str(file)}
+            for (m, index), file in files.items()
+        ],
     }
 
 
@@ -250,6 +321,8 @@ def _page_of(
         return picture_of(arguments, classifier, sources[0].name, explanation).with_suffix(".html")
     top = int(not arguments.class_idx) if arguments.top_k is None else arguments.top_k
     asked = [*([f"top{top}"] if top else []), *(f"class{index}" for index in arguments.class_idx)]
+    if arguments.box:
+        asked = [f"box{number}" for number in arguments.box]
     return result_path(arguments.output, f"{len(sources)}-images", [*parts, asked], ".html")
 
 
@@ -283,8 +356,11 @@ def _conclusion(
     return " ".join(filter(None, parts))
 
 
-def class_entry(explanation: PredictionExplanation, index: int) -> dict[str, Any]:
-    """Describe what a model says of a class, for other programs."""
+def class_entry(explanation: PredictionExplanation, index: Any) -> dict[str, Any]:
+    """Describe what a model says of a class, or of a box, for other programs."""
+    if isinstance(index, str) and explanation.detections is not None:
+        found = explanation.detections
+        return {"number": found.explained[index], **found.entry(index), "score": explanation.scores[index]}
     probabilities = explanation.probabilities
     return {
         "class_idx": index,

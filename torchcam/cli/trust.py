@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import _options
-from ._images import prepare, read_image, save_reports
+from ._images import prepare, read_image, recommend, save_reports
 from ._messages import UserError, library_errors, listed, print_json, print_line, print_marked
 
 if TYPE_CHECKING:
@@ -47,7 +47,11 @@ def add_to(commands: Any) -> None:
     _options.add_images(trust)
     _options.add_model(trust)
     maps = trust.add_argument_group("the map")
-    _options.add_methods(maps, METHODS, "the method to judge and those to compare with")
+    _options.add_methods(
+        maps,
+        f"{METHODS}; for a transformer, without --target-layer, HiResCAM with balanced gradients before them",
+        "the method to judge and those to compare with",
+    )
     _options.add_layers(maps)
     _options.add_classes(
         maps,
@@ -73,13 +77,16 @@ def run(arguments: argparse.Namespace) -> None:
     from torchcam.trust import trust  # after all checks, as it takes long to import
 
     with library_errors(arguments.target_layer):
-        inputs = classifier.read([read_image(path) for path in arguments.images])
+        pictures = [read_image(path) for path in arguments.images]
+        inputs = classifier.read(pictures)
+        best = recommend(arguments, classifier, pictures[0])
         report = trust(
             classifier.model,
             inputs.tensor,
             classes if len(classes) > 1 else next(iter(classes), None),
-            methods=methods,
-            target_layer=target,
+            methods=[best.method, *methods] if best else methods,
+            target_layer={best.method: best.target_layer} if best else target,
+            method_kwargs={best.method: best.method_kwargs} if best else None,
             images=[picture for picture in inputs.pictures if picture is not None] or None,
             class_names=inputs.class_names,
             batch_size=arguments.chunk_size,

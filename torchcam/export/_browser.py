@@ -6,13 +6,12 @@ import gzip
 import html
 import re
 from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from torch.export import ExportedProgram
 
-from torchcam._page import color_table, script_json
+from torchcam._page import color_table, fill, script_json
 from torchcam._pictures import base64_text
 
 from ._formats import Run, needs, onnx_model, onnx_runner
@@ -60,9 +59,7 @@ def write_page(program: ExportedProgram, metadata: Mapping[str, Any], runtime: P
         "MODEL": _packed(model),
         "RUNTIME": script,
     }
-    template = files("torchcam.export").joinpath("_page.html").read_text(encoding="utf-8")
-    pieces = re.split(r"@@([A-Z]+)@@", template)  # text and names by turns: what is put in is not looked at again
-    path.write_text("".join(parts[piece] if i % 2 else piece for i, piece in enumerate(pieces)), encoding="utf-8")
+    path.write_text(fill("torchcam.export", parts), encoding="utf-8")
     return onnx_runner(model)
 
 

@@ -94,6 +94,8 @@ class _CAM:
         torch_module("model", model)
         if isinstance(model, torch.jit.ScriptModule):
             raise TypeError("`model` is one of TorchScript, whose layers run no hooks: pass the model it was made from")
+        if isinstance(model, torch.fx.GraphModule) and not any(map(_calls_layer, model.graph.nodes)):
+            raise TypeError("`model` is an exported graph, whose layers are gone: pass the model it was made from")
         if gradients is not None and not self._weighs_gradients:
             raise ValueError(
                 f"{type(self).__name__} takes no gradients at a layer, so there is no `gradients`, got {gradients!r}: "
@@ -698,6 +700,10 @@ class _CAM:
         if self.gradients == "balanced":
             values["gradients"] = self.gradients
         return f"{type(self).__name__}({', '.join(f'{option}={value}' for option, value in values.items())})"
+
+
+def _calls_layer(node: torch.fx.Node) -> bool:
+    return node.op == "call_module" and not str(node.target).startswith("_guards")  # which an export checks inputs by
 
 
 def plain_tensors() -> AbstractContextManager[Any]:

@@ -15,10 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from torchcam import _page
-from torchcam._explanation import SMALLEST, Pictures, free_directory
+from torchcam._displays import Pictures
 from torchcam._figures import Cell, Column, Row, Sheet
-from torchcam._files import atomic_write
-from torchcam._pictures import enlarged, fitted, fitted_size
+from torchcam._files import atomic_write, free_directory
+from torchcam._pictures import SMALLEST, enlarged, fitted, fitted_size
 from torchcam.layout import Cells
 from torchcam.utils import ALPHA, on_picture, overlay_map
 
