@@ -23,7 +23,6 @@ __all__ = [
     "find_layout",
     "first_tensor",
     "has_consistent_stride",
-    "input_axes",
     "patch_grid",
     "primary_tensors",
     "replace_tensors",
