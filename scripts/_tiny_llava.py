@@ -1,8 +1,9 @@
 """A tiny LLaVA that reads the shapes of coloured things in pictures, so that the evidence for each word is known.
 
-A picture has 5 × 5 cells, one for each visual token. Four of them hold a thing, each of another colour, of any shape.
-The prompt names two colours, and the answer is the shapes of these two things in that order. So the evidence for each
-word is one cell.
+A picture has 5 × 5 cells, one for each visual token. Up to four of them hold a thing, each of another colour, of any
+shape. The prompt names two colours, and the answer is the shapes of these two things in that order, "none" for one
+that is not there. So the evidence for each shape is one cell: without it, the answer would be "none". The features of
+pictures are those before the vision tower's attention, so that nothing of a cell is in another one's token.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ __all__ = [
     "ANSWER",
     "CELL",
     "COLORS",
+    "NONE",
     "SHAPES",
     "SIDE",
     "WEIGHTS",
@@ -39,14 +41,17 @@ SHAPES = {
 }
 ANSWER = 2  # words
 _SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
-_WORDS = [*_SPECIAL, *COLORS, *SHAPES, "and", ":"]
+ABSENT = 0.2  # the share of things that are not there
+NONE = "none"
+_WORDS = [*_SPECIAL, *COLORS, *SHAPES, NONE, "and", ":"]
 
 
 def build() -> tuple[Any, Any]:
     """Return the model with random weights, and its processor."""
     import tokenizers
-    import transformers
+    import transformers as library
 
+    transformers: Any = library  # partly untyped
     special = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), _SPECIAL, strict=False))
     places = {word: place for place, word in enumerate(_WORDS)}
     core = tokenizers.Tokenizer(tokenizers.models.WordLevel(places, unk_token=special["unk_token"]))
@@ -82,7 +87,7 @@ def build() -> tuple[Any, Any]:
         tie_word_embeddings=False,
     )
     config = transformers.LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=_WORDS.index("<image>"), vision_feature_layer=-1
+        vision_config=vision, text_config=text, image_token_index=_WORDS.index("<image>"), vision_feature_layer=-2
     )
     return transformers.LlavaForConditionalGeneration(config).eval(), processor
 
@@ -99,14 +104,15 @@ def sample(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tens
     """Draw pictures and questions.
 
     Returns:
-        the pictures (N, 40, 40, 3) in [0, 255], the asked colours (N, 2), the shapes that answer (N, 2), and the cells
-        of the things that are asked for (N, 2)
+        the pictures (N, 40, 40, 3) in [0, 255], the asked colours (N, 2), the shapes that answer (N, 2), where one more
+        than the last is "none", and the cells of the things that are asked for (N, 2)
     """
     masks = torch.tensor([[pixel == "#" for pixel in rows.replace(" ", "")] for rows in SHAPES.values()])
-    masks = masks.reshape(-1, CELL, CELL)  # (S, 8, 8)
+    masks = torch.cat([masks, masks[:1] & False]).reshape(-1, CELL, CELL)  # (S + 1, 8, 8)
     colors = torch.tensor(list(COLORS.values()), dtype=torch.float32)
     places = torch.rand(count, SIDE * SIDE, generator=generator).argsort(1)[:, : len(COLORS)]  # (N, colours)
     shapes = torch.randint(len(SHAPES), (count, len(COLORS)), generator=generator)
+    shapes[torch.rand(shapes.shape, generator=generator) < ABSENT] = len(SHAPES)
     noise = 90 + 50 * torch.rand(count, SIDE * SIDE, CELL, CELL, 1, generator=generator)
     cells = noise.expand(-1, -1, -1, -1, 3).clone()  # (N, cells, 8, 8, 3)
     rows = torch.arange(count)

@@ -202,6 +202,7 @@ def table(results: dict[str, dict[str, Outcome]]) -> str:
         "",
         f"Written by `scripts/families.py` with torch {torch.__version__.split('+')[0]}: Grad-CAM with no argument",
         "but the model (and a target where the output needs one) on models beyond classifiers, with random weights.",
+        "[Choosing a layer](guides/layers.md) has the rules behind it.",
         f"Of {len(outcomes)}: {counts}.",
         "",
         "* *Right*: the grid lies over the input. Strips of the input are changed; how much each cell changes agrees",
@@ -219,13 +220,21 @@ def table(results: dict[str, dict[str, Outcome]]) -> str:
     for library, found in results.items():
         for name, outcome in found.items():
             verdict = outcome.verdict if outcome.passed else f"**{outcome.verdict}**"
-            detail = "; ".join(
-                filter(None, [outcome.detail[:200], outcome.trace and f"**output changed {outcome.trace}**"])
-            )
+            trace = f"**output changed {outcome.trace}**" if outcome.trace else ""
+            detail = "; ".join(filter(None, [in_markdown(outcome.detail), trace]))
             layer = f"`{outcome.layer}`" if outcome.layer else ""
-            cells = [library, name, verdict, layer, outcome.grid, detail.replace("|", "/").replace("_", "\\_")]
+            cells = [library, name, verdict, layer, outcome.grid, detail]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def in_markdown(detail: str, longest: int = 400) -> str:
+    """Return what was said as a cell of a table, cut if it is long."""
+    kept = detail if len(detail) <= longest else detail[:longest].rsplit(" ", 1)[0] + " …"
+    kept += "`" * (kept.count("`") % 2)
+    parts = kept.replace("|", "/").split("`")
+    escaped = [re.sub(r"([_*<\[])", r"\\\1", part) if number % 2 == 0 else part for number, part in enumerate(parts)]
+    return "`".join(escaped)
 
 
 def trace_summary(outcomes: list[Outcome]) -> str:

@@ -181,6 +181,15 @@ class TestOnePass:
             pair = torch.stack([found.maps.double().flatten(), full.maps.flatten()])
             assert float(torch.corrcoef(pair)[0, 1]) > 0.99
 
+    def test_relevance_that_is_not_finite(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        read = VisualStreams._read
+        monkeypatch.setattr(VisualStreams, "_read", lambda self, gradients: read(self, gradients) / 0)
+        with pytest.warns(
+            UserWarning, match="relevance of LlavaForConditionalGeneration's visual tokens is not finite"
+        ):
+            found = explained("LLaVA", "dog")
+        assert found._items[0]._sheet().rows[0].cells[0].note.endswith("undefined (NaN)")
+
     def test_an_answer_ends_where_the_model_ends_it(self) -> None:
         model, processor = vl.family("LLaVA")
         four = explained("LLaVA", None, max_new_tokens=4)
@@ -395,6 +404,32 @@ class TestCells:
         assert np.allclose(found.map("x", signed=True)[2:, 4:], -1)
 
 
+class TestKnownEvidence:
+    """A LLaVA that was trained to read each word from one cell."""
+
+    def test_the_peak_is_on_the_cell_that_a_word_is_read_from(self) -> None:
+        from tests.tiny_llava import benchmark_answers
+
+        shares = benchmark_answers.measure(50)
+        assert min(shares["the model's answers"]) == 1
+        own = shares.pop("torchcam.explain_answer")
+        assert min(own) >= 0.97
+        assert min(own) > max(max(shares[name]) for name in ("activation × gradient, plain", "attention × gradient"))
+
+    def test_words_have_places_of_their_own(self) -> None:
+        from tests.tiny_llava import example
+
+        model, processor, picture = example()
+        found = explain_answer(model, processor, picture, "<image> red and blue :", max_new_tokens=2)
+        bar, cross = found.maps
+        assert found.answer == "bar cross"
+        assert bar.argmax() != cross.argmax()
+        contrast = explain_answer(
+            model, processor, picture, "<image> red and blue :", "bar cross", tokens="cross", against="plus"
+        )
+        assert contrast.maps[0].argmax() == cross.argmax()
+
+
 class TestTokens:
     def test_pieces_join_to_the_answer(self) -> None:
         tokenizer = vl.family("LLaVA")[1].tokenizer
@@ -415,10 +450,10 @@ class TestTokens:
 
     def test_choices(self) -> None:
         pieces = ["A", " sub", "word", " here"]
-        assert choose(pieces, None, "token").groups == ((0,), (1,), (2,), (3,))
-        assert choose(pieces, "subword", "token").groups == ((1,), (2,))
-        assert choose(pieces, "word", "word").groups == ((1, 2),)
-        assert choose(pieces, [-1, 0], "answer").groups == ((0, 3),)
+        assert choose(pieces, None, "token") == ((0,), (1,), (2,), (3,))
+        assert choose(pieces, "subword", "token") == ((1,), (2,))
+        assert choose(pieces, "word", "word") == ((1, 2),)
+        assert choose(pieces, [-1, 0], "answer") == ((0, 3),)
 
     def test_the_target_for_loops_of_ones_own(self) -> None:
         logits = torch.arange(12.0).reshape(3, 4).square()

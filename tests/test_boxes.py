@@ -230,6 +230,19 @@ def test_all_boxes_in_one_call(tmp_path: Path) -> None:
     explanation.plot()
 
 
+def test_a_box_as_another_class() -> None:
+    """The score of the row for the class that is named, beside that of its own."""
+    pytest.importorskip("transformers")
+    model, processor = detr_family("Detr")
+    boxes = [Box(0), Box(0, label=4)]
+    explanation = torchcam.explain(model, noise_picture(220, 120), box=boxes, processor=processor, threshold=0.0)
+    assert list(explanation.cams) == ["box 0", "box 0, as class 4"]
+    with torch.no_grad():
+        output = model(explanation._try_out.image)
+    row = explanation._try_out.targets["box 0"].index
+    assert explanation.scores["box 0, as class 4"] == pytest.approx(output.logits[0, row, 4].item(), rel=1e-5)
+
+
 def test_a_list_of_pictures() -> None:
     pictures = [bright_picture(*size, place) for size, place in PICTURES.values()]
     several = torchcam.explain(bright_retinanet(), pictures)

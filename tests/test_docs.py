@@ -34,6 +34,10 @@ LINK = re.compile(r"!?\[(?:[^\[\]]|\[[^\[\]]*\])*\]\((?P<target>[^()\s]+)(?:\s+\
 DIRECTIVE = re.compile(r"^::: (torchcam[\w.]*)$", re.MULTILINE)
 # What a page of others takes as given.
 GIVEN = {
+    "docs/guides/answers.md": """
+from tests.tiny_llava import example
+model, processor, picture = example()
+""",
     "docs/evaluation.md": """
 from torchcam.demo import load_model, sample_images
 model = load_model()
@@ -92,6 +96,7 @@ def without_code(text: str) -> str:
 
 # What pages and modules need beside the package.
 NEEDS = {
+    "docs/guides/answers.md": "transformers",
     "docs/guides/app.md": "gradio",
     "docs/guides/production.md": "onnxruntime",
     "torchcam.app._window": "gradio",

@@ -270,6 +270,25 @@ print(json.dumps([about, cam.tolist(), [value.shape for value in session.get_inp
         torch.testing.assert_close(cam, wanted, rtol=0, atol=2e-5)
 
 
+def test_channels_that_are_last_between_convolutions() -> None:
+    """What a rule returns is laid out otherwise than what was traced: a view of it takes a copy."""
+    from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+
+    torch.manual_seed(0)
+    model = ConvNeXt([CNBlockConfig(8, 16, 2), CNBlockConfig(16, None, 1)], num_classes=3).eval()
+    assert export(model, "GradCAM", "features.1.0", example=torch.rand(2, 3, 32, 32)).error <= 1e-5
+
+
+def test_what_onnx_has_is_not_written_out(tmp_path: Path) -> None:
+    import onnx
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Hardswish(), nn.Conv2d(4, 4, 3), nn.Hardswish())
+    model.extend([nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)])
+    file = export(model.eval(), "GradCAM", "2", example=IMAGES[:1]).save(tmp_path / "model.onnx")
+    assert sum(node.op_type == "HardSwish" for node in onnx.load(file).graph.node) == 2
+
+
 class Deceptive(nn.Module):
     """Computes something else while it is traced."""
 

@@ -30,7 +30,7 @@ FEW = {
         "torch.export",
     ],
     "lightning": ["LightningModule"],
-    "transformers": ["SegFormer", "OwlViT", "CLIP, 2 x 2 texts", "CLIP, 1 x 1 texts"],
+    "transformers": ["SegFormer", "OwlViT", "PatchTST, class token", "CLIP, 2 x 2 texts", "CLIP, 1 x 1 texts"],
 }
 
 

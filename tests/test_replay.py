@@ -445,3 +445,73 @@ def test_masked_runs_in_evaluation_mode_and_leaves_the_statistics(device: torch.
     model.eval()
     with torch.no_grad():
         torch.testing.assert_close(scores, model(x)[[0, 1], [1, 2]])
+
+
+# Proofs
+
+
+class Unsteady(nn.Module):
+    """A net whose scores depend on chance, or on the other samples of the batch."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.features = nn.Conv2d(3, 6, 3)
+        self.fc = nn.Linear(6, 5)
+        self.kind = kind
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.ndim)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "random before":
+            x = x + torch.randn_like(x)
+        features = self.features(x).tanh().mean((2, 3))
+        if self.kind == "random behind":
+            features = nn.functional.dropout(features, 0.5, training=True)
+        if self.kind == "batch":
+            features = (features - features.mean(0)) * 3
+        return self.fc(features)
+
+
+@pytest.mark.parametrize("method", ["ScoreCAM", "GroupCAM", "AblationCAM", "ReciproCAM"])
+@pytest.mark.parametrize("kind", ["random before", "random behind", "batch"])
+def test_scores_that_do_not_come_again_are_warned_of_once(kind: str, method: str) -> None:
+    from torchcam import methods
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        with getattr(methods, method)(Unsteady(kind).eval(), "features") as extractor, torch.no_grad():
+            extractor.model(images(torch.device("cpu"), 2, 8))
+            with pytest.warns(
+                UserWarning, match="an input as it is was .* explain one at a time, with `batch_size=1`"
+            ) as caught:
+                extractor(1)
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("method", ["ScoreCAM", "SSCAM", "ISCAM", "GroupCAM", "AblationCAM", "ReciproCAM"])
+def test_scores_that_come_again_are_not(method: str, training: bool) -> None:
+    """Warnings are errors. In training mode, what was recorded differs from what runs again, and is not compared."""
+    from torchcam import methods
+
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Tanh(), CalledTwice()).train(training)
+    del model[3]
+    model.append(nn.AdaptiveAvgPool2d(1)).append(nn.Flatten()).append(nn.Dropout(0.5)).append(nn.Linear(6, 3))
+    for x in (images(torch.device("cpu"), 2, 8), 1e-3 * images(torch.device("cpu"), 2, 8)):
+        with getattr(methods, method)(model, "2", batch_size=4) as extractor, torch.no_grad():
+            model(x)
+            extractor(1)
+
+
+@pytest.mark.parametrize(("batch_size", "rows"), [(1, [1] * 7), (4, [4, 3]), (6, [6, 1]), (32, [7])])
+def test_a_proof_is_one_row_more(batch_size: int, rows: list[int]) -> None:
+    from torchcam.methods import ScoreCAM
+
+    model = Limited(100).eval()
+    with ScoreCAM(model, "features", batch_size=batch_size) as extractor, torch.no_grad():
+        model(images(torch.device("cpu"), 1, 8))
+        model.seen.clear()
+        extractor(1)
+    assert list(model.seen) == rows
+    assert sum(rows) == 6 + 1

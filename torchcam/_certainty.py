@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -12,7 +12,7 @@ from ._architecture import Kind, Shown, hint_of, is_apart, is_composed, kind_of,
 from ._passes import Call, image_shape
 from ._planted import Changes, Trial, changes_of, try_reading
 from ._tensors import tensors_in
-from .layout import FEW, Layout, Reading, readings
+from .layout import FEW, Layout, Reading, input_axes, readings
 
 __all__ = ["Certainty", "Verdict"]
 
@@ -83,7 +83,7 @@ class Certainty:
         layouts = dict.fromkeys(one.layout for one in found)
         if not found:
             return None
-        only = found[0] if len(layouts) == 1 else None
+        only = _without_doubtful_axes(found) if len(layouts) == 1 else None
         if self._has_twin():  # which of them the layer sees is not known
             return None
         if self.input_shape is None:
@@ -114,6 +114,13 @@ class Certainty:
             return False
         return any(t is not signal and t.shape == signal.shape for t, _ in self.call.versions if t.is_floating_point())
 
+    def axes(self, layout: Layout, layer: str, level: str = "") -> tuple[int, ...]:
+        """Return the dimensions of the input that the grid of a layout follows, as far as the experiment shows."""
+        measured = self._changes.get(layer + level, {})
+        possible = [axes for axes in input_axes(self.input_shape or ()) if len(axes) == len(layout.grid)]
+        scores = [try_reading(Reading(layout, axes), measured, _NEEDED).score for axes in possible]
+        return possible[scores.index(max(scores))] if scores and max(scores) > 0 else ()
+
     def try_out(self, layers: Sequence[str]) -> None:
         """Run the experiment for the outputs of layers; :meth:`tried` says what it shows."""
         if self.input_shape is not None:
@@ -121,6 +128,11 @@ class Certainty:
                 self._changes = changes_of(self.model, self.call, self.input_shape, layers)
             except Exception:  # noqa: BLE001 - whatever a model raises at noise: then nothing is known
                 self._changes = {}
+
+    def refutes(self, verdict: Verdict, layer: str) -> bool:
+        """Check whether the experiment speaks against a verdict that was certain."""
+        measured = self._changes.get(layer, {})
+        return verdict.reading is not None and try_reading(verdict.reading, measured, _NEEDED).follows is False
 
     def tried(self, shape: Sequence[int], layer: str, level: str = "") -> Verdict:
         """Return what the experiment shows of a layer."""
@@ -131,6 +143,9 @@ class Certainty:
         trials = {one: try_reading(one, measured, needed, only=only) for one in strict}
         following = [(trial, one) for one, trial in trials.items() if trial.follows]
         found = _only([(trial, one) for trial, one in following if only or trial.sides == len(one.axes)])
+        if found is None:  # of readings that differ in tokens which look nowhere, that without them
+            least = [(t, one) for t, one in following if not any(_extends(one.layout, o.layout) for _, o in following)]
+            found = _only([(trial, one) for trial, one in least if trial.sides == len(one.axes)])
         if found is not None or following:
             return Verdict(found, found is not None, strict)
         if measured:
@@ -146,6 +161,19 @@ class Certainty:
             unsure = any(trial.follows is None for trial in trials.values()) and (is_map or strict[0].is_shown)
             return Verdict(strict[0], None if unsure else False, strict)
         return Verdict(None, False, strict)
+
+
+def _without_doubtful_axes(found: Sequence[Reading]) -> Reading:
+    """Return the first of several readings of one layout; without axes where several may be those it follows."""
+    fitting = [one for one in found if one.fits] or found
+    return fitting[0] if len({one.axes for one in fitting}) == 1 else fitting[0]._replace(axes=())
+
+
+def _extends(layout: Layout, other: Layout) -> bool:
+    """Check whether a layout counts tokens as positions that another one leaves out."""
+    return layout.prefix < other.prefix and replace(other, prefix=layout.prefix, grid=()) == replace(
+        layout, grid=(), before=other.before
+    )
 
 
 def _only(following: list[tuple[Trial, Reading]], margin: float = 1.0) -> Reading | None:

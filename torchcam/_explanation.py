@@ -239,13 +239,16 @@ class PredictionExplanation(Pictures):
 
     def _on_other(self, picture: Image.Image) -> tuple[Image.Image, View]:
         """Return a picture to draw over in place of one's own, and where the model's view lies on it."""
-        if len(self.input_shape) != 4:
+        if not self._drawable():  # which the drawing says
             return picture, FULL
-        height, width = self.input_shape[2:]
+        height, width = self.input_shape[-2:]
         views = self._views or Views((width, height))
         found = views.on(picture.size)
-        if found is not None or self.image is None:
-            return picture, found or FULL
+        if found is not None:
+            return picture, found
+        if self.image is None:
+            warnings.warn(views.unknown(picture.size, "over all of it"), UserWarning, stacklevel=3)
+            return picture, FULL
         warnings.warn(views.unknown(picture.size), UserWarning, stacklevel=3)
         return self.image, self.view
 

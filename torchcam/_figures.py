@@ -173,7 +173,7 @@ def _places(sheets: Sequence[Sheet], size: tuple[float, float]) -> tuple[list[_P
                 name = f"input {number}" if len(sheets) > 1 else "input"
                 labels.append(_Label(name, MARGIN, top - 0.04, "left"))
                 panels.append(_Panel(Cell(sheet.image), MARGIN, top))
-            panels += [_Panel(cell, start, top) for cell, start in zip(row.cells, lefts, strict=True)]
+            panels += [_Panel(cell, start, top) for cell, start in zip(row.cells, lefts, strict=False)]
             top += size[1] + (NOTE if any(cell.note for cell in row.cells) else 0)
     return panels, labels
 

@@ -1,4 +1,4 @@
-"""An experiment: where does the output of a layer change when a strip of the input does?"""
+"""Experiments: where does the output of a layer change when a strip of the input does, and what do positions see?"""
 
 from __future__ import annotations
 
@@ -15,12 +15,18 @@ from ._chunks import run_chunks
 from ._passes import Call
 from ._replica import replicated
 from ._tensors import tensors_in
-from .layout import Reading, primary_tensors
+from .layout import Layout, Reading, primary_tensors
 
-__all__ = ["Changes", "Trial", "changes_of", "try_reading"]
+__all__ = ["Changes", "Seen", "Trial", "changes_of", "seen_at_places", "try_reading"]
 
 _STRIPS = 4  # of each axis of the input
+_PLACES: tuple[tuple[float, ...], ...] = (
+    (0.125, 0.875, 0.125),
+    (0.625, 0.125, 0.875),
+    (0.875, 0.625, 0.375),
+)  # as shares; not like their mirror images
 _ROWS = 16  # in memory at a time
+_IDLE = 0.1  # the share of what strips change in positions, up to which tokens before them are none
 _NOTHING = 1e-12  # the share of the mean square of an output that counts as no change
 
 
@@ -51,6 +57,28 @@ class Trial(NamedTuple):
     follows: bool | None
     score: float = 0.0
     sides: int = 0
+
+
+class Seen(NamedTuple):
+    """How much of what a few positions see lies where they lie, as multiples of what lies elsewhere.
+
+    Attributes:
+        least: that of the position that sees least of it
+        mean: that of all of them
+    """
+
+    least: float
+    mean: float
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether each position looks where it lies."""
+        return self.least > 1.0 and self.mean > 1.15  # attention of fresh weights sees almost everything alike
+
+    @property
+    def is_against(self) -> bool:
+        """Whether they look elsewhere, whatever an experiment with strips shows."""
+        return self.mean <= 0.5
 
 
 def changes_of(
@@ -150,15 +178,16 @@ def try_reading(
     changes = measured.get((reading.layout.batch, reading.layout.channels % _ndim(measured)))
     if changes is None or not changes.axes:
         return Trial(None)
-    grid = reading.layout.to_grid(changes.sizes).squeeze(1).double()
-    sizes = grid.reshape(len(changes.axes), _STRIPS, *grid.shape[1:])
-    weaker = sizes.sort(1).values[:, : _STRIPS // 2].mean(1, keepdim=True)
-    above = (sizes - weaker).clamp_min(0)
+    above = _above_weaker(reading.layout, changes)
     amount = above.sum(1)  # (axes, *grid)
     if not float(amount.sum(0).amax()) > _NOTHING * changes.scale:
         return Trial(False)
-    places = (torch.arange(_STRIPS, dtype=torch.double, device=grid.device) + 0.5) / _STRIPS
-    centre = (above * places.reshape(-1, *[1] * (grid.ndim - 1))).sum(1) / amount.clamp_min(1e-300)
+    if reading.layout.prefix and len(reading.layout.positions) > 1:
+        tokens = _above_weaker(reading.layout.with_prefix_only, changes)
+        if float(tokens.mean()) > _IDLE * float(above.mean()):  # what would be left out looks somewhere as well
+            return Trial(False)
+    places = (torch.arange(_STRIPS, dtype=torch.double, device=amount.device) + 0.5) / _STRIPS
+    centre = (above * places.reshape(-1, *[1] * (amount.ndim - 1))).sum(1) / amount.clamp_min(1e-300)
     moving = amount[amount > 1e-6 * amount.amax()]
     weight = amount.clamp_max(2 * float(moving.median()))  # one strong position must not outvote the rest
     scores = []
@@ -172,6 +201,62 @@ def try_reading(
     total = weight.sum(0)
     spread = float((total > 0.01 * total.amax()).double().mean())
     return Trial(min(scores) >= needed and spread >= 0.25, min(scores), len(scores))
+
+
+def _above_weaker(layout: Layout, changes: Changes) -> Tensor:
+    """Return by how much each strip changes each position, less what the weaker half does: (axes, strips, *grid)."""
+    grid = layout.to_grid(changes.sizes).squeeze(1).double()
+    sizes = grid.reshape(len(changes.axes), _STRIPS, *grid.shape[1:])
+    return (sizes - sizes.sort(1).values[:, : _STRIPS // 2].mean(1, keepdim=True)).clamp_min(0)
+
+
+def seen_at_places(layout: Layout, output: Tensor, signal: Tensor) -> Seen | None:
+    """Find out whether a few positions of a layer look where a layout says that they lie, by one backward pass.
+
+    Args:
+        layout: the layout, with the dimensions of the input that it follows
+        output: the output of the layer, with a graph
+        signal: the input that the graph leads to
+
+    Returns:
+        how much of the squared gradient lies in the parts of the input, up to four along each axis, that hold the
+        positions; None if there is no gradient, or the grid is too small
+    """
+    sides = layout.grid
+    if len(sides) > len(_PLACES[0]) or len(layout.axes) != len(sides):
+        return None
+    parts = [min(_STRIPS, side, signal.shape[axis]) for side, axis in zip(sides, layout.axes, strict=True)]
+    if max(parts) < 2:
+        return None
+    few = min(part for part in parts if part > 1) <= 2  # few parts are soon all taken
+    places = _PLACES[: 1 if few else 2 if sum(part > 1 for part in parts) == 1 else 3]
+    grid = layout.to_grid(output)
+    generator = torch.Generator().manual_seed(0)
+    expected = torch.zeros(parts, dtype=torch.bool)
+    terms = []
+    for place in places:
+        position = [int(share * side) for share, side in zip(place, sides, strict=False)]
+        cells = zip(position, sides, parts, strict=True)
+        expected[tuple(int((index + 0.5) * part / side) for index, side, part in cells)] = True
+        index: Any = (slice(None), slice(None), *position)
+        values = grid[index]
+        terms.append((torch.randn(values.shape[1], generator=generator).to(values) * values).sum())
+    (gradient,) = torch.autograd.grad(torch.stack(terms).sum(), signal, retain_graph=True, allow_unused=True)
+    if gradient is None:
+        return None
+    mass = gradient.detach().cpu().double().square()
+    mass = mass.sum([dimension for dimension in range(mass.ndim) if dimension not in layout.axes])
+    for dimension, part in enumerate(parts):
+        cell = torch.arange(mass.shape[dimension]) * part // mass.shape[dimension]
+        shape = [part if each == dimension else side for each, side in enumerate(mass.shape)]
+        mass = mass.new_zeros(shape).index_add_(dimension, cell, mass) / torch.bincount(cell).reshape(
+            [-1 if each == dimension else 1 for each in range(mass.ndim)]
+        )
+    others = float(mass[~expected].mean())
+    if not others >= 0 or not float(mass.sum()) > 0:
+        return None
+    found = mass[expected] / max(others, 1e-300)
+    return Seen(float(found.min()), float(found.mean()))
 
 
 def _ndim(measured: Mapping[tuple[int, int], Changes]) -> int:

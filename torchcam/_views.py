@@ -126,14 +126,14 @@ class Views:
             return found
         return None if found is not None else FULL  # of the same shape as both, it may be either
 
-    def unknown(self, size: tuple[int, int]) -> str:
-        """Return the message for a picture on which the view is not known."""
+    def unknown(self, size: tuple[int, int], place: str = "over the model's view") -> str:
+        """Return the message for a picture on which the view is not known, with the place where the map is drawn."""
         why = "pass the `transform` that made it" if self.to_tensor is None else "its transform cannot be followed"
         if self._known.get(self.source or size) is not None:
             why = "it has the shape of the original as well as of the model's view, and the size of neither"
         return (
             f"where the model's view of {self.seen[0]} × {self.seen[1]} pixels lies on an `image` of {size[0]} × "
-            f"{size[1]} is not known ({why}), so the map is drawn over the model's view. An image that was cropped as "
+            f"{size[1]} is not known ({why}), so the map is drawn {place}. An image that was cropped as "
             "it was for the model can be drawn over."
         )
 

@@ -23,6 +23,7 @@ from torchcam._explanation import Explanations, PredictionExplanation
 from torchcam._files import written_whole
 from torchcam._inputs import Inputs, read_inputs
 from torchcam._method_maps import MethodMaps
+from torchcam._passes import Call
 from torchcam._recipes import Recipe, as_recipes, extractors_on, named_errors
 from torchcam._replica import replicated
 from torchcam._tensors import over_positions, to_float
@@ -30,7 +31,7 @@ from torchcam._trust_request import TrustRequest
 from torchcam._views import FULL
 from torchcam.layers import TargetLayer
 from torchcam.methods import GradCAM, HiResCAM
-from torchcam.methods.core import plain_tensors
+from torchcam.methods.core import _CAM, plain_tensors
 from torchcam.targets import Selector, read_logits
 from torchcam.tasks._pipelines import opened
 from torchcam.tasks.boxes import as_boxes, is_detector
@@ -249,6 +250,8 @@ def explain(
     explanations: list[PredictionExplanation] = []
     with replicated(model) as replica, extractors_on(replica, model, recipes, input_shape) as extractors:
         step = batch_size if inputs.kwargs is None else count
+        if choice.targets is not None:
+            _choose_layers(inputs, slice(0, min(step, count)), choice.targets, recipes, extractors)
         for start in range(0, count, step):
             samples = slice(start, min(start + step, count))
             answers = _explain_samples(replica, inputs, samples, choice, recipes, extractors)
@@ -377,6 +380,26 @@ class _Answer:
     logits: Tensor
     predicted: int | None
     scores: Mapping[str, float]
+
+
+def _choose_layers(
+    inputs: Inputs,
+    samples: slice,
+    targets: Sequence[Mapping[str, Any]],
+    recipes: Sequence[Recipe],
+    extractors: Sequence[Any],
+) -> None:
+    """Make sure that default layers count for the targets."""
+    columns = _columns([list(named.values()) for named in targets[samples]])
+    call = Call((inputs.tensor[samples],), {}) if inputs.kwargs is None else Call((), dict(inputs.kwargs))
+
+    def select(output: Any) -> Tensor:
+        return torch.stack([Selector(None, column, len(column))(output) for column in columns], 1)
+
+    for recipe, extractor in zip(recipes, extractors, strict=True):
+        if isinstance(extractor, _CAM):
+            with named_errors(recipe, recipes):
+                extractor.inner.choose_layer_for(call, select)
 
 
 def _explain_samples(

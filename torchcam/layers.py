@@ -5,9 +5,9 @@ from __future__ import annotations
 import html
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from ._certainty import Certainty, Verdict
 from ._names import closest
 from ._passes import Call, model_device
+from ._planted import Seen, seen_at_places
 from ._replica import replicated
 from ._tensors import map_tensors, tensors_in
-from .layout import Layout, first_tensor, replace_tensors
+from .layout import Layout, input_axes, primary_tensors, replace_tensors
 from .targets import read_logits
 
 __all__ = [
@@ -32,6 +33,9 @@ __all__ = [
 ]
 
 TargetLayer = nn.Module | str
+
+_SINGLE_SCORES = 4  # of a dense output, that are looked at one by one
+_GLANCES = 12  # at default layers, of which none looks where it lies: then there is no default
 
 
 def layer_names(model: nn.Module, target_layer: TargetLayer | Sequence[TargetLayer]) -> list[str]:
@@ -85,6 +89,8 @@ class Candidate:
         is_stage: whether it is more than a projection within a layer, or the layer that makes the scores
         is_proven: whether its positions are those of the input, by what the module and the model show or by an
             experiment; None where nothing tells
+        reach: the share of the single scores of a dense output (boxes, pixels) that depend on it at all, of some that
+            are spread over the output; 1 where there is one score of each class
     """
 
     name: str
@@ -96,6 +102,7 @@ class Candidate:
     fits: bool
     is_stage: bool
     is_proven: bool | None = True
+    reach: float = 1.0
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -127,10 +134,14 @@ class Candidates(Sequence[Candidate]):
         """Those whose maps tell positions apart: the score depends on several, and none is known to be out of place."""
         return Candidates(c for c in self if c.depends and math.prod(c.grid) > 1 and c.is_proven is not False)
 
-    @property
+    @cached_property
     def choice(self) -> str | None:
-        """The layer that extractors take by default: the last of the best kind there is."""
-        wanted = self.usable
+        """The layer that extractors take by default: the last of the best kind there is.
+
+        Of a dense output, say of boxes from several levels, that is a layer which all of it depends on, if one exists.
+        """
+        most = max((c.reach for c in self.usable), default=1.0)
+        wanted = [c for c in self.usable if c.reach == most]
         for kind in (
             [c for c in wanted if c.fits and c.is_stage],
             [c for c in wanted if c.fits],
@@ -190,21 +201,24 @@ def candidates_of(model: nn.Module, call: Call, select: Callable[[Any], Tensor] 
     Args:
         model: the model
         call: how it is called
-        select: function from its output to the scores that count, in place of a random sum of all
+        select: function from its output to the scores that count, (N,), or (N, K), each of which has to depend on the
+            layer, in place of a random sum of all
     """
     outputs: dict[str, Tensor] = {}
+    others: dict[str, list[Tensor]] = {}  # of a layer that returns maps of several sizes
     calls: Counter[str] = Counter()
 
     def inspect(name: str, _module: nn.Module, _args: Any, output: Any) -> Any:
-        tensor = first_tensor(output)
-        if tensor is None or not tensor.is_floating_point():
+        tensors = [*primary_tensors(output).values()]
+        if not tensors or not all(tensor.is_floating_point() for tensor in tensors):
             return None
-        # As an extractor does, hand on a copy: what counts is whether the score depends on what is handed on.
+        # As an extractor does, hand on copies: what counts is whether the score depends on what is handed on.
+        # Behind a cut (`.detach()`) they start a graph of their own.
+        copies = [(t if t.requires_grad else t.detach().requires_grad_()).clone() for t in tensors]
         outputs.pop(name, None)
-        # Behind a cut (`.detach()`) it starts a graph of its own.
-        outputs[name] = copied = (tensor if tensor.requires_grad else tensor.detach().requires_grad_()).clone()
+        outputs[name], others[name] = copies[0], copies[1:]
         calls[name] += 1
-        return replace_tensors(output, [(tensor, copied)])
+        return replace_tensors(output, [*zip(tensors, copies, strict=True)])
 
     generator = torch.Generator().manual_seed(0)
     with replicated(model) as replica, torch.inference_mode(False), torch.enable_grad():
@@ -212,9 +226,13 @@ def candidates_of(model: nn.Module, call: Call, select: Callable[[Any], Tensor] 
         for name, module in modules.items():
             module.register_forward_hook(partial(inspect, name))
         _fill_zeros(replica, generator)
-        result = _call_probed(replica, call.args, call.kwargs)
-        explained = result if select is None else select(result)
-        gradients = dict(zip(outputs, _influences(explained, list(outputs.values()), generator), strict=True))
+        result, signal = _call_probed(replica, call)
+        watched = [(name, t) for name, first in outputs.items() for t in (first, *others[name]) if t.requires_grad]
+        explained = _all_scores(result) if select is None else [select(result)]
+        singles = _single_scores(result) if select is None else explained[0].unbind(1) if explained[0].ndim > 1 else ()
+        gradients = _gradients(_random_sum(explained, generator), watched)
+        reach = _reach(singles, watched)
+    first = {name: g for name, parts in gradients.items() for g in parts if g.shape == outputs[name].shape}
     scores = _dense_scores(result)
     certainty = Certainty(model, call)
 
@@ -227,43 +245,90 @@ def candidates_of(model: nn.Module, call: Call, select: Callable[[Any], Tensor] 
         return Candidate(
             name,
             type(modules[name]).__name__,
-            reading.layout,
+            reading.placed,
             num_channels,
-            max(_share(one.layout, gradients[name]) for one in possible),
+            max(_share(one.layout, first.get(name)) for one in possible),
             calls[name],
             reading.fits,
             not isinstance(modules[name], nn.Linear) and (scores is None or num_channels != scores.shape[1]),
             verdict.holds,
+            reach.get(name, 1.0),
         )
 
     shapes = {name: tuple(tensor.shape) for name, tensor in outputs.items()}
-    certain = {name: certainty.certain(shape, name) for name, shape in shapes.items()}
-    doubtful = [name for name, verdict in certain.items() if verdict is None]
-    open_ = {name: Verdict(None, None, certainty.readings(shapes[name], name)) for name in doubtful}
-    found = Candidates(filter(None, (candidate(name, verdict or open_[name]) for name, verdict in certain.items())))
-    if found.choice is None or found.choice in open_:  # it rests on a doubt
-        certainty.try_out([name for name in doubtful if len(shapes[name]) > 2])
-        verdicts = {name: verdict or certainty.tried(shapes[name], name) for name, verdict in certain.items()}
-        found = Candidates(filter(None, (candidate(name, verdict) for name, verdict in verdicts.items())))
+    verdicts = {name: certainty.certain(shape, name) for name, shape in shapes.items()}
+    open_ = {name: Verdict(None, None, certainty.readings(shapes[name], name)) for name, v in verdicts.items() if not v}
+    tried: set[str] = set()
+
+    def listed() -> Candidates:
+        found = Candidates(filter(None, (candidate(name, one or open_[name]) for name, one in verdicts.items())))
         surer = Candidates(one if one.is_proven else replace(one, is_proven=False) for one in found)
-        if surer.choice is not None:  # what has too few positions to prove anything is the last resort
-            found = surer
+        # What has too few positions to prove anything is the last resort.
+        return surer if tried and surer.choice is not None else found
+
+    def try_out(names: Iterable[str]) -> None:
+        tried.update(name for name in names if len(shapes[name]) > 2)
+        certainty.try_out([*tried])
+        for name in names:
+            before = verdicts[name]
+            if before is None or certainty.refutes(before, name):  # what has too few positions stays what it is
+                verdicts[name] = certainty.tried(shapes[name], name)
+
+    found = listed()
+    if found.choice is None or found.choice in open_:  # it rests on a doubt
+        try_out(open_)
+        found = listed()
+    for _ in range(_GLANCES):
+        chosen = next((one for one in found if one.name == found.choice), None)
+        if chosen is None or signal is None:
+            break
+        with torch.inference_mode(False), torch.enable_grad():
+            seen, axes = _seen(chosen.layout, outputs[chosen.name], signal)
+        if axes != chosen.layout.axes:
+            found = Candidates(
+                replace(one, layout=replace(one.layout, axes=axes)) if one is chosen else one for one in found
+            )
+        no_more = chosen.name in tried or max(chosen.grid) <= 2  # so few positions prove nothing in an experiment
+        if seen is None or seen.is_clear or (no_more and not seen.is_against):
+            break
+        rest = [name for name in shapes if name not in tried]
+        if rest:  # the layer by itself, and if it fails, all others
+            try_out([chosen.name] if chosen.name in rest and not seen.is_against else rest)
+        if seen.is_against:
+            verdicts[chosen.name] = Verdict(None, False, certainty.readings(shapes[chosen.name], chosen.name))
+        found = listed()
     return found
+
+
+def _seen(layout: Layout, output: Tensor, signal: Tensor) -> tuple[Seen | None, tuple[int, ...]]:
+    """Return what positions see of where they lie, and the dimensions of the input that they follow, if in doubt."""
+    possible = [axes for axes in input_axes(tuple(signal.shape)) if len(axes) == len(layout.grid)]
+    looks = [
+        (seen_at_places(replace(layout, axes=axes), output, signal), axes)
+        for axes in ([layout.axes] if layout.axes else possible)
+    ]
+    return max(looks, key=lambda look: look[0] or Seen(-1.0, -1.0), default=(None, layout.axes))
 
 
 def _takes_hooks(module: nn.Module) -> bool:
     return not isinstance(module, torch.jit.ScriptModule)
 
 
-def _call_probed(replica: nn.Module, inputs: Any, kwargs: Any) -> Any:
-    """Call a replica on copies of the inputs that carry a graph."""
+def _call_probed(replica: nn.Module, call: Call) -> tuple[Any, Tensor | None]:
+    """Call a replica on copies of the inputs that carry a graph: the output, and the copy of the image-like input."""
+    found: list[Tensor] = []
 
     def prepared(tensor: Tensor) -> Tensor:
-        tensor = tensor.detach().clone()
-        return tensor.requires_grad_().clone() if tensor.is_floating_point() else tensor
+        copied = tensor.detach().clone()
+        if not copied.is_floating_point():
+            return copied
+        copied.requires_grad_()
+        if tensor is call.signal:
+            found.append(copied)
+        return copied.clone()
 
-    inputs, kwargs = map_tensors(prepared, (inputs, kwargs))
-    return replica(*inputs, **kwargs)
+    args, kwargs = map_tensors(prepared, (call.args, call.kwargs))
+    return replica(*args, **kwargs), found[0] if found else None
 
 
 def _fill_zeros(replica: nn.Module, generator: torch.Generator) -> None:
@@ -288,19 +353,53 @@ def _is_zero(value: Tensor) -> bool:
         return False
 
 
-def _influences(result: Any, tensors: list[Tensor], generator: torch.Generator) -> list[Tensor | None]:
-    """Differentiate a random sum of a model's scores with respect to tensors; None where there is no connection."""
+def _all_scores(result: Any) -> list[Tensor]:
+    """Return the scores in a model's output or, where nothing says which tensors they are, all that it holds."""
     try:
-        outputs = [read_logits(result)]
+        return [read_logits(result)]
     except TypeError:
-        outputs = []
-    outputs = [t for t in outputs or tensors_in(result) if t.requires_grad]
-    score = [(torch.randn(t.shape, generator=generator).to(t) * t).sum() for t in outputs]
-    watched = [tensor for tensor in tensors if tensor.requires_grad]
-    if not score or not watched:
-        return [None] * len(tensors)
-    found = iter(torch.autograd.grad(torch.stack(score).sum(), watched, allow_unused=True))
-    return [next(found) if tensor.requires_grad else None for tensor in tensors]
+        return list(tensors_in(result))
+
+
+def _random_sum(scores: list[Tensor], generator: torch.Generator) -> Tensor | None:
+    """Return a random sum of scores that carry a graph; None if none does."""
+    terms = [(torch.randn(t.shape, generator=generator).to(t) * t).sum() for t in scores if t.requires_grad]
+    return torch.stack(terms).sum() if terms else None
+
+
+def _single_scores(result: Any) -> Iterator[Tensor]:
+    """Yield some of the numbers in a dense output, of scores (N, C, *S) or a detector's boxes, spread over it."""
+    dense = _dense_scores(result)
+    parts = [] if dense is None else [dense.sum(0)]
+    if isinstance(result, list) and result and isinstance(result[0], Mapping):
+        parts = [part for part in tensors_in(result[0]) if part.is_floating_point()]
+    parts = [part for part in parts if part.ndim and part.numel() and part.requires_grad]
+    for number in range(_SINGLE_SCORES if parts else 0):
+        share = number / (_SINGLE_SCORES - 1)
+        yield torch.stack([part[*(round(share * (side - 1)) for side in part.shape)].float() for part in parts]).sum()
+
+
+def _gradients(score: Tensor | None, watched: list[tuple[str, Tensor]]) -> dict[str, list[Tensor]]:
+    """Return the gradients of a score for tensors that it is connected to, by the names of their layers."""
+    if score is None or not score.requires_grad or not watched:
+        return {}
+    found = torch.autograd.grad(score, [tensor for _, tensor in watched], retain_graph=True, allow_unused=True)
+    gradients: dict[str, list[Tensor]] = {}
+    for (name, _), gradient in zip(watched, found, strict=True):
+        if gradient is not None:
+            gradients.setdefault(name, []).append(gradient)
+    return gradients
+
+
+def _reach(singles: Iterable[Tensor], watched: list[tuple[str, Tensor]]) -> dict[str, float]:
+    """Return the share of single scores that depend on each layer; none if there are no such scores.
+
+    A number that depends on no layer, as that of a class, does not count.
+    """
+    found = [_gradients(score, watched) for score in singles]
+    moved = [{name for name, parts in one.items() if any(bool(part.any()) for part in parts)} for one in found]
+    moved = [names for names in moved if names]
+    return {name: sum(name in names for names in moved) / len(moved) for name, _ in watched} if moved else {}
 
 
 def _dense_scores(result: Any) -> Tensor | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import permutations, product
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._architecture import Kind, Shown
+from ._architecture import NOTHING, Kind, Shown
 from ._tensors import map_tensors, tensors_in
 
 __all__ = [
@@ -74,9 +74,11 @@ class Layout:
         batch: the dimension of the batch
         channels: the dimension of the channels
         positions: the dimension(s) of the positions: as many as the grid has, or one that holds them all in a row
-        prefix: the number of tokens before the positions (class, distillation, registers), 0 for maps
+        prefix: the number of tokens before the positions (class, distillation, registers), 0 for most maps
+        before: the side of the grid that they come before, where each side has a dimension of its own
         fold: the dimensions of the grid in the order in which a row goes through them, the slowest first; by default
             the grid's own
+        axes: the dimension of the input that each side of the grid follows, where that is known
     """
 
     grid: tuple[int, ...]
@@ -85,6 +87,8 @@ class Layout:
     positions: tuple[int, ...]
     prefix: int = 0
     fold: tuple[int, ...] = ()
+    axes: tuple[int, ...] = field(default=(), compare=False, repr=False)
+    before: int = 0
 
     @property
     def _is_row(self) -> bool:
@@ -102,7 +106,7 @@ class Layout:
             return tensor
         ordered = tensor.permute(self.batch, self.channels, *self.positions)
         if not self._is_row:
-            return ordered
+            return ordered.narrow(2 + self.before, self.prefix, self.grid[self.before])
         row = ordered[..., self.prefix :]
         if not self.fold:
             return row.reshape(*row.shape[:2], *self.grid)
@@ -116,20 +120,40 @@ class Layout:
             before = original.permute(order)[..., : self.prefix].expand(*grid.shape[:2], -1)
             folded = grid.permute(0, 1, *(2 + side for side in self.fold)) if self.fold else grid
             grid = torch.cat([before, folded.flatten(2)], -1)
+        elif self.prefix:
+            tokens = original.permute(order).narrow(2 + self.before, 0, self.prefix)
+            grid = torch.cat([tokens.expand(*grid.shape[:2], *[-1] * len(self.grid)), grid], 2 + self.before)
         return grid.permute([order.index(dimension) for dimension in range(len(order))])
 
     def is_like(self, other: Layout) -> bool:
         """Check whether this layout is another one's for another size."""
-        same = (self.batch, self.channels, self.positions, self.prefix, self.fold, len(self.grid))
-        return same == (other.batch, other.channels, other.positions, other.prefix, other.fold, len(other.grid))
+        return replace(self, grid=()) == replace(other, grid=()) and len(self.grid) == len(other.grid)
+
+    def without_tokens(self, count: int, side: int) -> Layout:
+        """The same layout without the first positions of a side, which are no positions then."""
+        grid = tuple(length - count if each == side else length for each, length in enumerate(self.grid))
+        return replace(self, grid=grid, prefix=count, before=side)
+
+    @property
+    def with_prefix_only(self) -> Layout:
+        """The layout of the tokens before the positions, where each side has a dimension of its own."""
+        grid = tuple(self.prefix if side == self.before else length for side, length in enumerate(self.grid))
+        return replace(self, grid=grid, prefix=0)
+
+    @property
+    def prefix_dimension(self) -> int:
+        """The dimension that holds the tokens before the positions, counted from the last."""
+        return self.positions[self.before] - len(self.positions) - 2
 
     @property
     def source(self) -> str:
         """The source of a function from such a tensor to ``(N, C, *grid)``."""
         order = (self.batch, self.channels, *self.positions)
         code = "t" if order == tuple(range(len(order))) else f"t.permute({', '.join(map(str, order))})"
-        if self.prefix:
+        if self.prefix and self._is_row:
             code += f"[..., {self.prefix}:]"
+        elif self.prefix:
+            code += f"[{':, ' * (2 + self.before)}{self.prefix}:]"
         if len(self.grid) > len(self.positions):
             fold = self.fold or range(len(self.grid))
             code += f".unflatten(-1, ({', '.join(str(self.grid[side]) for side in fold)}))"
@@ -142,7 +166,8 @@ class Layout:
         row = f"{self.prefix} + " if self.prefix else ""
         row += " * ".join(str(self.grid[side]) for side in self.fold or range(len(self.grid)))
         for number, position in enumerate(self.positions):
-            named[position] = f"positions {row}" if len(self.positions) == 1 else str(self.grid[number])
+            before = f"{self.prefix} + " if self.prefix and number == self.before else ""
+            named[position] = f"positions {row}" if len(self.positions) == 1 else f"{before}{self.grid[number]}"
         return f"({', '.join(named[dimension] for dimension in range(len(named)))})"
 
 
@@ -162,6 +187,11 @@ class Reading(NamedTuple):
     fits: bool = True
     is_shown: bool = False
     is_plausible: bool = True
+
+    @property
+    def placed(self) -> Layout:
+        """The layout, with the dimensions of the input that it follows."""
+        return replace(self.layout, axes=self.axes)
 
 
 @dataclass(frozen=True)
@@ -264,11 +294,11 @@ def readings(
         wide: whether readings count that nothing speaks for, for an experiment to find the right one among them
     """
     found: list[Reading] = []
-    for axes in _input_axes(input_shape):
+    for axes in input_axes(input_shape):
         if kind.spatial is not None and kind.spatial != len(shape) - 2:
             continue
         if len(shape) == len(axes) + 2:
-            found += _maps(shape, axes, input_shape, kind.channels)
+            found += _maps(shape, axes, input_shape, kind.channels, shown)
             found += _one_row(shape, axes, input_shape, kind, shown) if len(axes) == 1 else []
         elif len(shape) == 3:
             found += _folded(shape, axes, input_shape, kind, shown, wide)
@@ -278,7 +308,7 @@ def readings(
     return tuple(dict.fromkeys(found))
 
 
-def _input_axes(input_shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+def input_axes(input_shape: tuple[int, ...]) -> list[tuple[int, ...]]:
     """Return the dimensions of an input that its positions may be in: (N, C, *spatial) by convention."""
     few = {1, 2, 3, 4}
     if len(input_shape) == 2:
@@ -299,7 +329,7 @@ def axes_of(input_shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
         return None
     if len(input_shape) == 4 and max(input_shape[1:3]) > 8 * min(input_shape[1:3]):  # a recording of several channels
         return None
-    return unusual_axes(next(iter(_input_axes(input_shape)), ()))
+    return unusual_axes(next(iter(input_axes(input_shape)), ()))
 
 
 def unusual_axes(axes: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -308,7 +338,11 @@ def unusual_axes(axes: tuple[int, ...]) -> tuple[int, ...] | None:
 
 
 def _maps(
-    shape: tuple[int, ...], axes: tuple[int, ...], input_shape: tuple[int, ...], channels: int | None
+    shape: tuple[int, ...],
+    axes: tuple[int, ...],
+    input_shape: tuple[int, ...],
+    channels: int | None,
+    shown: Shown = NOTHING,
 ) -> list[Reading]:
     """Return the readings of a map, channels first and last."""
     if shape[0] != input_shape[0]:
@@ -338,6 +372,12 @@ def _maps(
     ):  # no dimension of the input is the channels: the grid may lie across it
         across = [
             Layout(layout.grid[::-1], layout.batch, layout.channels, layout.positions[::-1]) for layout in ordered
+        ]
+        across += [
+            layout.without_tokens(count, side)
+            for layout in [*ordered, *across]
+            for side, count in product(range(2), shown.prefixes)
+            if 0 < count < layout.grid[side]
         ]
         found += [Reading(layout, axes, has_consistent_stride(layout.grid, spatial)) for layout in across]
     return found

@@ -54,7 +54,7 @@ examples:
       your own model, which the function `load` of `mine/models.py` returns
   torchcam explain street.jpg --model-factory mine.models:yolo --box 0
       why a detector found its first box; --box all for every box, --hf FOLDER for a detector of transformers
-  torchcam explain dog.jpg --hf CLIP-FOLDER --texts "a cat" --texts "a dog"
+  torchcam explain dog.jpg --hf CLIP-FOLDER --texts cat --texts dog
       where the text is that fits best; `--top-k 2` for both
   torchcam explain dog.jpg --arch resnet18 --weights none
       random weights: to try the command, not to learn about the image

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["RULES", "Rewritten", "explicit_attention"]
+__all__ = ["KEPT", "RULES", "Rewritten", "explicit_attention"]
 
 aten = torch.ops.aten
 Sizes = Sequence[int]
@@ -194,6 +194,11 @@ def _nearest_resize_backward(offset: float) -> Callable[..., Tensor]:
     return rule
 
 
+def _view(source: Tensor, shape: Sizes) -> Any:
+    """What a rule returns may be laid out otherwise in memory than what was traced: then a view takes a copy."""
+    return NotImplemented if source.is_contiguous() else aten.view(source.contiguous(), shape)
+
+
 def _silu_backward(gradient: Tensor, source: Tensor) -> Tensor:
     gate = torch.sigmoid(source)
     return gradient * (gate * (1 + source * (1 - gate)))
@@ -216,4 +221,7 @@ RULES: dict[Any, Callable[..., Any]] = {
     aten.upsample_nearest3d_backward.default: _nearest_resize_backward(0.0),
     aten._upsample_nearest_exact2d_backward.default: _nearest_resize_backward(0.5),
     aten.silu_backward.default: _silu_backward,
+    aten.view.default: _view,
 }
+KEPT = (aten.hardsigmoid.default, aten.hardswish.default)
+"""What torch would decompose, but ONNX has: written out, it takes longer than the convolutions around it."""

@@ -16,7 +16,7 @@ from torchcam.methods._recorder import Pass
 from torchcam.methods.core import _CAM, Request
 from torchcam.targets import Selector, class_scores, read_logits
 
-from ._operations import RULES, Rewritten, explicit_attention
+from ._operations import KEPT, RULES, Rewritten, explicit_attention
 
 __all__ = ["ExplainedModel", "freeze", "fused_map", "trace"]
 
@@ -217,7 +217,8 @@ def _export(module: nn.Module, example: tuple[Tensor, ...], dynamic: Sequence[An
 
 
 def _table() -> dict[Any, Any]:
-    return {**torch.export.default_decompositions(), **RULES}
+    table = {**torch.export.default_decompositions(), **RULES}
+    return {operation: rule for operation, rule in table.items() if operation not in KEPT}
 
 
 def _placeholder_shape(program: ExportedProgram) -> Sequence[Any]:

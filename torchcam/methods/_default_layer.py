@@ -72,11 +72,25 @@ class DefaultLayer:
         found = candidates_of(self.model, call)
         kept = next((one for one in found if [one.name] == self.names and one.depends), None)
         if kept is None or kept.is_proven is False:
-            self._choose(found, () if shape is None else shape[1:])
+            self._choose(found, () if shape is None else shape[1:], call)
             return self.names
         self.layouts.prove(kept.name, kept.layout)
         _warn_of_one_position(kept, found, () if shape is None else shape[1:])
         return None
+
+    def choose_for(self, call: Call, select: Callable[[Any], Tensor]) -> None:
+        """Choose another layer if what is explained in a call does not depend on the one that was chosen.
+
+        Args:
+            call: how the model will be called
+            select: the explained scores, (N,) or (N, K)
+        """
+        found = candidates_of(self.model, call, select)
+        own = next((one for one in found if [one.name] == self.names), None)
+        if own is None or not own.influence or own.reach < 1:
+            shape = image_shape(call.signal)
+            self._choose(found, () if shape is None else shape[1:])
+            self._probed = None
 
     def check_target(self, call: Call, select: Callable[[Any], Tensor], effects: Iterable[Tensor]) -> None:
         """Check once that the explained score depends on the layer, where no position shows an effect on it.
@@ -110,8 +124,8 @@ class DefaultLayer:
         dimension, count = prefix
         return gradient.narrow(dimension, count, gradient.shape[dimension] - count)
 
-    def _choose(self, found: Candidates, shape: tuple[int, ...]) -> None:
-        """Take the default among candidates.
+    def _choose(self, found: Candidates, shape: tuple[int, ...], call: Call | None = None) -> None:
+        """Take the default among candidates, for an input of a shape without the batch dimension.
 
         Raises:
             ValueError: if there is none
@@ -121,9 +135,20 @@ class DefaultLayer:
             fitting = [c for c in found if c.depends and c.channels == self.channels and "Pool" not in c.type]
             chosen = fitting[-1] if fitting else chosen
         if chosen is None:
+            way = "name a `target_layer`, or look at the input itself, with GuidedBackprop, say"
+            if len(found) and not any(one.influence for one in found if math.prod(one.grid) > 1):
+                way = (
+                    "as no gradient leads from the scores to any layer (parts are quantised or detached, say), name a "
+                    "`target_layer` for a method without gradients, such as ReciproCAM"
+                )
+            if (
+                call is not None
+                and len([t for t, _ in call.versions if t.ndim > 2 and tuple(t.shape[1:]) == shape]) > 1
+            ):
+                way += "; a layer that sees several inputs shows the last one: `input_index` says which is meant"
             raise ValueError(
                 f"no layer of {type(self.model).__name__} has positions that the score depends on, and that are those "
-                f"of the input, for an input of shape {shape}: name a `target_layer`"
+                f"of the input, for an input of shape {shape}: {way}"
             )
         self.layouts.prove(chosen.name, chosen.layout)
         _warn_of_one_position(chosen, found, shape)

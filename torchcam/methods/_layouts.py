@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -37,7 +38,7 @@ class Layouts:
     def prefix(self, name: str) -> tuple[int, int] | None:
         """Return the dimension of a layer's tokens, from the last, and how many come before its positions, if any."""
         layout = self._proven.get(name)
-        return None if layout is None or not layout.prefix else (layout.positions[0] - 3, layout.prefix)
+        return None if layout is None or not layout.prefix else (layout.prefix_dimension, layout.prefix)
 
     def find(
         self,
@@ -62,11 +63,30 @@ class Layouts:
         key = name, shape, input_shape
         found = self._found.get(key)
         if found is None:
-            layer = next((one for one in target_names if name == one or name.startswith(f"{one}[")), name)
+            layer = _layer_of(name, target_names)
             found = self._found[key] = self._decide(tuple(shape), layer, name, call)
-        if found.fits or len(found.axes) + 2 != len(input_shape or ()):
+        if found.axes:
             call.axes = unusual_axes(found.axes)
-        return found.layout
+        return found.placed
+
+    def axes(self, layout: Layout, name: str, target_names: Sequence[str], call: Call) -> tuple[int, ...]:
+        """Return the dimensions of the image-like input that a grid follows, by an experiment where they are in doubt.
+
+        Args:
+            layout: the layout of the layer's output
+            name: the name of the layer, with what tells the output apart where there are several
+            target_names: the names of the layers
+            call: how the model was called
+        """
+        known = self._proven.get(name)
+        if known is None or not known.axes:
+            layer = _layer_of(name, target_names)
+            certainty = Certainty(self.model, call)
+            certainty.try_out([layer])
+            usual = tuple(range(2, 2 + len(layout.grid)))
+            known = replace(layout, axes=certainty.axes(layout, layer, name[len(layer) :]) or usual)
+            self._proven[name] = known
+        return known.axes
 
     def _decide(self, shape: tuple[int, ...], layer: str, name: str, call: Call) -> Reading:
         certainty = Certainty(self.model, call)
@@ -82,7 +102,7 @@ class Layouts:
             verdict = certainty.tried(shape, layer, name[len(layer) :])
         if verdict.reading is None:
             raise _no_layout(shape, certainty.input_shape, name, verdict.others)
-        layout = verdict.reading.layout
+        layout = verdict.reading.placed
         if verdict.holds is False:
             warn(
                 f"the output of `target_layer` '{name}', of shape {shape}, is read as {layout}, but where the input is "
@@ -99,7 +119,12 @@ class Layouts:
         if known is None:
             return None
         found = [one for one in possible if one.layout.is_like(known)]
+        found = [one for one in found if one.axes == known.axes] or found
         return found[0] if len({one.layout for one in found}) == 1 else None
+
+
+def _layer_of(name: str, target_names: Sequence[str]) -> str:
+    return next((one for one in target_names if name == one or name.startswith(f"{one}[")), name)
 
 
 def _no_layout(

@@ -176,6 +176,11 @@ class Pass:
             self.layouts[name] = found
         return found
 
+    def axes(self, tensor: Tensor, name: str) -> tuple[int, ...]:
+        """Return the dimensions of the image-like input that the grid of a layer's output follows."""
+        layout = self.layout(tensor, name)
+        return layout.axes or self._layouts.axes(layout, name, self.target_names, self.call)
+
 
 class Recorder:
     """Records the passes of a model: its hooks are on the target layers, a wrapper is around the model's call.

@@ -19,12 +19,14 @@ from torchcam._tensors import map_structure, map_tensors, tensors_in, to_float
 from torchcam.layout import first_tensor, replace_tensors
 from torchcam.targets import Selector
 
+from ._running import warn
+
 __all__ = ["Edit", "Replay", "VariantRunner", "gaussian_noise", "is_close", "seeded"]
 
 Edit = Callable[[Tensor, Tensor], Tensor]
-Scorer = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]
 
 _SHORT = frozenset({torch.bfloat16, torch.float16})  # scores of these types round away what variants differ by
+_LITTLE = 0.01  # of the largest effect of a variant: no map shows it
 
 
 def seeded(generator: torch.Generator | int, device: torch.device) -> torch.Generator:
@@ -123,6 +125,8 @@ class Replay:
         description: its title
         autocast: the type to run in where the hardware has it faster; None for the one of the recorded pass
         compiled: whether variants of the input run as ``torch.compile`` makes the model
+        output: what the model returned in the recorded pass: the first sample, run again as it is beside variants, must
+            get the score that it has there; None if that is not known
     """
 
     def __init__(
@@ -136,15 +140,19 @@ class Replay:
         description: str = "",
         autocast: torch.dtype | None = None,
         compiled: bool = False,
+        output: Any = None,
     ) -> None:
         self.model = model
         self.call = call
         self.select = select
+        self.output = output
         self.batch_size = batch_size
         self.progress = progress
         self.description = description
         self.autocast = autocast
         self.compiled = compiled
+        self._is_proven = False
+        self._is_disproven = False
 
     def masked(self, variants: Callable[[slice], Tensor], samples: Tensor) -> Tensor:
         """Score variants of the input.
@@ -170,14 +178,30 @@ class Replay:
         """
         with self._running() as replica:
             run = VariantRunner(replica, self.call, self.compiled)
+            first, image = samples.new_zeros(1), self.call.image
 
-            def evaluate(chunk: slice) -> Tensor:
+            def evaluate(chunk: slice, unchanged: int) -> Tensor:
                 rows = samples[chunk]
-                scores = [self.select(run(inputs, rows), rows) for inputs in variants(chunk)]
-                return scores[0] if len(scores) == 1 else torch.stack(scores).to(to_float(scores[0]).dtype).mean(0)
+                scores: list[Tensor] = []
+                for inputs in variants(chunk) if len(rows) else [image[:0]]:
+                    if unchanged and not scores:
+                        inputs, owners = torch.cat([image[:1], inputs]), torch.cat([first, rows])
+                        found = self.select(run(inputs, owners), owners)
+                        own, score = found[:1], found[1:]
+                    else:
+                        score = self.select(run(inputs, rows), rows)
+                    scores.append(score)
+                mean = scores[0] if len(scores) == 1 else torch.stack(scores).to(to_float(scores[0]).dtype).mean(0)
+                return torch.cat([own, mean]) if unchanged else mean
 
-            chunks = self._chunks(evaluate, len(samples))
-        return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
+            expected = None
+            # Once is enough; and a chunk of another size would be compiled again.
+            if not self._is_proven and not (self.compiled and len(samples) % self.batch_size == 0):
+                expected = self._recorded_score()
+                if expected is None and self.output is not None:
+                    expected = self.select(run(image[:1], first), first)
+                self._is_proven = True
+            return self._proven(evaluate, samples, expected)
 
     def edited(
         self, layer: str, edit: Edit, num_variants: int, *, batch: int = 0, chosen: Tensor | None = None
@@ -203,20 +227,87 @@ class Replay:
             the scores without an edit, (N,), and those of the variants, (N, V)
         """
         with self._running() as replica:
-            unedited, score = self._scorer(replica, replica.get_submodule(layer), batch)
+            unedited, scorer = self._scorer(replica, replica.get_submodule(layer), batch)
             rows = torch.arange(len(unedited) * num_variants, device=unedited.device)
             rows = rows if chosen is None else rows[chosen.flatten()]
             owners, variants = rows.div(num_variants, rounding_mode="floor"), rows % num_variants
 
-            def evaluate(chunk: slice) -> Tensor:
-                return score(owners[chunk], lambda copies: edit(copies, variants[chunk]))
+            def evaluate(chunk: slice, unchanged: int) -> Tensor:
+                own = owners[chunk]
+
+                def edit_rest(copies: Tensor) -> Tensor:
+                    if not unchanged:
+                        return edit(copies, variants[chunk])
+                    kept, rest = copies.narrow(batch, 0, 1), copies.narrow(batch, 1, len(own))
+                    return torch.cat([kept, edit(rest, variants[chunk])], batch) if len(own) else kept
+
+                return scorer.score(torch.cat([owners.new_zeros(unchanged), own]), edit_rest)
 
             edited = unedited.repeat_interleave(num_variants)
-            edited[rows] = torch.cat([edited[:0], *self._chunks(evaluate, len(rows))])
+            scores = self._proven(evaluate, owners, None if isinstance(scorer, _Head) else unedited[:1])
+            edited[rows] = scores.to(edited)
+            recorded = self._recorded_score()
+            if recorded is not None:
+                self._compare(unedited[:1], recorded, edited[:num_variants])
         return unedited, edited.reshape(-1, num_variants)
 
-    def _scorer(self, replica: nn.Module, layer: nn.Module, batch: int) -> tuple[Tensor, Scorer]:
-        """Return the scores of the unedited outputs, (N,), and a function that scores edited ones."""
+    def _recorded_score(self) -> Tensor | None:
+        """Return the recorded score of the first sample, (1,); None if it is not known, or of another mode."""
+        if self.output is None or any(module.training for module in self.model.modules()):
+            return None
+        return self.select(map_tensors(Tensor.detach, self.output))[:1]
+
+    def _compare(self, found: Tensor, expected: Tensor, variants: Tensor) -> None:
+        """Warn, once, if the first sample as it is does not get the expected score, by more than no map would show.
+
+        Args:
+            found: its score in a repeated pass, (1,)
+            expected: its score before, (1,)
+            variants: the scores of its variants
+        """
+        kinds = [self.autocast, self.call.autocast[2], self.call.image.dtype]
+        eps = max(torch.finfo(kind).eps for kind in kinds if kind is not None)
+        eps = max(eps, 2**-10) if found.is_cuda else eps  # there, float32 may be TF32
+        effect = (variants - expected).abs().nan_to_num(0.0).amax()
+        rounding = eps**0.5 * torch.maximum(expected.abs(), effect)
+        differs = (found - expected).abs() > torch.maximum(rounding, _LITTLE * effect)
+        if self._is_disproven or not bool(differs.any()) or is_close(found, expected):
+            return
+        self._is_disproven = True
+        warn(
+            f"the score of an input as it is was {float(expected):.4g}, and is {float(found):.4g} when the model runs "
+            "again: what changes the score is not the change of the input alone, and the map is made of both. If the "
+            "model draws random numbers, turn that off; if its samples depend on each other, explain one at a time, "
+            "with `batch_size=1`; or take a method that runs the model once, such as GradCAM",
+            stacklevel=2,
+        )
+
+    def _proven(self, evaluate: Callable[[slice, int], Tensor], samples: Tensor, expected: Tensor | None) -> Tensor:
+        """Score variants in chunks, with the first sample as it is as one row more in the first chunk.
+
+        Args:
+            evaluate: from a slice of the variants, and how many rows of the first sample as it is (0 or 1) come before
+                them, to the scores of both
+            samples: the sample that each variant belongs to, (V,)
+            expected: the score that the first sample must get, (1,); None if nothing is to be proven
+
+        Returns:
+            the scores of the variants, (V,)
+        """
+        more = 0 if expected is None or not len(samples) else 1
+        chunks = self._chunks(
+            lambda chunk: evaluate(slice(max(chunk.start - more, 0), chunk.stop - more), int(chunk.start < more)),
+            len(samples) + more,
+        )
+        scores = torch.cat(chunks) if chunks else torch.zeros(0, device=samples.device)
+        if expected is not None and more:
+            found, scores = scores[:1], scores[1:]
+            own = torch.where(samples == 0, scores, expected.to(scores))
+            self._compare(found, expected, own)
+        return scores
+
+    def _scorer(self, replica: nn.Module, layer: nn.Module, batch: int) -> tuple[Tensor, _Head | _WholeModel]:
+        """Return the scores of the unedited outputs, (N,), and what scores edited ones."""
         recorded = _Record.of(self, replica, layer, batch, known=False)
         if recorded.layer_calls == 1 and isinstance(recorded.layer_output, Tensor) and not has_hooks(replica):
             rounded = self.autocast is None and recorded.scores.dtype in _SHORT
@@ -226,8 +317,8 @@ class Replay:
                     head = _Head(self, replica, layer, record, batch, widened)
                     unedited = head.proven()
                     if unedited is not None:
-                        return unedited if widened else recorded.scores, head.score
-        return recorded.scores, _WholeModel(self, replica, layer, recorded.layer_calls).score
+                        return unedited if widened else recorded.scores, head
+        return recorded.scores, _WholeModel(self, replica, layer, recorded.layer_calls)
 
     def _chunks(self, evaluate: Callable[[slice], Tensor], total: int) -> list[Tensor]:
         return run_chunks(evaluate, total, self.batch_size, progress=self.progress, description=self.description)

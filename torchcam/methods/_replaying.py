@@ -57,6 +57,7 @@ class _ReplayCAM(_CAM):
             progress=self.progress,
             description=type(self).__name__,
             autocast=self.autocast,
+            output=request.recorded.output,
             **options,
         )
 

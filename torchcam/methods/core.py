@@ -18,6 +18,7 @@ from torchcam._checks import one_of, torch_module
 from torchcam._passes import Call
 from torchcam._tensors import map_tensors, min_max, tensors_in, to_float
 from torchcam.layers import TargetLayer, layer_names
+from torchcam.layout import unusual_axes
 from torchcam.targets import ClassIndex, OutputTarget, Selector, check_one_of, class_columns
 
 from ._default_layer import DefaultLayer
@@ -196,6 +197,17 @@ class _CAM:
             moved.remove_hooks()
         return moved
 
+    def choose_layer_for(self, call: Call, select: Callable[[Any], Tensor]) -> None:
+        """Make sure that a default layer counts for what will be explained.
+
+        Args:
+            call: how the model will be called
+            select: the explained scores, (N,) or (N, K)
+        """
+        if self._default is not None:
+            self._default.choose_for(call, select)
+            self._recorder.move(self._default.names)
+
     @property
     def inner(self) -> _CAM:
         """The extractor that looks at the layers: this one, or, of one that asks another, that."""
@@ -280,6 +292,33 @@ class _CAM:
     def _batch_dimension(self, recorded: Pass, tensor: Tensor, name: str) -> int:
         """Return which dimension of a layer's output is the batch."""
         return 0 if self.reshape_transform is not None else recorded.layout(tensor, name).batch
+
+    def check_positions(self, scores: Any = None) -> None:
+        """Check that the positions of the recorded input follow its channels, (N, C, *spatial).
+
+        Args:
+            scores: the model's output; may be left out
+
+        Raises:
+            ValueError: if they do not, as far as the target layers show
+        """
+        recorded = self._recorder.find(scores)
+        self._settle_axes(recorded)
+        axes = recorded.call.axes
+        if axes is not None:
+            raise ValueError(
+                f"the positions of the model's input of shape {recorded.input_shape} lie along its dimensions {axes}, "
+                f"as the `target_layer` {', '.join(recorded.names)} shows, but what hides parts of the input needs "
+                "them behind the channels, (N, C, *spatial): wrap the model in a module that takes such an input and "
+                "permutes it"
+            )
+
+    def _settle_axes(self, recorded: Pass) -> None:
+        """Tell the call along which of its axes the positions of a signal or a spectrogram are."""
+        if len(recorded.input_shape or ()) < 4 and self._recorder.keeps_outputs and self.reshape_transform is None:
+            for name, activation in zip(recorded.names, recorded.activations, strict=True):
+                if activation is not None:
+                    recorded.call.axes = unusual_axes(recorded.axes(activation, name))
 
     def _to_grid(self, recorded: Pass, tensor: Tensor, name: str) -> Tensor:
         """Lay out a layer's output as (N, C, *spatial), in float32 at least."""
@@ -519,7 +558,12 @@ class _CAM:
             score = select(output)
             recorded.unbalanced = set()
             balanced = (output, recorded.unbalanced) if self.gradients == "balanced" else None
-            gradients = differentiate(score, recorded.rows, request.retain_graph, request.create_graph, balanced)
+            try:
+                gradients = differentiate(score, recorded.rows, request.retain_graph, request.create_graph, balanced)
+            except RuntimeError:
+                if self._default is not None:  # which says what other layer there is
+                    self._default.check_target(recorded.call, select, ())
+                raise
         if self._default is not None:
             effects = map(self._default.of_positions, gradients)
             self._default.check_target(recorded.call, select, effects)
@@ -590,10 +634,7 @@ class _CAM:
         """Return the arguments of the recorded pass."""
         recorded = request.recorded
         recorded.call.check_unchanged()
-        if len(recorded.input_shape or ()) < 4 and self._recorder.keeps_outputs and self.reshape_transform is None:
-            for name, activation in zip(recorded.names, recorded.activations, strict=True):
-                if activation is not None:
-                    recorded.layout(activation, name)  # which tells the call the axes of a signal or a spectrogram
+        self._settle_axes(recorded)
         return recorded.call
 
     # More than one pass.

@@ -200,7 +200,8 @@ class SmoothGradCAMpp(_OneSignCAM):
     def weights(activation: Tensor, moments: Tensor, eps: float = 1e-8) -> Tensor:
         """Return the weights for the mean powers of the gradient, (3, N, C, *spatial): (N, C)."""
         first, second, third = moments
-        return _plus_plus_weights(first, _ratio(third, second), activation, eps)
+        ratio = _ratio(third, second).to(activation.dtype)
+        return _plus_plus_weights(first.to(activation.dtype), ratio, activation, eps)
 
     def _evidence(self, request: Request) -> list[tuple[Any, ...]]:
         activations = self._activations(request)
@@ -213,7 +214,9 @@ class SmoothGradCAMpp(_OneSignCAM):
         image = call.image
         noise = gaussian_noise((self.num_samples, *image.shape[1:]), image, self.std, self.generator)
         samples = torch.arange(len(image), device=image.device).repeat(self.num_samples)
-        moments = [activation.new_zeros((3, *activation.shape)) for activation in activations]
+        # The third power of a small gradient is 0 in float32.
+        wide = image.dtype if image.device.type == "mps" else torch.float64
+        moments = [activation.new_zeros((3, *activation.shape), dtype=wide) for activation in activations]
 
         with on_replica(self) as noisy, call.as_recorded():
             run = VariantRunner(noisy.model, call)
@@ -225,7 +228,7 @@ class SmoothGradCAMpp(_OneSignCAM):
                 found = noisy._gradients(Request(noisy._recorder.find(), targets=select.of(rows)))
                 for moment, gradient in zip(moments, found, strict=True):
                     for power in (1, 2, 3):
-                        moment[power - 1].index_add_(0, rows, gradient**power)
+                        moment[power - 1].index_add_(0, rows, gradient.to(wide) ** power)
 
             run_chunks(accumulate, len(samples), self.batch_size, progress=self.progress, description="SmoothGradCAMpp")
             request.recorded.unbalanced = noisy._recorder.find().unbalanced

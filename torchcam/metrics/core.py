@@ -20,7 +20,7 @@ from torchcam._replica import replicated
 from torchcam._tensors import map_tensors, over_positions, resize, to_float
 from torchcam.layout import axes_of
 from torchcam.methods._replay import VariantRunner
-from torchcam.methods.core import on_replica, plain_tensors
+from torchcam.methods.core import _CAM, on_replica, plain_tensors
 from torchcam.targets import ClassIndex, OutputTarget, Selector, check_one_of, class_scores, read_logits
 
 __all__ = [
@@ -560,12 +560,19 @@ def maps_of(extractor: Extractor, output: Any, image: Tensor, **asked: Any) -> T
     """
     maps = extractor(scores=output, **asked) if "targets" in asked else extractor(asked["class_idx"], output)
     fused = to_float(extractor.fuse_cams(maps).detach())
+    check_positions(extractor, output)
     if len(fused) != len(image):
         raise ValueError(
             f"`cam_extractor` gave maps of shape {tuple(fused.shape)} for {len(image)} inputs: a metric needs one "
             "map per sample"
         )
     return resize(over_positions(fused, image).unsqueeze(1), image.shape[2:]).squeeze(1)
+
+
+def check_positions(extractor: Any, output: Any) -> None:
+    """Check that the positions of the input of a pass follow its channels, as far as the extractor knows."""
+    if isinstance(extractor, _CAM):
+        extractor.inner.check_positions(output)
 
 
 def with_logits(logits_fn: LogitsFn | None, output: Any) -> Any:

@@ -28,10 +28,11 @@ if TYPE_CHECKING:
 
 __all__ = ["AnswerExplanation"]
 
-_METHOD = "activation × gradient, balanced"
+_METHOD = "balanced activation × gradient"
 _LAYER = "the decoder's input"
+_COLUMNS = 4  # of the words in a figure
 _EDGE = 512  # the longest side of maps whose places form no grid
-_HEIGHT = 720  # of the page in a notebook, in pixels
+_HEIGHT = 760  # of the page in a notebook, in pixels
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -150,7 +151,8 @@ class AnswerExplanation(Pictures):
         boxes = self._boxes
         area = np.abs((boxes[:, 3] - boxes[:, 1]) * (boxes[:, 4] - boxes[:, 2]))
         is_padding = (boxes[:, 1:3].max(1) >= 1) | (boxes[:, 3:].min(1) <= 0)
-        values = np.where(is_padding, np.nan, np.asarray(relevance, dtype=np.float64) / area)
+        values = np.asarray(relevance, dtype=np.float64) / area
+        values = np.where(is_padding | ~np.isfinite(values), np.nan, values)
         values = (values if signed else np.maximum(values, 0)).astype(np.float32)
         rasters, peak, start = [], 0.0, 0
         for picture, (cells, image) in enumerate(zip(self.cells, self.images, strict=True)):
@@ -213,9 +215,8 @@ class AnswerExplanation(Pictures):
     def _repr_html_(self) -> str:
         page = html.escape(self.to_html(), quote=True)
         return (
-            f"<div>{html.escape(self.title)}</div>"
-            f'<iframe srcdoc="{page}" sandbox="allow-scripts" title="{html.escape(self.title, quote=True)}" '
-            f'style="width:100%;height:{_HEIGHT}px;border:0"></iframe>'
+            f'<iframe srcdoc="{page}" sandbox="allow-scripts" style="width:100%;height:{_HEIGHT}px;border:0">'
+            f"{html.escape(self.title)}</iframe>"
         )
 
     def _name_of(self, number: int) -> str:
@@ -309,12 +310,14 @@ class _AnsweredPicture:
 
     def _sheet(self, alpha: float = ALPHA, colormap: str | Colormap | None = None, grey: bool = False) -> Sheet:
         of, base = self.of, fitted(enlarged(self.of.images[self.number], SMALLEST), 512)
-        rows = []
+        cells = []
         for number in range(len(of.maps)):
             values = of.map(number, self.number)
-            cell = Cell(_drawn(base, values, alpha, colormap, grey), _note(values))
-            rows.append(Row(of._name_of(number), of._value_of(number), [cell]))
-        return Sheet(base, [Column(_METHOD, _LAYER)], rows)
+            notes = filter(None, (of._name_of(number), of._value_of(number), _note(values)))
+            cells.append(Cell(_drawn(base, values, alpha, colormap, grey), " · ".join(notes)))
+        rows = [Row("", "", cells[start : start + _COLUMNS]) for start in range(0, len(cells), _COLUMNS)]
+        blank = [Column("")] * (min(len(cells), _COLUMNS) - 1)
+        return Sheet(base, [Column(_METHOD, _LAYER), *blank], rows)
 
     def _page_item(self, name: str) -> _page.PageItem:
         of = self.of

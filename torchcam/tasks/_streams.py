@@ -176,12 +176,14 @@ class VisualStreams:
             self.mask = placement.mask if self._given is None else self._given
             if self.mask is None:
                 return None
-            self.mask = self.mask.to(embeddings.device)
-            count, width = int(self.mask.sum()), embeddings.shape[-1]
+            mask = self.mask = self.mask.to(embeddings.device)
+            width = embeddings.shape[-1]
 
             def begin(value: Tensor) -> Tensor:
-                is_stream = value.is_floating_point() and value.shape in {(count, width), (*shape, width)}
-                return self._leaf(value) if is_stream else value
+                if not value.is_floating_point() or value.shape[-1] != width:
+                    return value
+                is_packed = value.ndim == 2 and len(value) == int(mask.sum())
+                return self._leaf(value) if is_packed or value.shape == (*shape, width) else value
 
             embeddings = self._leaf(embeddings)
             others = {name: value for name, value in kwargs.items() if name != "inputs_embeds"}

@@ -3,21 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Choice", "choose", "pieces_of", "token_id"]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Which tokens are explained.
-
-    Attributes:
-        groups: the tokens of each map, by their indices in the answer
-    """
-
-    groups: tuple[tuple[int, ...], ...]
+__all__ = ["choose", "pieces_of", "token_id"]
 
 
 def pieces_of(tokenizer: Any, ids: Sequence[int]) -> list[str]:
@@ -47,7 +35,7 @@ def words_of(pieces: Sequence[str]) -> list[tuple[int, ...]]:
     return [tuple(word) for word in words]
 
 
-def choose(pieces: Sequence[str], tokens: Any, per: str) -> Choice:
+def choose(pieces: Sequence[str], tokens: Any, per: str) -> tuple[tuple[int, ...], ...]:
     """Find the tokens that are explained.
 
     Args:
@@ -55,16 +43,19 @@ def choose(pieces: Sequence[str], tokens: Any, per: str) -> Choice:
         tokens: an index, several, a part of the answer's text, or None for all
         per: whether a map is for a "token", a "word" or the "answer"
 
+    Returns:
+        the tokens of each map, by their indices
+
     Raises:
         TypeError: if ``tokens`` is none of these
         ValueError: if a token is outside the answer
     """
     chosen = _chosen(pieces, tokens)
     if per == "answer":
-        return Choice((tuple(chosen),))
+        return (tuple(chosen),)
     if per == "word":
-        return Choice(tuple(word for word in words_of(pieces) if set(word) & set(chosen)))
-    return Choice(tuple((place,) for place in chosen))
+        return tuple(word for word in words_of(pieces) if set(word) & set(chosen))
+    return tuple((place,) for place in chosen)
 
 
 def _chosen(pieces: Sequence[str], tokens: Any) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import warnings
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, overload
@@ -23,7 +24,7 @@ from ._answer import AnswerExplanation
 from ._cells import find_cells
 from ._streams import VisualStreams
 from ._teacher import check_logits, encode, force, generate, grown
-from ._tokens import Choice, choose, pieces_of, token_id
+from ._tokens import choose, pieces_of, token_id
 
 __all__ = ["AnswerExplanation", "explain_answer"]
 
@@ -151,6 +152,12 @@ def explain_answer(
         explained = (weights * scores.unsqueeze(1)).sum(-1)  # (B, G)
         maps = streams.relevance(explained.sum(0))  # (G, V): the samples do not depend on each other
         probabilities = token_scores(logits.detach(), answers.ids, None, is_log=True).exp()
+    if not bool(maps.isfinite().all()):
+        warnings.warn(
+            f"some relevance of {type(model).__name__}'s visual tokens is not finite: run it in bfloat16 or float32",
+            UserWarning,
+            stacklevel=2,
+        )
     parts = torch.split(maps, counts, 1)
     found = [
         AnswerExplanation(
@@ -159,9 +166,9 @@ def explain_answer(
             tokens=tuple(pieces[b]),
             token_ids=tuple(answers.ids[b, : answers.lengths[b]].tolist()),
             probabilities=probabilities[b, : answers.lengths[b]].cpu(),
-            explained=choices[b].groups,
-            scores=explained[b, : len(choices[b].groups)].detach().cpu(),
-            maps=parts[b][: len(choices[b].groups)].detach().cpu(),
+            explained=choices[b],
+            scores=explained[b, : len(choices[b])].detach().cpu(),
+            maps=parts[b][: len(choices[b])].detach().cpu(),
             cells=places[b],
             images=tuple(pictures[b]),
             model=f"{type(model).__module__}.{type(model).__name__}",
@@ -244,12 +251,12 @@ def _given_cells(
     return found
 
 
-def _weights(choices: Sequence[Choice], scores: Tensor) -> Tensor:
+def _weights(choices: Sequence[Sequence[Sequence[int]]], scores: Tensor) -> Tensor:
     """Return which tokens count for each map of each sample, (B, G, K)."""
-    most = max(len(choice.groups) for choice in choices)
+    most = max(map(len, choices))
     weights = torch.zeros(len(scores), most, scores.shape[1], dtype=scores.dtype)
     for sample, choice in enumerate(choices):
-        for number, group in enumerate(choice.groups):
+        for number, group in enumerate(choice):
             weights[sample, number, list(group)] = 1
     return weights.to(scores.device)
 

@@ -112,10 +112,9 @@ def _asked(box: Any, found: Found) -> list[Box]:
         raise ValueError("`box`: the detector found no box in the picture; a lower `threshold` shows less certain ones")
     if box is None:
         box = int(found.scores.argmax())
+    several = range(count) if isinstance(box, str) and box == "all" else box
     asked = []
-    for one in (
-        box if isinstance(box, (list, tuple)) else range(count) if isinstance(box, str) and box == "all" else [box]
-    ):
+    for one in several if isinstance(several, (list, tuple, range)) else [several]:
         index = one.index if isinstance(one, Box) else one
         if isinstance(index, (bool, np.bool_)) or not isinstance(index, (int, np.integer)):
             raise TypeError(f"`box` must be the number of a box, a list of them, or 'all', got {one!r}")
@@ -131,7 +130,8 @@ def _asked(box: Any, found: Found) -> list[Box]:
 
 def _name(box: Box) -> str:
     part = box.side if box.keypoint is None else f"point {box.keypoint}"
-    return f"box {box.index}" + (f", {part}" if part else "")
+    label = None if box.label is None else f"as class {box.label}"
+    return ", ".join(filter(None, [f"box {box.index}", part, label]))
 
 
 def _target(found: Found, box: Box) -> Box:

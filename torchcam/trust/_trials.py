@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partialmethod
+from functools import partial, partialmethod
 from typing import Any
 
 import torch
@@ -15,15 +15,16 @@ from torch import Tensor, nn
 
 from torchcam._checks import callable_object, positive_integer, torch_module
 from torchcam._methods import CALL_OPTIONS, by_method, find_method, takes
+from torchcam._passes import Call
 from torchcam._pictures import to_picture
 from torchcam._recommended import COMPARED, recommended
 from torchcam._replica import replicated
 from torchcam._tensors import blurred_out, is_constant, over_positions, resize, to_float
 from torchcam.layers import TargetLayer
-from torchcam.methods.core import on_replica, plain_tensors
+from torchcam.methods.core import _CAM, on_replica, plain_tensors
 from torchcam.metrics import Localization
 from torchcam.metrics._statistics import descending_ranks, energy, pearson
-from torchcam.metrics.core import as_image, explaining, run_to_explain
+from torchcam.metrics.core import as_image, check_positions, explaining, run_to_explain
 from torchcam.metrics.localization import _checked_mask
 from torchcam.targets import ClassIndex, OutputTarget, Selector, check_one_of, read_logits
 
@@ -161,7 +162,11 @@ def trust(
                 options.setdefault("input_shape", tuple(image.shape[1:]))
             # The modules of the replica have the same names.
             named = {key: _named(value, layer_names) for key, value in options.items()}
-            return _with_options(method, call_options.get(method.__name__, {}))(replica, **named)
+            extractor = _with_options(method, call_options.get(method.__name__, {}))(replica, **named)
+            if question.select is not None and isinstance(extractor, _CAM):
+                first = torch.zeros(1, dtype=torch.long, device=image.device)
+                extractor.inner.choose_layer_for(Call((image[:1],), {}), partial(question.select, samples=first))
+            return extractor
 
         with make(classes[0]) as extractor:
             judged = repr(extractor)
@@ -366,6 +371,7 @@ class _Trials:
             with plain_tensors(), explaining(extractor, None) as own:
                 output = run_to_explain(own, image)
                 parts.append(to_float(own.fuse_cams(own(scores=output, **self.question.arguments(batch))).detach()))
+                check_positions(own, output)
         maps = torch.cat(parts)
         return over_positions(maps, self.question.image)
 

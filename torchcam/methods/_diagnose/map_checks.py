@@ -204,6 +204,10 @@ def check_peak(facts: Facts) -> Iterator[Finding]:
     image, cam, score = facts.image, facts.final.cam, facts.scores
     if image is None or cam is None or score is None or cam.ndim != image.ndim - 1:
         return
+    try:
+        facts.repeated.extractor.check_positions()
+    except ValueError:  # there is no telling which part of the input is under the peak
+        return
     cam = resize(cam.unsqueeze(1), image.shape[2:]).flatten(1)
     if cam.shape[1] < 10:
         return
