@@ -82,7 +82,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def _help_of(command: str) -> str:
-    os.environ["COLUMNS"] = "100"
+    os.environ["COLUMNS"] = "82"  # argparse leaves two of them free
     parser = torchcam.cli.make_parser()
     subcommands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     return textwrap.dedent(subcommands.choices[command].format_help()).rstrip()

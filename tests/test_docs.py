@@ -11,11 +11,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import torchcam
+from tests import stand_ins
 from torchcam.methods._diagnose import CODES
 
 ROOT = Path(torchcam.__file__).parent.parent
@@ -62,6 +64,7 @@ class Block:
     language: str
     code: str
     reason: str | None
+    title: str = ""
 
 
 def blocks(page: Path) -> Iterator[Block]:
@@ -69,7 +72,20 @@ def blocks(page: Path) -> Iterator[Block]:
     for match in FENCE.finditer(text):
         indent = match["indent"]
         code = "".join(line.removeprefix(indent) for line in match["code"].splitlines(keepends=True))
-        yield Block(page, text[: match.start("code")].count("\n"), match["language"], code, match["reason"])
+        before = text[: match.start("code")]
+        titles = re.findall(r"^#+ (.+)$", before, re.MULTILINE)
+        yield Block(page, before.count("\n"), match["language"], code, match["reason"], titles[-1] if titles else "")
+
+
+def needed(code: str) -> set[str]:
+    """The packages that a piece of code imports."""
+    found = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(str(node.module))
+    return {name.partition(".")[0] for name in found}
 
 
 def without_code(text: str) -> str:
@@ -87,7 +103,10 @@ NEEDS = {
 }
 
 PYTHON = {page: [block for block in blocks(page) if block.language == "python"] for page in PAGES}
-RUNNING = [page for page, found in PYTHON.items() if any(block.reason is None for block in found)]
+RECIPES = {block.title: block for block in PYTHON[DOCS / "recipes.md"]}
+RUNNING = [
+    page for page, found in PYTHON.items() if any(block.reason is None for block in found) and page.name != "recipes.md"
+]
 
 
 @pytest.fixture
@@ -107,15 +126,37 @@ class TestCode:
         assert {"README.md", "docs/getting-started.md", "docs/guides/training.md"} <= set(map(name_of, RUNNING))
 
     @pytest.mark.parametrize("page", RUNNING, ids=name_of)
-    def test_runs(self, page: Path, quiet: None, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_runs(
+        self, page: Path, quiet: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         if name_of(page) in NEEDS:
             pytest.importorskip(NEEDS[name_of(page)])
+        stand_ins.place(monkeypatch)
         namespace: dict[str, object] = {"__name__": "__docs__"}
         exec(GIVEN.get(name_of(page), ""), namespace)
         for block in PYTHON[page]:
             if block.reason is None:
                 # As long as the lines above it, so that a traceback names the line of the page.
                 exec(compile("\n" * block.line + block.code, str(page), "exec"), namespace)
+
+    @pytest.mark.filterwarnings("ignore:At least one mel filter has all zero values:UserWarning")
+    @pytest.mark.parametrize("title", RECIPES)
+    def test_recipe_runs_alone(self, title: str, quiet: None, monkeypatch: pytest.MonkeyPatch) -> None:
+        block = RECIPES[title]
+        for name in sorted(needed(block.code)):
+            pytest.importorskip(name, reason=f"{name} is not installed")
+        stand_ins.place(monkeypatch)
+        namespace: dict[str, Any] = {"__name__": "__docs__"}
+        exec(compile("\n" * block.line + block.code, str(block.page), "exec"), namespace)
+        if "result" in namespace and hasattr(namespace["result"], "results"):
+            maps = [cam for one in namespace["result"].maps.values() for cams in one.values() for cam in cams]
+            assert maps
+            assert all(cam.isfinite().all() for cam in maps)
+
+    def test_recipes_are_whole(self) -> None:
+        wanted = ["timm", "Hugging Face", "CLIP", "YOLO", "DETR", "Segmentation", "vision-language", "3D", "Audio"]
+        wanted += ["Time series", "FastAPI", "ONNX", "custom model", "Negative evidence", "two checkpoints"]
+        assert [sum(word in title for title in RECIPES) for word in wanted] == [1] * len(wanted)
 
     @pytest.mark.parametrize("page", [page for page, found in PYTHON.items() if found], ids=name_of)
     def test_what_does_not_run_is_python_and_says_why(self, page: Path) -> None:

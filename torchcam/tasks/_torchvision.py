@@ -72,12 +72,12 @@ def _padded(replica: nn.Module, tensor: Tensor) -> View:
 
 
 def _layers(model: Any) -> list[str]:
-    """Return the stages of the backbone that boxes are found with; the last but one has the finer place."""
+    """Return the stages of the backbone that boxes are found with, the finest first: a box depends on its own level."""
     backbone = model.backbone
     body = getattr(backbone, "body", None)
     stages = [f"backbone.body.{name}" for name in getattr(body, "return_layers", ())]
     if stages:  # a pyramid: what its last level gives reaches all others
-        return [*stages[-2:], *stages[-3::-1]]
+        return [*stages[-3:], *stages[:-3]]
     features, extra = getattr(backbone, "features", None), getattr(backbone, "extra", None)
     if isinstance(features, nn.Sequential) and isinstance(extra, nn.ModuleList):  # SSD, whose levels follow each other
         is_whole = hasattr(backbone, "scale_weight")

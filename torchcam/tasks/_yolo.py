@@ -76,7 +76,7 @@ def find(wrapper: Any, looked: Looked) -> Found:
         size,
         MappingProxyType({int(label): str(name) for label, name in dict(result.names).items()}),
         _stages(model),
-        least_stride=16,
+        least_stride=8,
     )
 
 
@@ -184,7 +184,10 @@ def _rows_of(
 
 
 def _stages(model: Any) -> list[str]:
-    """Return the layers of the backbone that the rest of the model reads.
+    """Return the layers of the backbone that the rest of the model reads, of which the finest is explained.
+
+    On a YOLOv8n trained on small squares, the peak of HiResCAM was in the box for 21 of 21 boxes at stride 8, for 6 at
+    stride 16 and for 4 at stride 32.
 
     Those of the neck, which the head reads, only say where a box is: a row depends on a few of their positions.
     """
