@@ -304,7 +304,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, model in models.items():
         path = None if options.numbers is None else options.numbers / f"{name}-{num_pictures}-{num_faith}.json"
         boards[name], seen[name] = run(name, model, num_pictures, num_faith, only, path)
-    candidates = [one for one in settings() if not options.quick or one.method in ("GradCAM", "HiResCAM", "gated")]
+    candidates = [
+        one for one in settings() if not options.quick or one.method in ("GradCAM", "HiResCAM", "gated", "recommended")
+    ]
     asked = {name: models[name] for name in LAYERS if name in models}
     tried = run_settings(asked, num_pictures // 4, candidates, CHOICE, options.numbers)
     chosen = choose(tried)
