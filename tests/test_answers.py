@@ -708,7 +708,7 @@ class TestResult:
         match = re.search(r'srcdoc="([^"]*)"', shown)
         assert match is not None
         assert html.unescape(match[1]) == found.to_html()
-        assert 'sandbox="allow-scripts"' in shown
+        assert 'sandbox="allow-scripts allow-downloads"' in shown
         assert found._repr_png_() is not None
 
     def test_the_page_escapes_all_text(self) -> None:

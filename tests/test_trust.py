@@ -107,6 +107,21 @@ class TestVerdicts:
         assert [item.class_name for item in demo_report] == [CLASS_NAMES[item.class_idx] for item in demo_report]
         assert [check.name for check in demo_report[0].checks] == ["diagnosis", "evidence", "removal", "region"]
 
+    def test_how_much_of_the_score_is_accounted_for(self, demo_report: TrustReport) -> None:
+        """The demo model's head is linear in the means of the last layer: all of the score but the bias is there."""
+        model, samples = load_model(), sample_images()[:2]
+        images = torch.cat([sample.to_tensor() for sample in samples])
+        head = next(module for module in reversed(list(model.modules())) if isinstance(module, nn.Linear))
+        scores = model(images).detach()
+        for item, row in zip(demo_report, scores, strict=True):
+            assert item.class_idx is not None
+            share = float(((row - head.bias.detach()) / row)[item.class_idx])
+            assert item.completeness == {"layer4": pytest.approx(share, rel=1e-4)}
+            told = f"gradient × activation at the map's positions sums to {share:.0%} at 'layer4'."
+            assert told in " ".join(str(demo_report).split())
+            assert told.replace("'", "&#x27;") in demo_report.to_html()
+        assert demo_report.to_dict()["predictions"][0]["completeness"] == demo_report[0].completeness
+
     @pytest.mark.parametrize("seed", range(2))
     def test_a_model_that_was_not_trained_is_not(self, seed: int) -> None:
         with torch.random.fork_rng(devices=[]):

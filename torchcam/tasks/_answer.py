@@ -215,7 +215,8 @@ class AnswerExplanation(Pictures):
     def _repr_html_(self) -> str:
         page = html.escape(self.to_html(), quote=True)
         return (
-            f'<iframe srcdoc="{page}" sandbox="allow-scripts" style="width:100%;height:{_HEIGHT}px;border:0">'
+            f'<iframe srcdoc="{page}" sandbox="allow-scripts allow-downloads" '
+            f'style="width:100%;height:{_HEIGHT}px;border:0">'
             f"{html.escape(self.title)}</iframe>"
         )
 

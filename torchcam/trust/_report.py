@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import html
+import math
 import platform
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,8 @@ class PredictionTrust:
         cam: the map, (*spatial), on the CPU
         picture: the input, if it is an image
         target: the name of the explained target, if it is no class
+        completeness: of gradient methods, by layer, the share of the score that gradient × activation at the map's
+            positions sums to; empty for others. No check reads it: biases and other paths make it differ from 1.
     """
 
     class_idx: int | None
@@ -69,6 +72,7 @@ class PredictionTrust:
     cam: Tensor
     picture: Image.Image | None = None
     target: str | None = None
+    completeness: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def verdict(self) -> Verdict:
@@ -98,8 +102,17 @@ class PredictionTrust:
             "verdict": self.verdict,
             "reasons": list(self.reasons),
             "remarks": list(self.remarks),
+            "completeness": {layer: finite(share) for layer, share in self.completeness.items()},
             "checks": [check.to_dict() for check in self.checks],
         }
+
+    @property
+    def accounted(self) -> str:
+        """How much of the score the positions of the map account for, in words; empty if that is not known."""
+        shares = [f"{share:.0%} at '{layer}'" for layer, share in self.completeness.items() if math.isfinite(share)]
+        return (
+            f"Of the score, gradient × activation at the map's positions sums to {_joined(shares)}." if shares else ""
+        )
 
     def _lines(self) -> list[str]:
         lines = [self.title, f"  {_WORDS[self.verdict]}"]
@@ -107,7 +120,7 @@ class PredictionTrust:
             lines += _wrapped(check.message, f"  {_MARKS[check.outcome]} {check.name}: ", 4)
         for remark in self.remarks:
             lines += _wrapped(remark, "  ! ", 4)
-        return lines
+        return [*lines, *_wrapped(self.accounted, "  ", 2)] if self.accounted else lines
 
 
 @dataclass(eq=False, repr=False)
@@ -270,7 +283,8 @@ def _section(item: PredictionTrust, edge: int, *, alone: bool) -> str:
     verdict = "" if alone else _verdict_as_html(item.verdict, _WORDS[item.verdict])
     return (
         f"<section><h2>{html.escape(item.title)}</h2>{verdict}{_remarks_as_html(item.remarks)}"
-        f'<div class="row">{_pictures(item, edge)}<div class="text"><table>{rows}</table></div></div></section>'
+        f'<div class="row">{_pictures(item, edge)}<div class="text"><table>{rows}</table>'
+        f"<p>{html.escape(item.accounted)}</p></div></div></section>"
     )
 
 

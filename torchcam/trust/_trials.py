@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial, partialmethod
 from typing import Any
 
@@ -171,7 +171,8 @@ def trust(
         with make(classes[0]) as extractor:
             judged = repr(extractor)
             signed = call_options.get(names[0], {}).get("relu") is False
-            checks, cams = _Trials(question).judge(extractor, classes[1:], make, signed=signed)
+            trials = _Trials(question)
+            checks, cams = trials.judge(extractor, classes[1:], make, signed=signed)
     items = []
     for sample, cam in enumerate(cams):
         index = None if question.classes is None else question.classes[sample]
@@ -186,6 +187,7 @@ def trust(
                 cam=cam.cpu(),
                 picture=_picture(image[sample]) if images is None else images[sample],
                 target=None if question.select is None else _target_name(question.select.targets[sample]),
+                completeness=trials.completeness[sample],
             )
         )
     remark = verdicts.remark_on_common_place(_shared_positions(cams))
@@ -306,9 +308,15 @@ class _Question:
 
 @dataclass(frozen=True)
 class _Trials:
-    """The trials of the maps of some predictions of a model."""
+    """The trials of the maps of some predictions of a model.
+
+    Attributes:
+        question: what is asked
+        completeness: of each sample, once it is diagnosed, the share of the score at each layer of the map
+    """
 
     question: _Question
+    completeness: list[dict[str, float]] = field(default_factory=list)
 
     def judge(
         self, extractor: Any, others: Sequence[type[Any]], make: Callable[[type[Any]], Any], *, signed: bool
@@ -383,7 +391,8 @@ class _Trials:
             with plain_tensors(), on_replica(extractor) as own:
                 own.model(image)
                 findings = own.diagnose(**self.question.arguments(batch))
-            size = len(image)
+            size, shares = len(image), findings.completeness
+            self.completeness.extend({layer: found[row] for layer, found in shares.items()} for row in range(size))
             checks += [verdicts.check_diagnosis(findings, row, size, signed=signed) for row in range(size)]
         return checks
 
