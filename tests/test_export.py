@@ -497,7 +497,6 @@ class TestOperations:
             (resized("nearest", size=(9, 5)), (2, 3, 4, 7)),
             (resized("nearest", scale_factor=2), (2, 3, 4, 7)),
             (resized("nearest-exact", size=(9, 5)), (2, 3, 4, 7)),
-            (F.silu, (2, 3, 4)),
             (lambda x: x.gather(1, torch.tensor([[0, 0, 2], [1, 1, 1]])), (2, 3)),
         ],
     )
@@ -524,6 +523,24 @@ class TestOperations:
         found = rule(torch.zeros(1, 3, dtype=torch.float16), 1, index, torch.ones(1, 3, dtype=torch.float16))
         assert torch.equal(found, torch.tensor([[2.0, 0.0, 1.0]], dtype=torch.float16))
         assert rule(torch.zeros(1, 3), 1, index, torch.ones(1, 3)) is NotImplemented
+
+    @pytest.mark.parametrize("inplace", [True, False])
+    def test_silu_behind_the_layer(self, inplace: bool, tmp_path: Path) -> None:
+        class Gated(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.first, self.second, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(4, 5)
+
+            def forward(self, x: Tensor) -> Tensor:
+                x = self.first(x)
+                activated = self.second(F.silu(x, inplace=inplace))
+                return self.head(activated.mean((2, 3)) + x.mean((2, 3)))  # in place, `x` is what is activated
+
+        model = shuffled(Gated())
+        file = export(model, "LayerCAM", "first", example=IMAGES[:1]).save(tmp_path / "model.onnx")
+        scores, cam = run(file, IMAGES, CLASSES)
+        torch.testing.assert_close(scores, model(IMAGES).detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(cam, expected(model, "LayerCAM", "first", IMAGES, CLASSES), rtol=0, atol=2e-5)
 
     @pytest.mark.parametrize("join", ["cat", "add"])
     def test_connections_around_the_middle(self, join: str, tmp_path: Path) -> None:

@@ -45,11 +45,19 @@ def _linear(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None
     return func(input.contiguous() if input.ndim > 2 else input, weight, bias)
 
 
+def _silu(_func: Any, input: Tensor, inplace: bool = False) -> Tensor:  # noqa: A002 - torch's name
+    """The backward operation of the whole is not decomposed, whatever rule there is; those of its parts are."""
+    source = input.clone() if inplace else input
+    activated = source * torch.sigmoid(source)
+    return input.copy_(activated) if inplace else activated
+
+
 _REWRITES: dict[str, Callable[..., Any]] = {
     "adaptive_avg_pool1d": _pool_to,
     "adaptive_avg_pool2d": _pool_to,
     "adaptive_avg_pool3d": _pool_to,
     "linear": _linear,
+    "silu": _silu,
 }
 
 
@@ -199,11 +207,6 @@ def _view(source: Tensor, shape: Sizes) -> Any:
     return NotImplemented if source.is_contiguous() else aten.view(source.contiguous(), shape)
 
 
-def _silu_backward(gradient: Tensor, source: Tensor) -> Tensor:
-    gate = torch.sigmoid(source)
-    return gradient * (gate * (1 + source * (1 - gate)))
-
-
 RULES: dict[Any, Callable[..., Any]] = {
     aten.convolution_backward.default: _convolution_backward,
     aten.max_pool2d_with_indices_backward.default: _max_pool_backward,
@@ -220,7 +223,6 @@ RULES: dict[Any, Callable[..., Any]] = {
     aten.upsample_nearest2d_backward.default: _nearest_resize_backward(0.0),
     aten.upsample_nearest3d_backward.default: _nearest_resize_backward(0.0),
     aten._upsample_nearest_exact2d_backward.default: _nearest_resize_backward(0.5),
-    aten.silu_backward.default: _silu_backward,
     aten.view.default: _view,
 }
 KEPT = (aten.hardsigmoid.default, aten.hardswish.default)
