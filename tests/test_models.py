@@ -118,15 +118,18 @@ def test_keypoint_rcnn() -> None:
 # Segmentation, video
 
 
-@pytest.mark.parametrize("name", ["deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large"])
-def test_segmentation(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [("deeplabv3_mobilenet_v3_large", "classifier.3"), ("lraspp_mobilenet_v3_large", "classifier.cbr")],
+)
+def test_segmentation(name: str, layer: str) -> None:
     from torchvision.models import get_model
 
     model = seeded(get_model, name, weights=None, weights_backbone=None, num_classes=4)
     x = image(64, 96, batch_size=2)
     mask = torch.zeros(64, 96)
     mask[:16, :16] = 1
-    with methods.HiResCAM(model, input_shape=(3, 64, 96)) as extractor, torch.no_grad():
+    with methods.HiResCAM(model, layer) as extractor, torch.no_grad():
         output = model(x)
         assert output["out"].shape == (2, 4, 64, 96)
         by_class = extractor([1, 3], relu=False, retain_graph=True)
