@@ -171,6 +171,8 @@ def _without_doubtful_axes(found: Sequence[Reading]) -> Reading:
 
 def _extends(layout: Layout, other: Layout) -> bool:
     """Check whether a layout counts tokens as positions that another one leaves out."""
+    if len(other.positions) == 1:  # of a row it is not checked whether these tokens look nowhere
+        return False
     return layout.prefix < other.prefix and replace(other, prefix=layout.prefix, grid=()) == replace(
         layout, grid=(), before=other.before
     )

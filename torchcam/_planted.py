@@ -26,6 +26,7 @@ _PLACES: tuple[tuple[float, ...], ...] = (
     (0.875, 0.625, 0.375),
 )  # as shares; not like their mirror images
 _ROWS = 16  # in memory at a time
+_INSIDE = 4  # positions in a row, from which on the rest may be padding
 _IDLE = 0.1  # the share of what strips change in positions, up to which tokens before them are none
 _NOTHING = 1e-12  # the share of the mean square of an output that counts as no change
 
@@ -277,8 +278,11 @@ def _explained(centre: Tensor, weight: Tensor, side: int) -> float:
     variance = (weight * (centre - mean) ** 2).sum()
     if not float(variance) > 1e-12 * float(total):
         return 0.0
-    seen = weights > 1e-6 * weights.amax()  # what a model pads its input with has no place
-    rise = float(torch.corrcoef(torch.stack([index[seen], means[seen]]))[0, 1])
+    seen = (weights > 1e-6 * weights.amax()).nonzero().flatten()
+    first, last = int(seen[0]), int(seen[-1])
+    if len(seen) < _INSIDE or last - first >= len(seen):  # else what surrounds them is padding, which has no place
+        first, last = 0, len(means) - 1
+    rise = float(torch.corrcoef(torch.stack([index, means])[:, first : last + 1])[0, 1])
     if not rise > 0.8:
         return 0.0
     if not others:  # each place is its own group: a line, not their means, must explain them
