@@ -35,7 +35,7 @@ FLOORS = {
     "_tensors": 0,
     "_files": 0,
     "_names": 0,
-    "_numbers": 0,
+    "_numbers": 1,
     "_tables": 0,
     "_callable": 0,
     "_detector_rows": 0,

@@ -1,12 +1,12 @@
-"""Names as people write them: in any case, with or without hyphens, Grad-CAM++ for GradCAMpp."""
+"""Names as people write them: in any case, with or without hyphens, Grad-CAM++ for GradCAMpp; and lists of them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
-__all__ = ["closest", "match_name"]
+__all__ = ["closest", "listed", "match_name"]
 
 
 def match_name(name: str, names: Iterable[str]) -> str | None:
@@ -30,6 +30,11 @@ def closest(name: str, names: Iterable[str], otherwise: Iterable[str] | None = N
     if matches:
         return f"did you mean {' or '.join(map(repr, matches))}?"
     return f"there are {', '.join(known.values() if otherwise is None else otherwise)}"
+
+
+def listed(words: Sequence[str]) -> str:
+    """Join words as in a sentence."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 
 def _simplified(name: str) -> str:

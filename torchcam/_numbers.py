@@ -1,13 +1,16 @@
-"""Numbers and results as JSON."""
+"""Numbers and results as JSON, and what they were made with."""
 
 from __future__ import annotations
 
 import json
 import math
+import platform
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["finite", "to_json"]
+from . import __version__
+
+__all__ = ["finite", "to_json", "versions"]
 
 
 def finite(value: Any) -> Any:
@@ -24,3 +27,10 @@ def finite(value: Any) -> Any:
 def to_json(value: Any) -> str:
     """Write nested plain values as JSON, NaN and infinity as null."""
     return json.dumps(finite(value), indent=2, allow_nan=False, ensure_ascii=False)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python, torch and torchcam."""
+    import torch
+
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "torchcam": __version__}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from torchcam import __version__
 from torchcam._callable import make_callable
 from torchcam._checks import positive_integer
 from torchcam._choice import Choice, as_class_names
@@ -23,6 +21,7 @@ from torchcam._explanation import Explanations, PredictionExplanation
 from torchcam._files import written_whole
 from torchcam._inputs import Inputs, read_inputs
 from torchcam._method_maps import MethodMaps
+from torchcam._numbers import versions
 from torchcam._passes import Call
 from torchcam._recipes import Recipe, as_recipes, extractors_on, named_errors
 from torchcam._replica import replicated
@@ -246,7 +245,7 @@ def explain(
     count = len(inputs.tensor)
     choice = Choice(count, inputs.is_batch, class_idx, expected_class_idx, top_k, targets, names)
     input_shape = tuple(inputs.tensor.shape[1:])
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__), "torchcam": __version__}
+    made_by = versions()
     explanations: list[PredictionExplanation] = []
     with replicated(model) as replica, extractors_on(replica, model, recipes, input_shape) as extractors:
         step = batch_size if inputs.kwargs is None else count
@@ -282,7 +281,7 @@ def explain(
                         target_layers=first.target_layers,
                         model=f"{type(original).__module__}.{type(original).__qualname__}",
                         input_shape=(1, *input_shape),
-                        versions=MappingProxyType(versions),
+                        versions=MappingProxyType(made_by),
                         class_names=names,
                         method_kwargs=first.method_kwargs,
                         results=MappingProxyType(results),

@@ -23,7 +23,6 @@ __all__ = [
     "UserError",
     "count_of",
     "library_errors",
-    "listed",
     "one_line",
     "plain_messages",
     "print_json",
@@ -166,11 +165,6 @@ def print_marked(text: object, styles: Mapping[str, str]) -> None:
 def count_of(count: int, what: str) -> str:
     """Return a number with what it counts, in the singular or the plural."""
     return f"{count} {what}{'' if count == 1 else 's'}"
-
-
-def listed(words: Sequence[str]) -> str:
-    """Join words as in a sentence."""
-    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 
 def one_line(message: object) -> str:

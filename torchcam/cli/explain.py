@@ -9,9 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torchcam._names import listed
+
 from . import _options
 from ._images import file_errors, prepare, read_image, recommend, save_array, save_figure
-from ._messages import UserError, count_of, library_errors, listed, print_json, print_line, print_warning, printable
+from ._messages import UserError, count_of, library_errors, print_json, print_line, print_warning, printable
 from ._models import RANDOM_WEIGHTS, Classifier
 from ._paths import Source, check_folder, check_output, find_sources, is_picture, result_path
 

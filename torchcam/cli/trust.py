@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from torchcam._names import listed
+
 from . import _options
 from ._images import prepare, read_image, recommend, save_reports
-from ._messages import UserError, library_errors, listed, print_json, print_line, print_marked
+from ._messages import UserError, library_errors, print_json, print_line, print_marked
 
 if TYPE_CHECKING:
     import argparse

@@ -314,7 +314,7 @@ class _CAM:
             )
 
     def _settle_axes(self, recorded: Pass) -> None:
-        """Tell the call along which of its axes the positions of a signal or a spectrogram are."""
+        """Note in the call along which of its axes the positions of a signal or a spectrogram are."""
         if len(recorded.input_shape or ()) < 4 and self._recorder.keeps_outputs and self.reshape_transform is None:
             for name, activation in zip(recorded.names, recorded.activations, strict=True):
                 if activation is not None:

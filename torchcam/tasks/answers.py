@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import warnings
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -12,9 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from torchcam import __version__
 from torchcam._checks import one_of, torch_module
 from torchcam._inputs import as_rgb, read_picture
+from torchcam._numbers import versions
 from torchcam._replica import random_states_kept, replicated
 from torchcam.layout import Cells
 from torchcam.methods._gradients import with_graph
@@ -274,5 +273,4 @@ def _question(processor: Any, score: str, other: Any, against: Any) -> str:
 def _versions() -> Mapping[str, str]:
     from transformers import __version__ as of_transformers
 
-    own = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    return MappingProxyType({**own, "transformers": of_transformers, "torchcam": __version__})
+    return MappingProxyType({**versions(), "transformers": of_transformers})

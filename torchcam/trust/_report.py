@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import math
-import platform
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -13,13 +12,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
-from torchcam import __version__
 from torchcam._files import atomic_write
-from torchcam._numbers import finite, to_json
+from torchcam._names import listed
+from torchcam._numbers import finite, to_json, versions
 from torchcam._pictures import data_uri, fitted
 from torchcam.utils import overlay_map
 
@@ -110,9 +108,7 @@ class PredictionTrust:
     def accounted(self) -> str:
         """How much of the score the positions of the map account for, in words; empty if that is not known."""
         shares = [f"{share:.0%} at '{layer}'" for layer, share in self.completeness.items() if math.isfinite(share)]
-        return (
-            f"Of the score, gradient × activation at the map's positions sums to {_joined(shares)}." if shares else ""
-        )
+        return f"Of the score, gradient × activation at the map's positions sums to {listed(shares)}." if shares else ""
 
     def _lines(self) -> list[str]:
         lines = [self.title, f"  {_WORDS[self.verdict]}"]
@@ -146,11 +142,7 @@ class TrustReport(Sequence[PredictionTrust]):
 
     def __post_init__(self) -> None:
         self.items, self.others, self.remarks = tuple(self.items), tuple(self.others), tuple(self.remarks)
-        self.versions = {
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-            "torchcam": __version__,
-        }
+        self.versions = versions()
 
     def __getitem__(self, index: Any) -> Any:
         return self.items[index]
@@ -173,7 +165,7 @@ class TrustReport(Sequence[PredictionTrust]):
             return words + look
         counts = Counter(item.verdict for item in self)
         parts = [f"{counts[verdict]} {text}" for verdict, text in _COUNTED.items() if counts[verdict]]
-        split = f"Of {len(self)}, {_joined(parts)}." if len(parts) > 1 else f"All {len(self)} {_COUNTED[self.verdict]}."
+        split = f"Of {len(self)}, {listed(parts)}." if len(parts) > 1 else f"All {len(self)} {_COUNTED[self.verdict]}."
         return f"{words.replace('this picture', 'these pictures')} {split}{look.replace('it shows', 'they show')}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -262,14 +254,14 @@ class TrustReport(Sequence[PredictionTrust]):
         return f"{self.method} on {self.model}"
 
     def _body(self, edge: int) -> str:
-        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        made_by = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         return (
             f"<h1>{html.escape(self._title)}</h1>"
             + _verdict_as_html(self.verdict, self.headline)
             + _remarks_as_html(self.remarks)
             + "".join(_section(item, edge, alone=len(self) == 1) for item in self)
             + f"<details><summary>How this was judged</summary>{_explanations()}"
-            f"<p>Compared with {html.escape(_joined(self.others) or 'no other method')}. {html.escape(versions)}</p>"
+            f"<p>Compared with {html.escape(listed(self.others) or 'no other method')}. {html.escape(made_by)}</p>"
             "</details>"
         )
 
@@ -334,7 +326,3 @@ def _wrapped(text: str, head: str, indent: int) -> list[str]:
     return textwrap.wrap(
         text, 100, initial_indent=head, subsequent_indent=" " * indent, break_on_hyphens=False, break_long_words=False
     )
-
-
-def _joined(words: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
