@@ -9,10 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import cache
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -27,8 +30,23 @@ class Rewritten(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call a function, or what stands for it."""
-        rewrite = _REWRITES.get(getattr(func, "__name__", ""))
-        return func(*args, **(kwargs or {})) if rewrite is None else rewrite(func, *args, **(kwargs or {}))
+        rewrite, kwargs = _REWRITES.get(getattr(func, "__name__", "")), kwargs or {}
+        if rewrite is not None:
+            return rewrite(func, *args, **kwargs)
+        if isinstance(func, FunctionType) and func.__module__ == functional.__name__:
+            with self:  # what the function calls is looked at as well
+                return _body(func)(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+@cache
+def _body(function: FunctionType) -> FunctionType:
+    """Return a function of ``torch.nn.functional`` that is not handed to modes as a whole."""
+    checks = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+    names = {**function.__globals__, **dict.fromkeys(checks, lambda *_: False)}
+    body = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    body.__kwdefaults__ = function.__kwdefaults__
+    return body
 
 
 def _pool_to(func: Any, input: Tensor, output_size: Any) -> Any:  # noqa: A002 - torch's name
@@ -45,6 +63,24 @@ def _linear(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None
     return func(input.contiguous() if input.ndim > 2 else input, weight, bias)
 
 
+def _attention(
+    func: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    **options: Any,
+) -> Any:
+    """Where nothing is masked, no row of scores is empty: torch looks for such rows, which takes half as long again."""
+    if attn_mask is not None or dropout_p or is_causal or options:
+        return func(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **options)
+    scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-2, -1)
+    return torch.softmax(scores, -1) @ value
+
+
 def _silu(_func: Any, input: Tensor, inplace: bool = False) -> Tensor:  # noqa: A002 - torch's name
     """The backward operation of the whole is not decomposed, whatever rule there is; those of its parts are."""
     source = input.clone() if inplace else input
@@ -57,6 +93,7 @@ _REWRITES: dict[str, Callable[..., Any]] = {
     "adaptive_avg_pool2d": _pool_to,
     "adaptive_avg_pool3d": _pool_to,
     "linear": _linear,
+    "scaled_dot_product_attention": _attention,
     "silu": _silu,
 }
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from torchcam._tensors import is_finite
 from torchcam.layout import Layout, primary_tensors, replace_tensors
 from torchcam.methods._recorder import Pass
 from torchcam.methods.core import _CAM, Request
 from torchcam.targets import Selector, class_scores, read_logits
 
+from . import _shortcuts
 from ._operations import KEPT, RULES, Rewritten, explicit_attention
 
 __all__ = ["ExplainedModel", "freeze", "fused_map", "trace"]
@@ -97,14 +97,15 @@ class ExplainedModel(nn.Module):
         cam = fused_map(extractor, extractor._finished(raw, request, self._normalized))
 
         # Runtimes lose NaN on the way, in a ReLU or a maximum: samples are marked at the end.
-        finite = torch.ones_like(is_finite(images)) if select is None else select.exists(scores)
+        known = _finite_images(images)
+        finite = torch.ones_like(known) if select is None else select.exists(scores)
         gradients = extractor._gradient_grids(recorded, recorded.gradients, None) if recorded.gradients else []
         for tensor in [*extractor._activations(request), *gradients, *raw]:
-            finite = finite & is_finite(tensor)  # type: ignore[arg-type]
+            finite = finite & _finite(tensor)  # type: ignore[arg-type]
         scores = scores.detach()
         if self._checks_input:
-            finite = finite & is_finite(images)
-            scores = _marked(scores, is_finite(images))
+            finite = finite & known
+            scores = _marked(scores, known)
         return scores, _marked(cam.detach(), finite)
 
     def _recorded(self, images: Tensor) -> Pass:
@@ -131,6 +132,16 @@ class ExplainedModel(nn.Module):
             recorded.output = self.model(images)
         recorded.collect()
         return recorded
+
+
+def _finite(tensor: Tensor) -> Tensor:
+    """Check which samples (N, ...) are finite, by sums over the axes that there are: `_shortcuts` finds them again."""
+    return (tensor * 0).sum(tuple(range(1, tensor.ndim))) == 0
+
+
+def _finite_images(images: Tensor) -> Tensor:
+    """Check which images (N, C, *spatial) are finite, by a matrix product: a runtime reads them once."""
+    return torch.matmul(images, images.new_zeros(images.shape[-1], 1)).flatten(1).sum(1) == 0
 
 
 def _marked(tensor: Tensor, finite: Tensor) -> Tensor:
@@ -185,6 +196,7 @@ def trace(
                 f"batch of the example ({reason})"
             ) from error
         raise RuntimeError(f"{name} cannot be traced: {reason}") from error
+    _shortcuts.shorten(program)
     mutated = sorted(program.graph_signature.buffers_to_mutate.values())
     if mutated:
         raise RuntimeError(f"{name} cannot be traced: it changes its buffer '{mutated[0]}' in evaluation mode")
@@ -218,7 +230,7 @@ def _export(module: nn.Module, example: tuple[Tensor, ...], dynamic: Sequence[An
 
 def _table() -> dict[Any, Any]:
     table = {**torch.export.default_decompositions(), **RULES}
-    return {operation: rule for operation, rule in table.items() if operation not in KEPT}
+    return {operation: rule for operation, rule in table.items() if operation not in (*KEPT, *_shortcuts.KEPT)}
 
 
 def _placeholder_shape(program: ExportedProgram) -> Sequence[Any]:
