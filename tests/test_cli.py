@@ -130,7 +130,7 @@ class TestTopLevel:
         assert named <= set(methods.__all__)
         parser = cli.make_parser()
         texts = [cli.EPILOG, *(getattr(command, "EXAMPLES", "") for command in cli.COMMANDS)]
-        examples = re.findall(r"^  torchcam (.*)$", "".join(texts), flags=re.MULTILINE)
+        examples = re.findall(r"^  torchcam (.*)$", "".join(texts).replace("\\\n", ""), flags=re.MULTILINE)
         assert len(examples) >= 15
         for example in examples:
             assert parser.parse_args(example.split()).run is not None
@@ -400,7 +400,7 @@ class TestRefusals:
         [
             (["missing.png"], "IMAGE 'missing.png' does not exist"),
             (["empty"], "IMAGE 'empty' is a folder that holds no images"),
-            (["*.jpg"], "IMAGE '*.jpg' matches no image"),
+            (["*.jpg"], "IMAGE '*.jpg' matches no images"),
             (["https://some.where/dog.jpg"], "nothing is fetched: download it first, and name the file"),
             (["n" * 5000], "nnn' does not exist"),
             (["text.png"], "IMAGE 'text.png' is not an image that Pillow can read (UnidentifiedImageError"),
@@ -432,13 +432,19 @@ class TestRefusals:
             (["photo.png", "--class-idx", "dog"], "--class-idx is 'dog', and no class has that name"),
             (["photo.png", "--top-k", "0"], "--top-k must be at least 1 without --class-idx, got 0"),
             (["photo.png", "--top-k", "1001"], "--top-k must lie between 1 and 1000"),
-            (["photo.png", "--method", "LeGrad"], "name them with --target-layer"),
+            (
+                ["photo.png", "--method", "LeGrad"],
+                "--target-layer must name the transformer block(s) that LeGrad reads",
+            ),
             (["photo.png", "--method", "LeGrad", "--target-layer", "features"], "MobileNetV3 is not read out as"),
             (
                 ["photo.png", "--method", "RefineCAM", "--target-layer", "features"],
-                "name two or more with --target-layer",
+                "--target-layer must list two layers or more",
             ),
-            (["photo.png", "--method", "CAM", "--target-layer", "features.0,features.1"], "--target-layer names 2"),
+            (
+                ["photo.png", "--method", "CAM", "--target-layer", "features.0,features.1"],
+                "--target-layer of CAM must be one layer",
+            ),
             (["photo.png", "--alpha", "1"], "--alpha must be a number in [0, 1), got 1.0"),
             (
                 ["photo.png", "--colormap", "virids"],

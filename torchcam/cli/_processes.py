@@ -5,20 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ._messages import UserError
 from ._models import find_device
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["processes", "wait_for_all"]
 
 
 @contextmanager
-def processes(device: str, timeout: float) -> Iterator[tuple[int, torch.device]]:
-    """Join the processes that torchrun has started, if any, and yield this one's number and device."""
+def processes(device: str, timeout: float) -> Iterator[int]:
+    """Join the processes that torchrun has started, if any, and yield this one's number; each has a GPU of its own."""
     from datetime import timedelta
 
     import torch
@@ -27,7 +24,7 @@ def processes(device: str, timeout: float) -> Iterator[tuple[int, torch.device]]
     found = find_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
         with _termination_as_interrupt():
-            yield (dist.get_rank() if dist.is_initialized() else 0), found
+            yield dist.get_rank() if dist.is_initialized() else 0
         return
     if found.type == "cuda" and found.index is None:
         local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
@@ -44,7 +41,7 @@ def processes(device: str, timeout: float) -> Iterator[tuple[int, torch.device]]
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the other processes cannot be reached: {error}") from error
     with _termination_as_interrupt():
-        yield dist.get_rank(), found
+        yield dist.get_rank()
     dist.destroy_process_group()  # not after an error: the others may have ended, and this process ends anyway
 
 

@@ -34,7 +34,7 @@ class _AttentionCAM(_CAM):
     """
 
     _keeps_outputs = True
-    _looks_at_a_layer = False
+    looks_at_a_layer = False
 
     def __init__(
         self,
