@@ -195,7 +195,10 @@ class TestBoxes:
         ("arguments", "says"),
         [
             (["--arch", "alexnet", "--weights", "none", "--box", "0"], "--box asks about the boxes of a detector"),
-            (["--model-factory", "lamps:lamps", "--box", "first"], "--box must be the number of a box, or all"),
+            (
+                ["--model-factory", "lamps:lamps", "--box", "first"],
+                "--box must be the number of a box, a list of them, or 'all', got 'first'",
+            ),
             (["--model-factory", "lamps:lamps", "--box", "99"], "--box must lie between 0 and "),
             (
                 ["--model-factory", "lamps:lamps", "--box", "0", "--class-idx", "1"],

@@ -7,7 +7,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,8 +83,7 @@ class Classifier:
         """Make inputs of images, all of one size after the transform, on the model's device."""
         from torchcam._inputs import read_inputs
 
-        inputs = read_inputs(self.model, list(images), self.preprocess)
-        return replace(inputs, class_names=tuple(self.categories) if self.categories else inputs.class_names)
+        return read_inputs(self.model, list(images), self.preprocess)
 
 
 def load_model(arguments: argparse.Namespace, weights: str = "DEFAULT") -> Classifier:

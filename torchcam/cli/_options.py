@@ -12,7 +12,7 @@ from . import _completion
 from ._messages import UserError, library_errors
 
 __all__ = [
-    "add_boxes",
+    "add_class",
     "add_classes",
     "add_colours",
     "add_count",
@@ -28,6 +28,7 @@ __all__ = [
     "find_method",
     "find_methods",
     "names",
+    "numbers",
 ]
 
 ARCH = "resnet50"
@@ -141,38 +142,28 @@ def find_method(name: str, option: str = "--method") -> type[Any]:
         return _methods.find_method(name, option)
 
 
-def add_classes(group: Any, what: str, *, several: bool) -> None:
-    """Add the option that names classes, several of them or one."""
-
-    def read(text: str) -> list[int | str]:
-        parts = names(text) if several else [text]
-        return [int(part) if re.fullmatch(r"[+-]?\d+", part) else part for part in parts]
-
-    action = "extend" if several else "store"
-    group.add_argument("--class-idx", metavar="CLASS", action=action, type=read, default=[], help=what)
+def numbers(text: str) -> list[int | str]:
+    """Split numbers and names at commas."""
+    return [_number(part) for part in names(text)]
 
 
-def add_boxes(group: Any) -> None:
-    """Add the options that ask about a detector's boxes."""
+def _number(text: str) -> int | str:
+    return int(text) if re.fullmatch(r"[+-]?\d+", text) else text
 
-    def read(text: str) -> list[int | str]:
-        found: list[int | str] = [int(part) if part.isdecimal() else part for part in names(text)]
-        wrong = next((part for part in found if isinstance(part, str) and part != "all"), None)
-        if wrong is not None or not found:
-            raise UserError(f"--box must be the number of a box, or all, got '{text}'")
-        return found
 
+def add_classes(group: Any, what: str) -> None:
+    """Add the option that names classes."""
+    group.add_argument("--class-idx", metavar="CLASS", action="extend", type=numbers, default=[], help=what)
+
+
+def add_class(group: Any, what: str) -> None:
+    """Add the option that names one class; commas are a part of its name."""
     group.add_argument(
-        "--box",
-        metavar="N|all",
-        action="extend",
-        type=read,
+        "--class-idx",
+        metavar="CLASS",
+        type=lambda text: [_number(text)],
         default=[],
-        help="of a detector, the box to explain, by its number among those that it finds; several as with "
-        "--target-layer. The model is one of --model-factory (of ultralytics or torchvision), or of --hf",
-    )
-    group.add_argument(
-        "--threshold", metavar="SCORE", type=float, help="least score of a box (default: the detector's own)"
+        help=f"{what} (default: the most probable)",
     )
 
 

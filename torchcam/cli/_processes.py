@@ -22,27 +22,27 @@ def processes(device: str, timeout: float) -> Iterator[int]:
     import torch.distributed as dist
 
     found = find_device(device)
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
-        with _termination_as_interrupt():
-            yield dist.get_rank() if dist.is_initialized() else 0
-        return
-    if found.type == "cuda" and found.index is None:
-        local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-        if local >= count:
-            raise UserError(f"--device cuda: there are {count} GPUs for more processes than that")
-        found = torch.device("cuda", local)
-        torch.cuda.set_device(found)
-    try:
-        dist.init_process_group(
-            "nccl" if found.type == "cuda" else "gloo",
-            timeout=timedelta(minutes=timeout),
-            device_id=found if found.type == "cuda" else None,
-        )
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"the other processes cannot be reached: {error}") from error
+    joins = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
+    if joins:
+        on_gpu = found.type == "cuda"
+        if on_gpu and found.index is None:
+            local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+            if local >= count:
+                raise UserError(f"--device cuda: there are {count} GPUs for more processes than that")
+            found = torch.device("cuda", local)
+            torch.cuda.set_device(found)
+        try:
+            dist.init_process_group(
+                "nccl" if on_gpu else "gloo",
+                timeout=timedelta(minutes=timeout),
+                device_id=found if on_gpu else None,
+            )
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"the other processes cannot be reached: {error}") from error
     with _termination_as_interrupt():
-        yield dist.get_rank()
-    dist.destroy_process_group()  # not after an error: the others may have ended, and this process ends anyway
+        yield dist.get_rank() if dist.is_initialized() else 0
+    if joins:
+        dist.destroy_process_group()  # not after an error: the others may have ended, and this process ends anyway
 
 
 @contextmanager

@@ -50,7 +50,7 @@ def add_options(compare: Any) -> None:
     maps = compare.add_argument_group("the maps")
     _options.add_methods(maps, METHODS)
     _options.add_layers(maps)
-    _options.add_classes(maps, "class to explain, by its number or name (default: the most probable)", several=False)
+    _options.add_class(maps, "class to explain, by its number or name")
     result = compare.add_argument_group("the result")
     _options.add_picture(result)
     _options.add_colours(result)

@@ -40,7 +40,7 @@ def add_options(diagnose: Any) -> None:
     maps = diagnose.add_argument_group("the map")
     _options.add_method(maps)
     _options.add_layers(maps)
-    _options.add_classes(maps, "the class whose map it is (default: the most probable)", several=False)
+    _options.add_class(maps, "the class whose map it is")
     _options.add_json(diagnose)
 
 

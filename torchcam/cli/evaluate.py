@@ -215,7 +215,7 @@ def _evaluate(
     metrics = [*METRICS, "Localization"] if arguments.demo else METRICS
     layers = arguments.target_layer or None
     try:
-        with library_errors(arguments.target_layer):
+        with file_errors(checkpoint), library_errors(arguments.target_layer):
             return evaluate(
                 model,
                 DataLoader(data, batch_size=arguments.batch_size, num_workers=arguments.workers),
@@ -235,7 +235,3 @@ def _evaluate(
         raise KeyboardInterrupt(*notes, "the same command goes on from there (--restart begins anew)") from None
     except UserError as error:  # of a worker that reads images: the last line of its message says it
         raise UserError(str(error).strip().splitlines()[-1].rpartition("UserError: ")[2]) from error
-    except OSError as error:
-        raise UserError(
-            f"cannot keep the state in '{checkpoint}': {error.strerror or error}; pass another --checkpoint"
-        ) from error

@@ -96,14 +96,25 @@ def add_options(explain: Any) -> None:
         "gradients",
     )
     _options.add_layers(maps)
-    _options.add_classes(maps, "class to explain, by its number or name; several as with --target-layer", several=True)
+    _options.add_classes(maps, "class to explain, by its number or name; several as with --target-layer")
     _options.add_count(
         maps,
         "--top-k",
         "explain the N most probable classes, before those of --class-idx (default: 1, or 0 with --class-idx)",
         lowest=0,
     )
-    _options.add_boxes(maps)
+    maps.add_argument(
+        "--box",
+        metavar="N|all",
+        action="extend",
+        type=_options.numbers,
+        default=[],
+        help="of a detector, the box to explain, by its number among those that it finds; several as with "
+        "--target-layer. The model is one of --model-factory (of ultralytics or torchvision), or of --hf",
+    )
+    maps.add_argument(
+        "--threshold", metavar="SCORE", type=float, help="least score of a box (default: the detector's own)"
+    )
     maps.add_argument(
         "--texts",
         metavar="TEXT",

@@ -59,7 +59,6 @@ def add_options(trust: Any) -> None:
     _options.add_classes(
         maps,
         "the class whose map it is, for all images or, separated by commas, for each (default: the most probable)",
-        several=True,
     )
     _options.add_count(maps, "--chunk-size", "images in one pass (default: %(default)s)", default=32)
     _options.add_reports(trust.add_argument_group("the result"), "the report", (".html", ".json", ".txt"))
@@ -87,7 +86,7 @@ def run(arguments: argparse.Namespace) -> None:
             target_layer={best.method: best.target_layer} if best else arguments.target_layer or None,
             method_kwargs={best.method: best.method_kwargs} if best else None,
             images=[picture for picture in inputs.pictures if picture is not None] or None,
-            class_names=inputs.class_names,
+            class_names=classifier.categories,
             batch_size=arguments.chunk_size,
         )
     save_reports(report, outputs)
