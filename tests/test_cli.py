@@ -398,15 +398,15 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["missing.png"], "IMAGE 'missing.png' does not exist"),
+            (["missing.png"], "IMAGE: there is no file 'missing.png' to read an image from"),
             (["empty"], "IMAGE 'empty' is a folder that holds no images"),
             (["*.jpg"], "IMAGE '*.jpg' matches no images"),
             (["https://some.where/dog.jpg"], "nothing is fetched: download it first, and name the file"),
-            (["n" * 5000], "nnn' does not exist"),
-            (["text.png"], "IMAGE 'text.png' is not an image that Pillow can read (UnidentifiedImageError"),
-            (["cut.png"], "IMAGE 'cut.png' is not an image that Pillow can read"),
-            (["float.tiff"], "IMAGE 'float.tiff' has floating-point pixels"),
-            (["photo.png", "missing.png"], "IMAGE 'missing.png' does not exist"),
+            (["n" * 5000], "nnn' to read an image from"),
+            (["text.png"], "IMAGE: 'text.png' is not an image that Pillow can read (UnidentifiedImageError"),
+            (["cut.png"], "IMAGE: 'cut.png' is not an image that Pillow can read"),
+            (["float.tiff"], "IMAGE: an image as an array of floats must lie in [0, 1], got [2, 2]"),
+            (["photo.png", "missing.png"], "IMAGE: there is no file 'missing.png' to read an image from"),
             (
                 ["photo.png", "--arch", "resnet19"],
                 "--arch 'resnet19' is not a classification model of torchvision; did you mean 'resnet1",
@@ -478,7 +478,7 @@ class TestRefusals:
     ) -> None:
         (place / "text.png").write_text("no image")
         (place / "cut.png").write_bytes(photo.read_bytes()[:500])
-        Image.new("F", (4, 4)).save(place / "float.tiff")
+        Image.new("F", (4, 4), 2).save(place / "float.tiff")
         (place / "taken").mkdir()
         (place / "empty").mkdir()
         for name in (RESULT, "photo.png"):
@@ -495,7 +495,7 @@ class TestRefusals:
     def test_in_a_process_of_its_own(self, place: Path) -> None:
         done = run("explain", "missing.png", "--output", "maps", cwd=place)
         assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr == "torchcam: error: IMAGE 'missing.png' does not exist\n"
+        assert done.stderr == "torchcam: error: IMAGE: there is no file 'missing.png' to read an image from\n"
         assert files(place) == set()
 
     def test_folder_that_cannot_be_written(

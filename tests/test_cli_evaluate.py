@@ -190,7 +190,7 @@ class TestFolders:
         (first.parent / "zzz.png").write_text("no image")
         for workers in ("0", "1"):
             message = fails(capsys, "data", "--model-factory", f"{mine}:named", *QUICK, "--workers", workers)
-            assert message.startswith(f"torchcam: error: IMAGE 'data/{first.parent.name}/zzz.png' is not an image")
+            assert message.startswith(f"torchcam: error: IMAGE: 'data/{first.parent.name}/zzz.png' is not an image")
 
     def test_a_subfolder_without_images(self, place: Path, mine: str, capsys: pytest.CaptureFixture[str]) -> None:
         (place / "data" / "zero").mkdir()
@@ -274,7 +274,7 @@ class TestRefusals:
             (["--demo", "--output", "there.csv"], "'there.csv' exists: pass --overwrite"),
             (["--demo", "--scores", "log"], "argument --scores: invalid choice: 'log'"),
             (["--demo", "--checkpoint", "there.csv"], "--checkpoint 'there.csv' is not a folder"),
-            (["nowhere"], "DIR 'nowhere' does not exist"),
+            (["nowhere"], "DIR 'nowhere' is not a folder"),
             (["there.csv"], "DIR 'there.csv' is not a folder"),
             (
                 ["empty", "--arch", "resnet18", "--weights", "none"],

@@ -180,7 +180,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["compare", "no.png"], "IMAGE 'no.png' does not exist"),
+            (["compare", "no.png"], "IMAGE: there is no file 'no.png'"),
             (["compare", "digits.png", "--methods", "GradCAM,LeGard"], "--methods 'LeGard' is not a method"),
             (["compare", "digits.png", "--methods", "GradCAM,LeGrad"], "transformer block(s) that LeGrad reads"),
             (["compare", "digits.png", "--methods", ","], "--methods names none"),
@@ -190,10 +190,10 @@ class TestRefusals:
             ),
             (["compare", "digits.png", "--class-idx", "1,2"], "--class-idx is '1,2', and no class has that name"),
             (["compare", "digits.png", "--output", "digits.png"], "exists: pass --overwrite"),
-            (["diagnose", "no.png"], "IMAGE 'no.png' does not exist"),
+            (["diagnose", "no.png"], "IMAGE: there is no file 'no.png'"),
             (["diagnose", "digits.png", "--target-layer", "layer5"], "--target-layer 'layer5' is not a module"),
             (["diagnose", "digits.png", "--class-idx", "10"], "--class-idx must lie between 0 and 9"),
-            (["trust", "no.png"], "IMAGE 'no.png' does not exist"),
+            (["trust", "no.png"], "IMAGE: there is no file 'no.png'"),
             (["trust", "digits.png", "--output", "report.pdf"], "--output 'report.pdf' must end in .html, .json, .txt"),
             (["trust", "digits.png", "--class-idx", "1,2"], "--class-idx must name one class, or one for each of 1"),
             (["trust", "digits.png", "--chunk-size", "0"], "--chunk-size must be at least 1, got 0"),
@@ -249,11 +249,11 @@ class TestFactories:
     @pytest.mark.parametrize(
         ("factory", "message"),
         [
-            ("nothing", "must be as in package.module:function, got 'nothing'"),
-            ("{mine}:", "must be as in package.module:function"),
-            ("nowhere:f", "there is no module 'nowhere'"),
-            ("torchcam.nowhere:f", "there is no module 'torchcam.nowhere'"),
-            ("broken:f", "'broken:f' cannot be imported: No module named 'nowhere_at_all'"),
+            ("nothing", "'nothing' cannot be found: No module named 'nothing'; name it as in package.module:function"),
+            ("{mine}:", "is not a function: module"),
+            ("nowhere:f", "No module named 'nowhere'"),
+            ("torchcam.nowhere:f", "No module named 'torchcam.nowhere'"),
+            ("broken:f", "'broken:f' cannot be found: No module named 'nowhere_at_all'"),
             ("{mine}:f", "has no attribute 'f'"),
             ("{mine}:number", "is not a function: int"),
             ("{mine}:odd", "must return a torch.nn.Module, got int"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,18 +72,10 @@ def read_image(path: str | Path) -> Image.Image:
     """Read an image file as RGB, upright."""
     from torchcam._inputs import as_rgb, read_picture
 
-    if os.path.isdir(path):  # noqa: PTH112 - unlike `Path.is_dir`, it takes names of any length
-        raise UserError(f"IMAGE '{path}' is a directory: name the images in it")
     try:
-        image = read_picture(path)
-    except FileNotFoundError as error:
-        missing = "there is no file" in str(error)
-        raise UserError(f"IMAGE '{path}' does not exist" if missing else f"IMAGE {error}") from error
+        return as_rgb(read_picture(path))
     except (OSError, ValueError) as error:
-        raise UserError(f"IMAGE {error}") from error
-    if image.mode == "F":
-        raise UserError(f"IMAGE '{path}' has floating-point pixels of unknown range: save it with 8 or 16 bits")
-    return as_rgb(image)
+        raise UserError(f"IMAGE: {error}") from error
 
 
 def save_figure(arguments: argparse.Namespace, explanation: PredictionExplanation, title: str, path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pkgutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -154,27 +155,16 @@ def load_own(factory: str, weights: str | None = None) -> Classifier:
 
 
 def _find_function(path: str) -> Callable[[], Any]:
-    from importlib import import_module
-
-    module, _, name = path.partition(":")
-    if not module or not name:
-        raise UserError(f"--model-factory must be as in package.module:function, got '{path}'")
     here = str(Path.cwd())
     if here not in sys.path:  # an installed script does not look there by itself
         sys.path.insert(0, here)
     try:
-        found: Any = import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (module == error.name or module.startswith(f"{error.name}.")):
-            raise UserError(
-                f"--model-factory '{path}': there is no module '{error.name}' in the current directory or installed"
-            ) from error
-        raise UserError(f"--model-factory '{path}' cannot be imported: {error}") from error
-    try:
-        for part in name.split("."):
-            found = getattr(found, part)
-    except AttributeError as error:
-        raise UserError(f"--model-factory '{path}': {error}") from error
+        found: Any = pkgutil.resolve_name(path)
+    except (AttributeError, ImportError, ValueError) as error:
+        raise UserError(
+            f"--model-factory '{path}' cannot be found: {error}; name it as in package.module:function, of a module in "
+            "the current directory or installed"
+        ) from error
     if not callable(found):
         raise UserError(f"--model-factory '{path}' is not a function: {type(found).__name__}")
     function: Callable[[], Any] = found
@@ -184,9 +174,10 @@ def _find_function(path: str) -> Callable[[], Any]:
 def load_timm(name: str, weights: str) -> Classifier:
     """Load a classification model of timm."""
     try:
-        import timm
+        import timm as library
     except ImportError as error:
         raise UserError("--timm needs timm: pip install timm") from error
+    timm: Any = library  # but partly typed
     arch, _, tag = name.partition(".")
     known = timm.list_models() if not timm.is_model(arch) else timm.list_pretrained(f"{arch}.*") if tag else [name]
     if name not in known:

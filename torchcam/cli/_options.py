@@ -33,7 +33,7 @@ __all__ = [
 
 ARCH = "resnet50"
 # What options are for commands that do not have them.
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "weights": None,
     "device": "cpu",
     "top_k": None,

@@ -1,11 +1,10 @@
-"""The processes that torchrun has started, and requests to end."""
+"""The processes that torchrun has started."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from ._messages import UserError
 from ._models import find_device
@@ -39,30 +38,9 @@ def processes(device: str, timeout: float) -> Iterator[int]:
             )
         except (RuntimeError, ValueError) as error:
             raise UserError(f"the other processes cannot be reached: {error}") from error
-    with _termination_as_interrupt():
-        yield dist.get_rank() if dist.is_initialized() else 0
+    yield dist.get_rank() if dist.is_initialized() else 0
     if joins:
         dist.destroy_process_group()  # not after an error: the others may have ended, and this process ends anyway
-
-
-@contextmanager
-def _termination_as_interrupt() -> Iterator[None]:
-    """Treat the signal to terminate, of a scheduler or torchrun, as Ctrl-C."""
-    import signal
-    import threading
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def wait_for_all() -> None:

@@ -57,7 +57,8 @@ def run(arguments: argparse.Namespace) -> None:
     from torchcam.app import build
     from torchcam.app._private import uploads_in
 
-    name, given = "the demo model", {}
+    name = "the demo model"
+    given: dict[str, Any] = {}
     if any(getattr(arguments, way) is not None for way in ("arch", "timm", "hf", "model_factory")):
         classifier = load_model(arguments)
         name = classifier.name

@@ -150,8 +150,7 @@ def _check(arguments: argparse.Namespace, outputs: Sequence[Path]) -> list[type[
             if getattr(arguments, option) is not None:
                 raise UserError(f"--demo has a model and classes of its own: leave out --{option.replace('_', '-')}")
     elif not arguments.data.is_dir():
-        what = "is not a folder" if arguments.data.exists() else "does not exist"
-        raise UserError(f"DIR '{arguments.data}' {what}")
+        raise UserError(f"DIR '{arguments.data}' is not a folder")
     if not arguments.timeout > 0:
         raise UserError(f"--timeout must be positive, got {arguments.timeout:g}")
     with library_errors():
@@ -189,12 +188,11 @@ def _folder(arguments: argparse.Namespace) -> tuple[Any, Any, str, dict[str, Any
 
     classifier = load_model(arguments)
     folder = read_folder(arguments, classifier)
-    count, limit = len(folder), arguments.limit
-    data: Any = folder
-    if limit is not None and limit < count:
-        data = Subset(data, [i * count // limit for i in range(limit)])
+    count = len(folder)
+    limit = min(arguments.limit or count, count)
+    data = Subset(folder, [i * count // limit for i in range(limit)])  # type: ignore[arg-type]
     title = f"{classifier.name}, on {len(data)} of {count} images in {folder.root}; {folder.how}"
-    return classifier.model, data, title, {**folder.facts, "limit": limit}
+    return classifier.model, data, title, {**folder.facts, "limit": arguments.limit}
 
 
 def _evaluate(
@@ -210,7 +208,7 @@ def _evaluate(
 
     from torchcam.evaluation import evaluate
 
-    scores = {"softmax": partial(torch.softmax, dim=1), "sigmoid": torch.sigmoid, "none": None}
+    scores: dict[str, Any] = {"softmax": partial(torch.softmax, dim=1), "sigmoid": torch.sigmoid, "none": None}
     usual = "sigmoid" if arguments.demo else "softmax"
     metrics = [*METRICS, "Localization"] if arguments.demo else METRICS
     layers = arguments.target_layer or None
