@@ -25,7 +25,7 @@ from torchcam.metrics.core import missing_parts
 
 from ._checkpoint import describe
 
-__all__ = ["Contestant", "LogitsFn", "error_note", "find_class", "make_contestants", "metric_options"]
+__all__ = ["Contestant", "LogitsFn", "error_note", "find_class", "generators_of", "make_contestants", "metric_options"]
 
 LogitsFn = Callable[[Any], Any]
 
@@ -48,25 +48,14 @@ class Contestant:
     description: str
     descriptions: dict[str, str]
 
-    def __post_init__(self) -> None:
-        # What the `update` of each metric takes beside the input and the class.
-        self.accepted = {
-            name: set(inspect.signature(metric.update).parameters) for name, metric in self.metrics.items()
-        }
 
-    @property
-    def generators(self) -> list[torch.Generator]:
-        """The random number generators of the extractor, whose states change from batch to batch."""
-        return list(_generators(self.extractor))
-
-
-def _generators(extractor: Any) -> Iterator[torch.Generator]:
-    """Yield the generators of an extractor and of those that it wraps."""
+def generators_of(extractor: Any) -> Iterator[torch.Generator]:
+    """Yield the random number generators of an extractor and of those that it wraps: their states change."""
     for value in vars(extractor).values():
         if isinstance(value, torch.Generator):
             yield value
         elif hasattr(value, "fuse_cams") and not isinstance(value, type):
-            yield from _generators(value)
+            yield from generators_of(value)
 
 
 def _named(what: str, entries: Any, module: ModuleType) -> dict[str, Any]:

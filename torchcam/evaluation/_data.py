@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -32,8 +32,8 @@ class Batch:
     """
 
     image: Tensor
-    labels: list[int] | None = None
-    extras: dict[str, Any] = field(default_factory=dict)
+    labels: list[int] | None
+    extras: dict[str, Any]
 
     @classmethod
     def read(cls, raw: Any, device: torch.device) -> Batch:

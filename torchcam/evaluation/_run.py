@@ -21,6 +21,7 @@ from torchmetrics import Metric
 
 from torchcam import __version__
 from torchcam._checks import callable_object, one_of, positive_integer, torch_module
+from torchcam._methods import takes
 from torchcam._passes import model_device
 from torchcam._replica import replicated
 from torchcam._tensors import map_tensors
@@ -30,7 +31,7 @@ from torchcam.metrics.core import explaining, maps_of, with_logits
 from torchcam.targets import class_scores
 
 from ._checkpoint import Checkpoint, checksum, describe
-from ._contestants import Contestant, LogitsFn, error_note, make_contestants, metric_options
+from ._contestants import Contestant, LogitsFn, error_note, generators_of, make_contestants, metric_options
 from ._data import Batch, Stream, length
 from ._result import Evaluation, MethodResult
 from ._team import Team
@@ -209,7 +210,7 @@ class _Run:
             for name, metric in one.metrics.items():
                 to_device = methodcaller("to", metric.device)
                 metric.load_state_dict(map_tensors(to_device, states[name]))
-            for number, generator in enumerate(one.generators):
+            for number, generator in enumerate(generators_of(one.extractor)):
                 generator.set_state(generators[number])
 
     def _flaw(self, state: Mapping[str, Any]) -> str | None:
@@ -231,7 +232,8 @@ class _Run:
             "tally": self.tally,
             "states": [{name: metric.state_dict() for name, metric in one.metrics.items()} for one in self.contestants],
             "generators": [
-                dict(enumerate(generator.get_state() for generator in one.generators)) for one in self.contestants
+                dict(enumerate(generator.get_state() for generator in generators_of(one.extractor)))
+                for one in self.contestants
             ],
         }
 
@@ -295,9 +297,9 @@ class _Run:
             self.tally[2 + 2 * number] += int((~found.flatten(1).isfinite().all(1)).sum())
             maps = {id(self.logits_fn): found}
             for name, metric in one.metrics.items():
-                options = {key: value for key, value in batch.extras.items() if key in one.accepted[name]}
+                options = {key: value for key, value in batch.extras.items() if takes(metric.update, key)}
                 with error_note(f"the metric {name} of the method {one.name}, {place}"):
-                    if "maps" in one.accepted[name]:
+                    if takes(metric.update, "maps"):
                         logits_fn = getattr(metric, "logits_fn", self.logits_fn)
                         if id(logits_fn) not in maps:
                             maps[id(logits_fn)] = self._explain(one, batch.image, classes, logits_fn)
