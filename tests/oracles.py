@@ -317,7 +317,7 @@ def le_grad_of_tokens(
                     y = score(read_out(after(tokens, leaf))[0])
                     (g,) = torch.autograd.grad(y, leaf)
                 num_heads, num_queries, _ = g.shape
-                by_key = sum(_positive(g[h, q]) for h in range(num_heads) for q in range(num_queries))
+                by_key = _positive(g).sum((0, 1))
                 total = total + (by_key / (num_heads * num_queries))[1:].reshape(grid)
             with torch.no_grad():
                 tokens = after(tokens, probabilities)
@@ -326,9 +326,8 @@ def le_grad_of_tokens(
 
 
 def _times(a: Tensor, b: Tensor) -> Tensor:
-    """The product of two square matrices, entry by entry."""
-    count = range(len(a))
-    return torch.stack([torch.stack([sum(a[i, k] * b[k, j] for k in count) for j in count]) for i in count])
+    """The product of two square matrices, from its definition."""
+    return (a[:, :, None] * b[None, :, :]).sum(1)
 
 
 def rollout_row(attentions: Sequence[Tensor], head_fusion: str = "mean") -> Tensor:
