@@ -746,8 +746,9 @@ def shapley_cam(images: Tensor, body: Half, head: Half, scores: Sequence[Score])
         leaf = activation.clone().requires_grad_()
         with torch.enable_grad():
             (g,) = torch.autograd.grad(score(head(leaf)[0]), leaf, create_graph=True)
-            rows = [torch.autograd.grad(entry, leaf, retain_graph=True)[0].flatten() for entry in g.flatten()]
-        product = (torch.stack(rows) @ activation.flatten()).reshape(activation.shape)
+            each = torch.eye(g.numel(), dtype=g.dtype, device=g.device).reshape(-1, *g.shape)
+            (hessian,) = torch.autograd.grad(g, leaf, each, is_grads_batched=True)
+        product = (hessian.flatten(1) @ activation.flatten()).reshape(activation.shape)
         slopes = (g.detach() - product / 2)[0]
         maps.append(_positive(_weighted_sum([slope.sum() / slope.numel() for slope in slopes], activation)))
     return torch.stack(maps)
