@@ -38,6 +38,7 @@ FLOORS = {
     "_names": 0,
     "_numbers": 1,
     "_tables": 0,
+    "_templates": 0,
     "_callable": 0,
     "_detector_rows": 0,
     "_detections": 2,
