@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import tempfile
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +54,6 @@ def add_options(app: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Run the app until it is stopped."""
     from torchcam.app import build
-    from torchcam.app._private import uploads_in
 
     name = "the demo model"
     given: dict[str, Any] = {}
@@ -74,18 +72,17 @@ def run(arguments: argparse.Namespace) -> None:
     elif arguments.weights is not None:
         raise UserError("--weights is for a model that is named: give --arch, --timm or --model-factory as well")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the uploads are removed then, too
-    with tempfile.TemporaryDirectory(prefix="torchcam-app-") as folder, uploads_in(folder):
-        with library_errors():
-            window = build(**given)
-        options = {"server_name": arguments.host, "server_port": arguments.port, "inbrowser": arguments.open}
-        try:
-            window.launch(quiet=True, prevent_thread_lock=True, **options)
-            print_line(f"{name}: {window.local_url}")
-            print("Ctrl-C ends the app and removes what was uploaded.", flush=True)
-            threading.Event().wait()
-        except OSError as error:
-            raise UserError(f"--host '{arguments.host}' cannot be served: {error}") from error
-        except KeyboardInterrupt:
-            print("The app has ended.")
-        finally:
-            window.close(verbose=False)
+    with library_errors():
+        window = build(**given)
+    options = {"server_name": arguments.host, "server_port": arguments.port, "inbrowser": arguments.open}
+    try:
+        window.launch(quiet=True, prevent_thread_lock=True, **options)
+        print_line(f"{name}: {window.local_url}")
+        print("Ctrl-C ends the app and removes what was uploaded.", flush=True)
+        threading.Event().wait()
+    except OSError as error:
+        raise UserError(f"--host '{arguments.host}' cannot be served: {error}") from error
+    except KeyboardInterrupt:
+        print("The app has ended.")
+    finally:
+        window.close(verbose=False)
