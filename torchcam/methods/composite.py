@@ -24,7 +24,7 @@ from .core import _CAM, Request, on_replica
 from .decomposition import along, first_component
 from .gradient import GradCAM, GradCAMpp
 
-__all__ = ["EigenSmoothedCAM", "FinerCAM", "RefineCAM", "Wrapper"]
+__all__ = ["EigenSmoothedCAM", "FinerCAM", "RefineCAM"]
 
 
 class Wrapper(_CAM):

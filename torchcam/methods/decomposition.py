@@ -31,8 +31,6 @@ __all__ = [
     "EigenGradCAM",
     "Factorization",
     "SegEigenCAM",
-    "along",
-    "first_component",
 ]
 
 

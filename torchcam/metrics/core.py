@@ -23,24 +23,7 @@ from torchcam.methods._replay import VariantRunner
 from torchcam.methods.core import _CAM, on_replica, plain_tensors
 from torchcam.targets import ClassIndex, OutputTarget, Selector, check_one_of, class_scores, read_logits
 
-__all__ = [
-    "Baseline",
-    "CAMMetric",
-    "Explained",
-    "Extractor",
-    "Keys",
-    "Subject",
-    "as_image",
-    "check_seed",
-    "explaining",
-    "given_maps",
-    "maps_of",
-    "missing_parts",
-    "run_to_explain",
-    "tensor_of",
-    "with_logits",
-    "zero_where_not_finite",
-]
+__all__ = ["CAMMetric", "Explained", "Extractor"]
 
 LogitsFn = Callable[[Any], Any]
 Baseline = Tensor | Callable[[Tensor], Tensor]
