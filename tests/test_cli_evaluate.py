@@ -141,7 +141,7 @@ class TestDemo:
 
         data._load_handwriting.cache_clear()
         monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-        assert 'pip install "torchcam[' in fails(capsys, "--demo", *QUICK)
+        assert 'pip install -e ".[' in fails(capsys, "--demo", *QUICK)
 
 
 class TestFolders:

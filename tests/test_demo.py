@@ -240,7 +240,7 @@ class TestScenes:
         demo_data._load_handwriting.cache_clear()
         for name in ("sklearn", "sklearn.datasets"):
             monkeypatch.setitem(sys.modules, name, None)
-        with pytest.raises(ImportError, match=r'pip install "torchcam\[demo\]"'):
+        with pytest.raises(ImportError, match=r'pip install -e "\.\[demo\]"'):
             make_scenes(1)
 
 

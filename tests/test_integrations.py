@@ -180,7 +180,7 @@ class TestLightning:
 
 def test_lightning_is_missing() -> None:
     error = without("lightning,lightning.pytorch,pytorch_lightning", "torchcam.integrations.lightning")
-    assert 'torchcam.integrations.lightning needs Lightning: pip install "torchcam[lightning]"' in error
+    assert 'torchcam.integrations.lightning needs Lightning: pip install -e ".[lightning]" in a clone' in error
 
 
 class Pixels(Dataset[dict[str, Tensor]]):
@@ -318,4 +318,4 @@ class TestTransformers:
 def test_transformers_is_missing() -> None:
     error = without("transformers", "torchcam.integrations.transformers")
     assert "ModuleNotFoundError: torchcam.integrations.transformers needs transformers" in error
-    assert 'pip install "torchcam[transformers]"' in error
+    assert 'pip install -e ".[transformers]"' in error

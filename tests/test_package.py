@@ -34,6 +34,7 @@ FLOORS = {
     "_planted": 2,
     "_replica": 0,
     "_tensors": 0,
+    "_extras": 0,
     "_files": 0,
     "_names": 0,
     "_numbers": 1,

@@ -9,6 +9,8 @@ from typing import Any
 from PIL import Image
 from torch import Tensor, nn
 
+from torchcam._extras import extra
+
 __all__ = ["build"]
 
 
@@ -59,7 +61,7 @@ def build(
     try:
         from ._window import Window
     except ImportError as error:
-        raise ImportError("the app needs Gradio: pip install 'torchcam[app]'") from error
+        raise ImportError(f"the app needs Gradio: {extra('app')}") from error
     from ._subject import Subject, bundled
 
     if model is None:

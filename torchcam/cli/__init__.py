@@ -37,7 +37,7 @@ start here:
       it; needs no network)
 
 `torchcam COMMAND --help` describes a command. With the package installed by
-`pip install 'torchcam[completion]'` and the line
+`pip install -e ".[completion]"`, from a clone, and the line
 `eval "$(register-python-argcomplete torchcam)"` in its settings, a shell
 completes commands, options, methods, models and layers.
 """

@@ -1,4 +1,4 @@
-"""What a shell completes: names of methods, models and layers. Needs `pip install 'torchcam[completion]'`."""
+"""What a shell completes: names of methods, models and layers. Needs the extra `completion`."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torchcam._extras import extra
 from torchcam._names import closest
 
 from ._messages import UserError
@@ -211,7 +212,7 @@ def load_hf(place: str, weights: str, texts: Sequence[str] = (), *, boxes: bool 
     try:
         import transformers
     except ImportError as error:
-        raise UserError("--hf needs transformers: pip install 'torchcam[transformers]'") from error
+        raise UserError(f"--hf needs transformers: {extra('transformers')}") from error
 
     from torchcam._inputs import split_processor
 

@@ -23,7 +23,7 @@ choose classes by name, a layer and methods; see the maps side by side, whether
 to believe them, and the code that makes them. Without a model it starts with
 the one that ships with the package. Only this computer is served, nothing is
 sent anywhere, and what is uploaded is gone when the app ends. Needs Gradio:
-pip install "torchcam[app]"
+`pip install -e ".[app]"` in a clone.
 """
 
 EXAMPLES = """\

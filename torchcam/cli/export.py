@@ -24,8 +24,8 @@ without Python: it computes the scores, and the map of a class. The suffix says
 for what: .onnx (ONNX Runtime), .pt2 (torch.export), .aoti.pt2 (C++, compiled
 for this kind of processor), .html (a page that runs the model in a browser).
 What the file computes is compared with the maps of the method before it is
-written. Needs torch 2.13; .onnx and .html need `pip install
-'torchcam[export]'`.
+written. Needs torch 2.13; .onnx and .html need the extra of a clone:
+`pip install -e ".[export]"`.
 """
 
 EXAMPLES = """\

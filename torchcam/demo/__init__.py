@@ -8,7 +8,7 @@ maps can be checked by numbers:
     >>> scores = model(sample.to_tensor())
 
 `make_scenes` makes any number of such pictures for benchmarks, from the handwriting in scikit-learn
-(`pip install "torchcam[demo]"`); nothing else here needs scikit-learn.
+(`pip install -e ".[demo]"`); nothing else here needs scikit-learn.
 """
 
 from torchcam.demo.data import CLASS_NAMES, Scenes, make_scenes

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchcam._checks import one_of, positive_integer
+from torchcam._extras import extra
 
 __all__ = ["CLASS_NAMES", "Scenes", "make_scenes"]
 
@@ -75,7 +76,7 @@ def _load_handwriting(split: Split) -> tuple[Tensor, Tensor]:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImportError(
-            'making scenes needs the handwriting that scikit-learn ships: pip install "torchcam[demo]" '
+            f"making scenes needs the handwriting that scikit-learn ships: {extra('demo')} "
             "(the demo model and its sample images work without it)"
         ) from error
     bunch = load_digits()

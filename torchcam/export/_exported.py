@@ -121,7 +121,7 @@ class Exported:
             the path
 
         Raises:
-            ImportError: if the extra ``torchcam[export]`` is not installed, for ``.onnx`` and ``.html``
+            ImportError: if the extra ``export`` is not installed, for ``.onnx`` and ``.html``
             FileNotFoundError: if ``runtime`` does not hold the package
             RuntimeError: if an operation has no translation
             ValueError: if the suffix is unknown, or the file does not compute what the extractor does

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from torchcam._extras import extra
 from torchcam._files import atomic_write
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def needs(*modules: str) -> None:
 
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
-        raise ImportError(f"{', '.join(missing)} not installed: pip install 'torchcam[export]'")
+        raise ImportError(f"{', '.join(missing)} not installed: {extra('export')}")
 
 
 def write_files(path: Path, write: Callable[[Path], Run], prove: Callable[[Run], float]) -> float:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from torchcam._extras import extra
 from torchcam.integrations._callback import MonitorCallback
 from torchcam.targets import ClassIndex
 
@@ -28,7 +29,7 @@ else:
                 if (error.name or "").split(".")[0] not in {"lightning", "pytorch_lightning"}:
                     raise
         raise ModuleNotFoundError(
-            'torchcam.integrations.lightning needs Lightning: pip install "torchcam[lightning]"', name="lightning"
+            f"torchcam.integrations.lightning needs Lightning: {extra('lightning')}", name="lightning"
         )
 
     Callback = _find_callback()

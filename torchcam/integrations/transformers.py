@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from torchcam._extras import extra
 from torchcam.integrations._callback import MonitorCallback
 
 try:
@@ -15,7 +16,7 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"torchcam.integrations.transformers needs transformers and what its Trainer needs, and {error.name!r} is "
-        'missing: pip install "torchcam[transformers]"',
+        f"missing: {extra('transformers')}",
         name=error.name,
     ) from error
 
