@@ -246,3 +246,27 @@ class TestInTheBrowser:
         found, shown, scores, cam = page.found(runs)
         assert float((found - images).abs().max()) <= 1 / 255 / 0.224 + 1e-5
         check_map(load_model(), "layer4", found, shown, scores, cam)
+
+    def test_resnet18(self, browser: Any, runtime: Path, tmp_path: Path) -> None:
+        """A network of a usual size, with the transform that its weights come with."""
+        from torchvision.models import ResNet18_Weights, resnet18
+
+        torch.manual_seed(0)
+        model, transform = resnet18(weights=None).eval(), ResNet18_Weights.DEFAULT.transforms()
+        sample_images()[1].image.resize((320, 250), Image.Resampling.BICUBIC).save(tmp_path / "picture.png")
+        images = transform(Image.open(tmp_path / "picture.png")).unsqueeze(0)
+        file = export(model, "GradCAM", "layer4", example=images, transform=transform).save(
+            tmp_path / "resnet18.html", runtime=runtime
+        )
+        page = Page(browser, file, viewport={"width": 390, "height": 800})
+        runs = page.runs
+        page.page.set_input_files("#file", tmp_path / "picture.png")
+        found, shown, scores, cam = page.found(runs)
+        assert float((found - images).abs().max()) <= 1 / 255 / 0.224 + 1e-5
+        check_map(model, "layer4", found, shown, scores, cam)
+        assert page.page.evaluate("document.documentElement.scrollWidth") <= 390
+        fetched = [url for url in page.requests if not url.startswith(("data:", "blob:"))]
+        assert fetched == [file.as_uri()]
+        assert not page.problems
+        page.page.screenshot(path=tmp_path / "resnet18.png", full_page=True)
+        assert Image.open(tmp_path / "resnet18.png").width == 390

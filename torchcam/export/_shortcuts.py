@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
@@ -25,9 +24,8 @@ KEPT = (aten.select_backward.default,)
 """What is decomposed here, in place of torch's table."""
 
 
-def shorten(program: ExportedProgram) -> None:
+def shorten(graph: Graph) -> None:
     """Rewrite a decomposed graph in place, so that it computes the same with less."""
-    graph = program.graph
     for node in list(graph.nodes):
         if node.target is aten.mm.default:
             _select_rows(graph, node)
@@ -35,7 +33,6 @@ def shorten(program: ExportedProgram) -> None:
             _average_once(graph, node)
     _Positions(graph).run()
     graph.eliminate_dead_code()
-    program.graph_module.recompile()
 
 
 def _call(graph: Graph, target: Any, *args: Any, **kwargs: Any) -> Node:

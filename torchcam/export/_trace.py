@@ -185,7 +185,8 @@ def trace(
                 f"batch of the example ({reason})"
             ) from error
         raise RuntimeError(f"{name} cannot be traced: {reason}") from error
-    _shortcuts.shorten(program)
+    _shortcuts.shorten(program.graph)
+    program.graph_module.recompile()
     mutated = sorted(program.graph_signature.buffers_to_mutate.values())
     if mutated:
         raise RuntimeError(f"{name} cannot be traced: it changes its buffer '{mutated[0]}' in evaluation mode")
