@@ -542,6 +542,21 @@ class TestOperations:
         torch.testing.assert_close(scores, model(IMAGES).detach(), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(cam, expected(model, "LayerCAM", "first", IMAGES, CLASSES), rtol=0, atol=2e-5)
 
+    def test_functions_that_choose_another(self) -> None:
+        """A maximum is taken with or without its indices: torch hands the choice to modes, and then what it chose."""
+        layers = [
+            nn.Conv2d(3, 4, 3),
+            nn.MaxPool2d(2),
+            nn.SELU(),
+            nn.AdaptiveMaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(16, 5),
+        ]
+        model = shuffled(nn.Sequential(*layers))
+        exported = export(model, "GradCAM", "0", example=IMAGES[:1])
+        wanted = expected(model, "GradCAM", "0", IMAGES, CLASSES)
+        torch.testing.assert_close(exported(IMAGES, CLASSES)[1], wanted, rtol=0, atol=2e-5)
+
     @pytest.mark.parametrize("join", ["cat", "add"])
     def test_connections_around_the_middle(self, join: str, tmp_path: Path) -> None:
         model = shuffled(UNet(join))

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -23,6 +22,9 @@ __all__ = ["KEPT", "RULES", "Rewritten", "explicit_attention"]
 
 aten = torch.ops.aten
 Sizes = Sequence[int]
+
+
+_CHECKS = {"has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"}
 
 
 class Rewritten(TorchFunctionMode):
@@ -33,17 +35,16 @@ class Rewritten(TorchFunctionMode):
         rewrite, kwargs = _REWRITES.get(getattr(func, "__name__", "")), kwargs or {}
         if rewrite is not None:
             return rewrite(func, *args, **kwargs)
-        if isinstance(func, FunctionType) and func.__module__ == functional.__name__:
-            with self:  # what the function calls is looked at as well
+        if isinstance(func, FunctionType) and not _CHECKS.isdisjoint(func.__code__.co_names):
+            with self:  # what a function of Python calls is looked at as well
                 return _body(func)(*args, **kwargs)
         return func(*args, **kwargs)
 
 
 @cache
 def _body(function: FunctionType) -> FunctionType:
-    """Return a function of ``torch.nn.functional`` that is not handed to modes as a whole."""
-    checks = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
-    names = {**function.__globals__, **dict.fromkeys(checks, lambda *_: False)}
+    """Return a function of ``torch.nn.functional`` that does not hand itself to modes as a whole."""
+    names = {**function.__globals__, **dict.fromkeys(_CHECKS, lambda *_: False)}
     body = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
     body.__kwdefaults__ = function.__kwdefaults__
     return body
