@@ -442,7 +442,9 @@ class _Record:
 
 
 def _without_values(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor, device="meta")
+    """Return the shape of a tensor of any layout, and its type if NaN is of that."""
+    dtype = tensor.dtype if tensor.is_floating_point() else torch.bool
+    return torch.empty(tensor.shape, dtype=dtype, device="meta")
 
 
 def _joined(parts: list[Any], counts: list[int]) -> Any:
