@@ -35,7 +35,7 @@ class _AttentionCAM(_CAM):
     """
 
     _keeps_outputs = True
-    _looks_at_a_layer = False
+    looks_at_a_layer = False
 
     def __init__(
         self,

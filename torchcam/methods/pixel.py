@@ -34,7 +34,7 @@ class _PixelCAM(_CAM):
     """
 
     _runs_model = True
-    _looks_at_a_layer = False
+    looks_at_a_layer = False
     _options = ()
 
     def __init__(
