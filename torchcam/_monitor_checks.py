@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,14 +36,8 @@ def check_images(images: Any) -> Tensor:
     return images
 
 
-def check_explained(
-    class_idx: ClassIndex | None, targets: Any, num_images: int, method: Any
-) -> tuple[ClassIndex | None, Any]:
-    is_method = isinstance(method, type) and hasattr(method, "fuse_cams")
-    if not is_method or "class_idx" not in inspect.signature(method.__call__).parameters:
-        raise TypeError(f"`method` must be a CAM class such as GradCAM, got {method!r}")
-    if class_idx is not None or targets is not None or not getattr(method, "class_agnostic", False):
-        check_one_of(class_idx, targets)
+def check_explained(class_idx: ClassIndex | None, targets: Any, num_images: int) -> tuple[ClassIndex | None, Any]:
+    check_one_of(class_idx, targets)
     several = class_columns(class_idx, targets) is not None
     given: Any = class_idx if targets is None else targets
     if several or (hasattr(given, "__len__") and getattr(given, "shape", None) != () and len(given) != num_images):

@@ -82,7 +82,7 @@ def as_recipes(method: Any, target_layer: Any, method_kwargs: Any, relu: Any) ->
         layers = by_method("target_layer", target_layer, labels)
     else:
         layers = dict.fromkeys(labels, target_layer)
-    options = by_method("method_kwargs", method_kwargs or {}, labels) if several else {labels[0]: method_kwargs}
+    options = by_method("method_kwargs", method_kwargs, labels) if several else {labels[0]: method_kwargs}
     recipes = []
     for label, one in zip(labels, classes, strict=True):
         arguments = dict(options.get(label) or {})

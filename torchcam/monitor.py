@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torchcam._checks import callable_object, one_of, positive_integer
 from torchcam._chunks import run_chunks
 from torchcam._files import append_lines, atomic_write
+from torchcam._methods import find_method
 from torchcam._monitor_checks import (
     check_explained,
     check_images,
@@ -33,13 +34,13 @@ from torchcam._monitor_checks import (
     check_pictures,
 )
 from torchcam._passes import model_device
+from torchcam._recipes import Recipe, extractors_on
 from torchcam._replica import random_states_kept, replicated
 from torchcam._tables import as_csv
 from torchcam._tensors import is_finite, min_max, over_positions, resize, to_float
 from torchcam._timeline import ProbeResult, Timeline
 from torchcam.layers import TargetLayer, layer_names
 from torchcam.methods import GradCAM
-from torchcam.methods.core import plain_tensors
 from torchcam.targets import ClassIndex, OutputTarget, Selector, read_logits
 
 __all__ = ["CAMMonitor", "ProbeResult", "check_options"]
@@ -172,18 +173,17 @@ class CAMMonitor:
         self.model = check_model(model)
         self._images = check_images(images).detach().clone()
         num_images = len(self._images)
-        self._class_idx, self._targets = check_explained(class_idx, targets, num_images, method)
+        self.method = find_method(method)
+        agnostic = class_idx is None and targets is None and getattr(method, "class_agnostic", False)
+        self._class_idx, self._targets = (None, None) if agnostic else check_explained(class_idx, targets, num_images)
         _check_interval(every_n_steps, every_n_epochs)
         self.unit: Literal["step", "epoch"] = "step" if every_n_epochs is None else "epoch"
         every = every_n_steps if every_n_epochs is None else every_n_epochs
         self.every = None if every is None else positive_integer(f"every_n_{self.unit}s", every)
 
-        self.method = method
         self._method_kwargs = dict(method_kwargs or {})
         if "target_layer" in self._method_kwargs:
             raise ValueError("`method_kwargs` holds 'target_layer': pass `target_layer` itself")
-        if "input_shape" in inspect.signature(method).parameters:
-            self._method_kwargs.setdefault("input_shape", tuple(images.shape[1:]))
         self._layers = None if target_layer is None else layer_names(_unwrapped(model), target_layer)
         self._forward = callable_object("forward", forward, optional=True)
         self._activation = one_of("activation", activation, ("softmax", "sigmoid"))
@@ -308,12 +308,13 @@ class CAMMonitor:
     def _explain(self) -> tuple[Tensor, dict[str, Tensor], list[int] | None]:
         """Return the maps (N, *spatial) in [0, 1], the scores (N,) by name, and the classes; on the CPU."""
         original = _unwrapped(self.model)
+        recipe = Recipe(self.method.__name__, self.method, self._layers, self._method_kwargs, {})
+        input_shape = tuple(self._images.shape[1:])
         with (
             random_states_kept(),
-            plain_tensors(),
             replicated(original) as model,
             _precision(model_device(model).type, self._autocast),
-            self.method(model, target_layer=self._layers, **self._options_for(original, model)) as extractor,
+            extractors_on(model, original, [recipe], input_shape) as (extractor,),
         ):
             explain = self._chunk_explainer(model, extractor)
             chunks = run_chunks(explain, len(self._images), self._batch_size)
@@ -323,14 +324,6 @@ class CAMMonitor:
         cams, *scores = (torch.cat(parts) for parts in zip(*chunks, strict=True))
         scalars = dict(zip(("score", "probability"), scores, strict=False))
         return cams, scalars, scores[2].tolist() if len(scores) > 2 else None
-
-    def _options_for(self, original: nn.Module, replica: nn.Module) -> dict[str, Any]:
-        """Return the arguments of the method, with modules of the model replaced by those of its replica."""
-        names: dict[Any, str] = {module: name for name, module in original.named_modules()}
-        return {
-            option: replica.get_submodule(names[value]) if isinstance(value, nn.Module) and value in names else value
-            for option, value in self._method_kwargs.items()
-        }
 
     def _chunk_explainer(self, model: nn.Module, extractor: Any) -> Callable[[slice], tuple[Tensor, ...]]:
         """Return a function from a slice of the images to their maps, and where there is one, score and class."""

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from torchcam._passes import find_image
 from torchcam._replica import replicated
-from torchcam._tensors import is_constant, is_finite, map_tensors, to_float
+from torchcam._tensors import is_constant, is_finite, map_tensors, tensors_in, to_float
 from torchcam.methods._replicas import on_replica
 from torchcam.methods._running import quietly
 from torchcam.targets import Selector, class_scores, read_logits
 
-from .trace import GradientTrace, PassWatch, squashing_node
+from .trace import PassWatch, last_broken, observed, squashing_node
 from .view import ExtractorView
 
 __all__ = ["Facts", "examined"]
@@ -123,7 +123,7 @@ class Facts:
         image: the image-like input as one tensor, if there is one
         output: the output of the repeated pass
         watch: the events of the repeated pass
-        grids: the activations in grid form, (N, C, *spatial); empty if one has none
+        grids: by name, the activations in grid form, (N, C, *spatial); empty if one has none
         layout_error: the reason why an activation has no grid form
         classes: the explained class of each sample, if classes are explained
         select: the explained score, if any
@@ -136,16 +136,17 @@ class Facts:
         with self.watch.watching(extractor.model):
             self.output = self._repeat(extractor.model)
         self.repeated = ExtractorView(extractor)
-        self.grids: list[Tensor | None] = []
+        self.grids: dict[str, Tensor] = {}
         self.layout_error: ValueError | None = None
         self.classes: list[int] | None = None
         self.select: Selector | None = None
         if self.repeated.reached:
-            self.select = self._selector(class_idx, targets)
             try:
-                self.grids = self.repeated.grids()
+                grids = zip(self.repeated.names, self.repeated.grids(), strict=False)
+                self.grids = {name: grid for name, grid in grids if grid is not None}
             except ValueError as error:
                 self.layout_error = error
+            self.select = self._selector(class_idx, targets)
 
     def _selector(self, class_idx: Any, targets: Any) -> Selector | None:
         try:
@@ -164,7 +165,9 @@ class Facts:
             if indices.ndim > 1:
                 raise ValueError(f"`class_idx` must name one class per sample to diagnose, got {class_idx!r}")
             self.classes = indices.tolist()
-        return self.repeated.selector(self.classes, select, self.output)
+            if self.layout_error is None:
+                return self.repeated.selector(self.classes, self.output)
+        return select
 
     def _repeat(self, model: nn.Module, image: Tensor | None = None) -> Any:
         """Run a model as recorded, or on a variant of the image-like input."""
@@ -216,11 +219,15 @@ class Facts:
         """The module for whose output the gradient stops to be finite, on its way back from the score."""
         if self.select is None:
             return None
-        trace = GradientTrace()
+        outputs: list[tuple[str, Tensor]] = []
+
+        def note(name: str, _module: nn.Module, _args: Any, output: Any) -> None:
+            outputs.extend((name or "the model", tensor) for tensor in tensors_in(output) if tensor.requires_grad)
+
         with torch.enable_grad(), on_replica(self.recorded.extractor) as extractor:
-            with trace.watching(extractor.model):
+            with observed(extractor.model, note):
                 output = self._repeat(extractor.model)
-            return trace.last_broken(self.select(ExtractorView(extractor).with_graph(output)))
+            return last_broken(outputs, self.select(ExtractorView(extractor).with_graph(output)))
 
     # Variants of the input.
 
@@ -323,18 +330,17 @@ class Facts:
     def constant_activations(self) -> dict[str, Tensor]:
         """By name, the samples (N,) each of whose channels is constant, if there are any."""
         found = {}
-        for name, grid in zip(self.repeated.names, self.grids, strict=False):
-            if grid is not None and self.is_sound and self.recorded.reads_layers and math.prod(grid.shape[2:]) > 1:
-                flat = grid.flatten(2)
-                constant = is_constant(flat.amin(-1), flat.amax(-1)).all(1)
-                if constant.any():
-                    found[name] = constant
+        for name, grid in self.grids.items() if self.is_sound and self.recorded.reads_layers else ():
+            flat = grid.flatten(2)
+            constant = is_constant(flat.amin(-1), flat.amax(-1)).all(1)
+            if flat.shape[2] > 1 and constant.any():
+                found[name] = constant
         return found
 
     @property
     def has_constant_layer(self) -> bool:
         """Whether a target layer has no map because its activation is constant or has one position."""
-        grids = [grid for grid in self.grids if grid is not None and self.recorded.reads_layers]
+        grids = self.grids.values() if self.recorded.reads_layers else ()
         return bool(self.constant_activations) or any(math.prod(grid.shape[2:]) == 1 for grid in grids)
 
     @cached_property
@@ -358,10 +364,10 @@ class Facts:
     def _opposes(self, index: int, samples: Tensor) -> bool:
         """Check whether no position of some samples has a positive gradient where it is active."""
         gradient = self.raw.gradients[index] if index < len(self.raw.gradients) else None
-        grid = self.grids[index]
-        if gradient is None or grid is None or self.recorded.reads_attention:
+        name = self.repeated.names[index]
+        if gradient is None or name not in self.grids or self.recorded.reads_attention:
             return False
-        towards = self.repeated.to_grid(gradient, self.repeated.names[index])[samples]
+        towards, grid = self.repeated.to_grid(gradient, name)[samples], self.grids[name]
         return bool((towards <= 0).all()) or bool((towards * grid[samples] <= 0).all())
 
     @cached_property

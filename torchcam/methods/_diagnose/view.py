@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchcam._tensors import to_float
-from torchcam.layers import Candidates, candidates
-from torchcam.methods._recorder import Pass
+from torchcam.layers import Candidates, candidates_of
 from torchcam.methods._request import Request
 from torchcam.targets import Selector
 
@@ -53,7 +52,7 @@ class ExtractorView:
             found = recorder.find()
         except AssertionError:
             found = None
-        self._recorded: Pass | None = found
+        self._recorded: Any = found
         self.extractor = extractor
         self.model: nn.Module = cam.model
         self.method = type(cam).__name__
@@ -87,19 +86,17 @@ class ExtractorView:
         return any(activation is not None for activation in self.activations)
 
     @cached_property
-    def candidates(self) -> Candidates | None:
-        """The layers that a map can be made from, if they can be found."""
-        if self.call is None:
-            return None
+    def candidates(self) -> Candidates:
+        """The layers that a map can be made from; none if they cannot be found."""
         try:
-            return candidates(self.model, *self.call.args, **self.call.kwargs)
+            return candidates_of(self.model, self.call)
         except Exception:  # noqa: BLE001 - advice without a layer is better than an error
-            return None
+            return Candidates([])
 
     @property
     def choice(self) -> str | None:
         """The layer that a map should be made from, if it can be found."""
-        return None if self.candidates is None else self.candidates.choice
+        return self.candidates.choice
 
     def grids(self) -> Any:
         """Return the activations in grid form, (N, C, *spatial).
@@ -115,23 +112,17 @@ class ExtractorView:
 
     def layout(self, tensor: Tensor, name: str) -> Any:
         """Return the layout of an activation."""
-        return None if self._recorded is None else self._recorded.layout(tensor, name)
+        return self._recorded.layout(tensor, name)
 
-    def selector(self, classes: list[int] | None, select: Selector, output: Any) -> Selector:
+    def selector(self, classes: list[int], output: Any) -> Selector:
         """Return the score that the method explains, for a question about some classes."""
-        if classes is None or self._recorded is None:
-            return select
-        try:
-            self.grids()
-        except ValueError:  # a finding of its own
-            return select
         with torch.no_grad():
             explained: Selector = self.extractor._selector(Request(self._recorded, classes, output))
         return explained
 
     def with_graph(self, output: Any) -> Any:
         """Return an output of the recorded pass with its graph."""
-        return output if self._recorded is None else self._cam._attached(Request(self._recorded, scores=output))
+        return self._cam._attached(Request(self._recorded, scores=output))
 
     def raw_maps(self, question: dict[str, Any], select: Selector | None, output: Any) -> Any:
         """Compute the maps of all layers before ReLU, scaling and fusion."""
@@ -141,8 +132,6 @@ class ExtractorView:
     def gradients(self, select: Selector | None, output: Any) -> list[Tensor | None]:
         """Return the gradients of the score for the activations, as far as the method has any."""
         recorded = self._recorded
-        if recorded is None:
-            return []
         if select is not None and self.uses_gradients and not self.reads_attention and not recorded.gradients:
             self._cam._gradients(Request(recorded, scores=output, targets=select, retain_graph=True))
         return list(recorded.gradients) or [None] * len(self.names)
