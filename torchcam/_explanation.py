@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,8 +20,9 @@ from ._displays import Pictures
 from ._figures import Cell, Column, Row, Sheet
 from ._files import atomic_write, free_directory
 from ._inputs import as_rgb, read_picture
-from ._method_maps import MethodMaps, fuse_layers, save_maps
+from ._method_maps import MethodMaps, draw_over, fuse_layers, save_maps
 from ._names import closest
+from ._numbers import to_json
 from ._pictures import SMALLEST, enlarged, fitted, fitted_size
 from ._views import FULL, View, Views
 from .layout import Cells
@@ -211,7 +210,8 @@ class PredictionExplanation(Pictures):
         base, view = self._picture(values), self.view
         if image is not None:
             base, view = self._on_other(as_rgb(read_picture(image)))
-        return self._boxed(_drawn(base, result, key, view, colormap, alpha, grey), key, view)
+        drawn = draw_over(base, values, colormap, alpha, grey=grey, signed=result.signed, view=view)
+        return self._boxed(drawn, key, view)
 
     def _boxed(self, picture: Image.Image, key: Any = None, view: View | None = None) -> Image.Image:
         """Draw the box behind a target, or all that are explained, over a picture that shows the model's view there."""
@@ -221,10 +221,7 @@ class PredictionExplanation(Pictures):
 
     def _drawable(self) -> bool:
         """Check whether all maps have height and width."""
-        try:
-            return all(result.values(key).ndim == 2 for result in self.results.values() for key in result.cams)
-        except ValueError:
-            return False
+        return all(cam.ndim == 2 for result in self.results.values() for cam in result.fused.values())
 
     def _result(self, method: str | None) -> MethodMaps:
         if method is None:
@@ -264,24 +261,21 @@ class PredictionExplanation(Pictures):
         for key in self.cams:
             cells = []
             for result in self.results.values():
-                base = fitted(self._picture(result.values(key)), 512)
-                drawn = self._boxed(_drawn(base, result, key, self.view, colormap, alpha, grey), key)
-                cells.append(Cell(drawn, result.note(key)))
+                values, signed = result.values(key), result.signed
+                base = fitted(self._picture(values), 512)
+                drawn = draw_over(base, values, colormap, alpha, grey=grey, signed=signed, view=self.view)
+                cells.append(Cell(self._boxed(drawn, key), result.note(key)))
             rows.append(Row(self.name_of(key), self.value_of(key), cells))
         image = None if self.image is None else self._boxed(fitted(enlarged(self.image, SMALLEST), 512))
         return Sheet(image, columns, rows)
 
-    def _page_item(self, name: str) -> _page.PageItem:
-        methods = [
-            _page.PageMethod(
-                label,
-                ", ".join(result.target_layers),
-                result.signed,
-                [_in_place(result.values(key), self.view, self.image) for key in result.cams],
-                [result.note(key) for key in result.cams],
-            )
-            for label, result in self.results.items()
-        ]
+    def _page_item(self, name: str) -> dict[str, Any]:
+        methods = []
+        for label, result in self.results.items():
+            maps = [_in_place(result.values(key), self.view, self.image) for key in self.cams]
+            notes = [result.note(key) for key in self.cams]
+            layers = ", ".join(result.target_layers)
+            methods.append(_page.method_entry(label, layers, maps, notes, signed=result.signed))
         roles = {self.predicted_class_idx: "predicted", self.expected_class_idx: "expected"}
         if self.predicted_class_idx == self.expected_class_idx:
             roles = {self.predicted_class_idx: "predicted, as expected"}
@@ -291,8 +285,8 @@ class PredictionExplanation(Pictures):
             tags = [roles[key]] if not isinstance(key, str) and key in roles else []
             names = {"name": self.name_of(key), "value": self.value_of(key)}
             classes.append({**names, "share": share, "tags": tags, "trust": self._verdict(key)})
-        image = self._boxed(self.image if self.image is not None else self._picture(methods[0].maps[0]))
-        return _page.PageItem(name, image, classes, methods)
+        image = self._boxed(self.image if self.image is not None else self._picture(maps[0]))
+        return _page.item_entry(name, image, classes, methods)
 
     def _verdict(self, key: int | str) -> dict[str, Any] | None:
         """Return what trust said of a class or target, if it was asked."""
@@ -355,11 +349,12 @@ class PredictionExplanation(Pictures):
             folder.mkdir()
             name_of_picture = "image.tiff" if picture.mode == "F" else "image.png"  # PNG has no floating-point pixels
             picture.save(folder / name_of_picture)
-            below = enlarged(picture, SMALLEST)
 
             def draw(result: MethodMaps, key: int | str, values: NDArray[np.float32]) -> Image.Image:
                 colours = None if result.signed else colormap
-                return self._boxed(result.over(below, values, view, colours, alpha), key, view)
+                return self._boxed(
+                    draw_over(picture, values, colours, alpha, signed=result.signed, view=view), key, view
+                )
 
             methods = {}
             for number, (name, result) in enumerate(self.results.items()):
@@ -383,7 +378,7 @@ class PredictionExplanation(Pictures):
                 "prediction": None if self.predicted_class_idx is None else self._reference(self.predicted_class_idx),
                 "expected": None if self.expected_class_idx is None else self._reference(self.expected_class_idx),
                 "classes": first["classes"],
-                "logits": [_json_number(logit) for logit in self.logits[0].tolist()],
+                "logits": self.logits[0].tolist(),
                 "method": self.method,
                 "method_kwargs": dict(self.method_kwargs),
                 "target_layers": list(self.target_layers),
@@ -396,8 +391,7 @@ class PredictionExplanation(Pictures):
                 "alpha": alpha,
                 "methods": methods,
             }
-            text = json.dumps(manifest, indent=2, allow_nan=False, ensure_ascii=False)
-            (folder / "manifest.json").write_text(text + "\n", encoding="utf-8")
+            (folder / "manifest.json").write_text(to_json(manifest) + "\n", encoding="utf-8")
         return directory
 
     def _class_entry(self, key: int | str, artifacts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -405,10 +399,9 @@ class PredictionExplanation(Pictures):
         entry = self._reference(key)
         if isinstance(key, str):
             found = {} if self.detections is None else self.detections.entry(key)
-            return {**entry, "score": _json_number(self.scores.get(key, math.nan)), **found, "artifacts": artifacts}
-        probability = None if self.probabilities is None else _json_number(self.probabilities[0, key].item())
-        logit = _json_number(self.logits[0, key].item())
-        return {**entry, "logit": logit, "probability": probability, "artifacts": artifacts}
+            return {**entry, "score": self.scores.get(key), **found, "artifacts": artifacts}
+        probability = None if self.probabilities is None else self.probabilities[0, key].item()
+        return {**entry, "logit": self.logits[0, key].item(), "probability": probability, "artifacts": artifacts}
 
     def _reference(self, key: int | str) -> dict[str, Any]:
         if isinstance(key, str):
@@ -486,27 +479,8 @@ class Explanations(Pictures, Sequence[PredictionExplanation]):
         return directory
 
 
-def _drawn(
-    base: Image.Image,
-    result: MethodMaps,
-    key: int | str,
-    view: View,
-    colormap: str | Colormap | None,
-    alpha: float,
-    grey: bool,
-) -> Image.Image:
-    """Draw one map over a picture."""
-    base = enlarged(base.convert("L") if grey else base, SMALLEST)
-    return result.over(base, result.values(key), view, colormap, alpha)
-
-
 def _in_place(values: NDArray[np.float32], view: View, picture: Image.Image | None) -> NDArray[np.float32]:
     """Return a map that covers the whole picture: undefined where the model saw nothing of it."""
     if picture is None or view == FULL:
         return values
     return on_picture(values, Cells.of_grid(values.shape, view), fitted_size(picture.size, 512))
-
-
-def _json_number(number: float) -> float | None:
-    """Return a number, or None for NaN and infinity, which JSON lacks."""
-    return number if math.isfinite(number) else None

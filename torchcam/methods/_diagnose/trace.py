@@ -29,9 +29,7 @@ _SELECTING_NODE = re.compile(
 
 
 @contextmanager
-def observed(
-    model: nn.Module, after: Callable[..., None], before: Callable[..., None] | None = None
-) -> Iterator[None]:
+def observed(model: nn.Module, after: Callable[..., None], before: Callable[..., None] | None = None) -> Iterator[None]:
     """Call functions with the name of each module of a model, and what its hooks get, while it runs in the block."""
     handles = []
     try:
