@@ -20,12 +20,13 @@ from ._displays import Pictures
 from ._figures import Cell, Column, Row, Sheet
 from ._files import atomic_write, free_directory
 from ._inputs import as_rgb, read_picture
-from ._method_maps import MethodMaps, draw_over, fuse_layers, save_maps
+from ._method_maps import MethodMaps, draw_over, save_maps
 from ._names import closest
 from ._numbers import to_json
 from ._pictures import SMALLEST, enlarged, fitted, fitted_size
 from ._views import FULL, View, Views
 from .layout import Cells
+from .methods.core import _CAM
 from .utils import ALPHA, on_picture
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class PredictionExplanation(Pictures):
 
     def __post_init__(self) -> None:
         if not self.results:
-            fused = {key: fuse_layers(maps) for key, maps in self.cams.items()}
+            fused = {key: _CAM.fuse_cams([cam[None] for cam in maps])[0] for key, maps in self.cams.items()}
             only = MethodMaps(self.method, self.target_layers, self.method_kwargs, self.cams, MappingProxyType(fused))
             object.__setattr__(self, "results", MappingProxyType({self.method: only}))
 
@@ -110,8 +111,9 @@ class PredictionExplanation(Pictures):
     def name_of(self, key: int | str) -> str:
         """Return the name of a class (or of a target, or of the class of a box), with its index."""
         if isinstance(key, str):
-            index = None if self.detections is None else self.detections.explained.get(key)
-            return key if index is None or self.detections is None else f"{self.detections.label(index)}, {key}"
+            if self.detections is None or key not in self.detections.explained:
+                return key
+            return f"{self.detections.label(self.detections.explained[key])}, {key}"
         if self.class_names is None:
             return f"class {key}"
         name = self.class_names[key]
@@ -339,11 +341,9 @@ class PredictionExplanation(Pictures):
         if not isinstance(given, Image.Image):
             raise TypeError(f"`image` must be a PIL image, got {type(given).__name__}")
         picture, view = (given, self.view) if image is None else self._on_other(given)
-        shapes = {tuple(cam.shape) for result in self.results.values() for maps in result.cams.values() for cam in maps}
-        if any(len(shape) != 2 for shape in shapes):
-            raise ValueError(
-                f"only maps (height, width) can be drawn over an image, these have shapes {sorted(shapes)}"
-            )
+        for result in self.results.values():
+            for key in result.cams:
+                result.values(key)  # raises where they are no pictures
 
         with atomic_write(directory) as folder:
             folder.mkdir()

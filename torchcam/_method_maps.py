@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
 from ._pictures import SMALLEST, enlarged
-from ._tensors import resize
 from ._views import FULL, View
 from .layout import Cells
 from .utils import overlay_map
@@ -22,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from numpy.typing import NDArray
 
-__all__ = ["MethodMaps", "draw_over", "fuse_layers", "save_maps"]
+__all__ = ["MethodMaps", "draw_over", "save_maps"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,9 +108,3 @@ def save_maps(
             }
         )
     return entries
-
-
-def fuse_layers(maps: Sequence[Tensor]) -> Tensor:
-    """Fuse maps (*spatial) of several layers into one: the largest value at each position."""
-    shape = [max(sides) for sides in zip(*(cam.shape for cam in maps), strict=True)]
-    return torch.stack([resize(cam[None, None], shape)[0, 0] if len(maps) > 1 else cam for cam in maps]).amax(0)

@@ -12,7 +12,15 @@ from ._checks import torch_module
 from ._pictures import to_picture
 from .targets import ClassIndex, check_one_of, class_columns
 
-__all__ = ["check_explained", "check_images", "check_labels", "check_masks", "check_model", "check_pictures"]
+__all__ = [
+    "check_explained",
+    "check_images",
+    "check_interval",
+    "check_labels",
+    "check_masks",
+    "check_model",
+    "check_pictures",
+]
 
 
 def check_model(model: Any) -> nn.Module:
@@ -66,6 +74,14 @@ def check_masks(masks: Any, images: Tensor) -> dict[str, Tensor]:
 def _check_count(name: str, entries: Sequence[Any], num_images: int) -> None:
     if len(entries) != num_images:
         raise ValueError(f"`{name}` has {len(entries)} entries for {num_images} images")
+
+
+def check_interval(every_n_steps: int | None, every_n_epochs: int | None) -> None:
+    if every_n_steps is not None and every_n_epochs is not None:
+        raise ValueError(
+            f"pass `every_n_steps` ({every_n_steps}) or `every_n_epochs` ({every_n_epochs}), not both: only "
+            "one of them is counted"
+        )
 
 
 def check_labels(labels: Any, num_images: int) -> list[str] | None:

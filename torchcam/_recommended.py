@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ._architecture import is_composed
 from .layers import Candidate, Candidates, candidates
 
-__all__ = ["COMPARED", "Recommended", "compared", "recommended"]
+__all__ = ["COMPARED", "Recommended", "compared", "recommended", "recommended_of"]
 
 COMPARED = ("GradCAM", "LayerCAM", "ReciproCAM")
 """The methods that a map is compared with in a trust report, beside what is recommended for the model."""
@@ -61,12 +61,14 @@ def recommended(model: nn.Module, *inputs: Any, **kwargs: Any) -> Recommended:
         >>> recommended(vit_b_16(image_size=32), torch.rand(1, 3, 32, 32)).target_layer
         ['conv_proj']
     """
-    if not _is_transformer(model):
-        return GRAD_CAM
-    found = candidates(model, *inputs, **kwargs)
+    return recommended_of(model, candidates(model, *inputs, **kwargs)) if _is_transformer(model) else GRAD_CAM
+
+
+def recommended_of(model: nn.Module, found: Candidates) -> Recommended:
+    """Return what is recommended for a model whose layers are known."""
     last = next((one for one in found if one.name == found.choice), None)
     first = _first_tokens(model, found)
-    if last is None or first is None:
+    if last is None or first is None or not _is_transformer(model):
         return GRAD_CAM
     balanced = {"gradients": "balanced"}
     if last.layout.prefix:

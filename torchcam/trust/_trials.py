@@ -22,8 +22,6 @@ from torchcam._recommended import COMPARED, Recommended, compared
 from torchcam._replica import replicated
 from torchcam._tensors import blurred_out, is_constant, over_positions, resize, to_float
 from torchcam.layers import TargetLayer
-from torchcam.methods.core import _CAM
-from torchcam.metrics import Localization
 from torchcam.metrics._statistics import descending_ranks, energy, pearson
 from torchcam.metrics.core import as_image, check_positions, explaining, run_to_explain
 from torchcam.metrics.localization import _checked_mask
@@ -352,12 +350,9 @@ class _Trials:
         """Return the maps of a method, (N, *grid); ``diagnose`` gets the extractor after each pass."""
         question, maps = self.question, []
         model, image, select = question.model, question.image, question.select
-        with (
-            replicated(model) as replica,
-            extractors_on(replica, model, [recipe], tuple(image.shape[1:])) as (extractor,),
-        ):
-            if question.is_score and isinstance(extractor, _CAM):
-                extractor.inner.choose_layer_for(Call((image[:1],), {}), select.of(question.samples[:1]))
+        shape = tuple(image.shape[1:])
+        scores = (Call((image[:1],), {}), select.of(question.samples[:1])) if question.is_score else None
+        with replicated(model) as replica, extractors_on(replica, model, [recipe], shape, scores) as (extractor,):
             for rows in question.batches:
                 with explaining(extractor, None) as own:
                     output = run_to_explain(own, image[rows])
@@ -502,10 +497,8 @@ def _remarks(cam: Tensor, mask: Tensor | None, image: Tensor) -> list[str]:
     border_area = float(masks[0].float().mean())
     remarks = [verdicts.remark_on_place(corners if len(sides) == 2 else [], border, border_area)]
     if mask is not None and mask.any():
-        metric = Localization()
-        metric.update(image, masks=mask, maps=cam)
-        values, area = metric.summary(), float(mask.float().mean())
-        remarks.append(verdicts.remark_on_object(values["energy"], values["pointing_game"], area))
+        hit = float((mask & (cam == cam.amax())).any())
+        remarks.append(verdicts.remark_on_object(float(energy(cam, mask)), hit, float(mask.float().mean())))
     return [remark for remark in remarks if remark]
 
 

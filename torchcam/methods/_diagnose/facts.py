@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -20,7 +20,7 @@ from torchcam.methods._running import quietly
 from torchcam.targets import Selector, class_scores, read_logits
 
 from .trace import PassWatch, last_broken, observed, squashing_node
-from .view import ExtractorView
+from .view import ExtractorView, RawMaps
 
 __all__ = ["Facts", "examined"]
 
@@ -61,25 +61,6 @@ class MapFacts:
     negative: Tensor
     constant: Tensor
     opposed: bool
-
-
-@dataclass(frozen=True)
-class RawMaps:
-    """The result of the method before its maps are finished.
-
-    Attributes:
-        maps: the map of each layer, (N, *spatial)
-        gradients: the gradient for each activation, None for those without one
-        error: the reason why there are no maps
-        completeness: by layer, the share of each sample's score that gradient × activation sums to
-        unbalanced: the operations that balanced gradients have no rule for
-    """
-
-    maps: list[Tensor]
-    gradients: list[Tensor | None]
-    error: Exception | None = None
-    completeness: dict[str, list[float]] = field(default_factory=dict)
-    unbalanced: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -299,9 +280,7 @@ class Facts:
         if not self.is_sound:
             return RawMaps([], [])
         try:
-            maps = self.repeated.raw_maps(self.question, self.select, self.output)
-            gradients = self.repeated.gradients(self.select, self.output)
-            return RawMaps(maps, gradients, None, self.repeated.completeness(), self.repeated.unbalanced())
+            return self.repeated.raw_maps(self.question, self.select, self.output)
         except (RuntimeError, ValueError) as error:
             return RawMaps([], [], error)
 

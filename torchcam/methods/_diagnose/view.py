@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +15,26 @@ from torchcam.layers import Candidates, candidates_of
 from torchcam.methods._request import Request
 from torchcam.targets import Selector
 
-__all__ = ["ExtractorView"]
+__all__ = ["ExtractorView", "RawMaps"]
+
+
+@dataclass(frozen=True)
+class RawMaps:
+    """The result of the method before its maps are finished.
+
+    Attributes:
+        maps: the map of each layer, (N, *spatial)
+        gradients: the gradient for each activation, None for those without one
+        error: the reason why there are no maps
+        completeness: by layer, the share of each sample's score that gradient × activation sums to
+        unbalanced: the operations that balanced gradients have no rule for
+    """
+
+    maps: list[Tensor]
+    gradients: list[Tensor | None]
+    error: Exception | None = None
+    completeness: dict[str, list[float]] = field(default_factory=dict)
+    unbalanced: list[str] = field(default_factory=list)
 
 
 class ExtractorView:
@@ -124,33 +144,23 @@ class ExtractorView:
         """Return an output of the recorded pass with its graph."""
         return self._cam._attached(Request(self._recorded, scores=output))
 
-    def raw_maps(self, question: dict[str, Any], select: Selector | None, output: Any) -> Any:
+    def raw_maps(self, question: dict[str, Any], select: Selector | None, output: Any) -> RawMaps:
         """Compute the maps of all layers before ReLU, scaling and fusion."""
+        cam, recorded = self._cam, self._recorded
         asked = question if select is None or type(select) is Selector else {"targets": select}
-        return self._cam.compute_cams(scores=output, normalized=False, relu=False, **self._keep_graph(), **asked)
-
-    def gradients(self, select: Selector | None, output: Any) -> list[Tensor | None]:
-        """Return the gradients of the score for the activations, as far as the method has any."""
-        recorded = self._recorded
+        maps = cam.compute_cams(scores=output, normalized=False, relu=False, **self._keep_graph, **asked)
         if select is not None and self.uses_gradients and not self.reads_attention and not recorded.gradients:
-            self._cam._gradients(Request(recorded, scores=output, targets=select, retain_graph=True))
-        return list(recorded.gradients) or [None] * len(self.names)
-
-    def completeness(self) -> dict[str, list[float]]:
-        """Return, by layer, the share of each sample's last explained score that gradient × activation sums to."""
-        shares = self._cam.completeness
-        return {name: share.tolist() for name, share in zip(self.names, shares, strict=True)} if shares else {}
-
-    def unbalanced(self) -> list[str]:
-        """Return the operations behind the layers that balanced gradients have no rule for."""
-        found: list[str] = self._cam.unbalanced
-        return found
+            cam._gradients(Request(recorded, scores=output, targets=select, retain_graph=True))
+        shares = zip(self.names, cam.completeness, strict=True) if cam.completeness else ()
+        completeness = {name: share.tolist() for name, share in shares}
+        return RawMaps(maps, list(recorded.gradients) or [None] * len(self.names), None, completeness, cam.unbalanced)
 
     def fused_map(self, question: dict[str, Any], output: Any) -> Tensor:
         """Compute the map of each sample as a user gets it, all layers in one."""
-        maps = self.extractor.compute_cams(scores=output, **self._keep_graph(), **question)
+        maps = self.extractor.compute_cams(scores=output, **self._keep_graph, **question)
         return to_float(self.extractor.fuse_cams(maps).detach())
 
+    @property
     def _keep_graph(self) -> dict[str, Any]:
         return {"retain_graph": True} if self.uses_gradients else {}
 
