@@ -116,7 +116,7 @@ class Pictures:
         if not all(item._drawable() for item in shown):
             return render("_scores.html", items=shown)
         more = len(self._items) - len(shown)
-        return _figures.to_html([item._sheet() for item in shown], self.title, None, more=more)
+        return _figures.to_html([item._sheet() for item in shown], self.title, more)
 
     def _repr_png_(self) -> bytes | None:
         shown = self._shown

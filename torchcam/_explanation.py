@@ -23,7 +23,7 @@ from ._inputs import as_rgb, read_picture
 from ._method_maps import MethodMaps, draw_over, save_maps
 from ._names import closest
 from ._numbers import to_json
-from ._pictures import SMALLEST, enlarged, fitted, fitted_size
+from ._pictures import enlarged, fitted, fitted_size
 from ._views import FULL, View, Views
 from .layout import Cells
 from .methods.core import _CAM
@@ -234,7 +234,7 @@ class PredictionExplanation(Pictures):
 
     def _picture(self, values: NDArray[np.float32]) -> Image.Image:
         """Return the image below a map, or else plain grey."""
-        return enlarged(Image.new("RGB", values.shape[::-1], "grey") if self.image is None else self.image, SMALLEST)
+        return enlarged(Image.new("RGB", values.shape[::-1], "grey") if self.image is None else self.image)
 
     def _on_other(self, picture: Image.Image) -> tuple[Image.Image, View]:
         """Return a picture to draw over in place of one's own, and where the model's view lies on it."""
@@ -268,7 +268,7 @@ class PredictionExplanation(Pictures):
                 drawn = draw_over(base, values, colormap, alpha, grey=grey, signed=signed, view=self.view)
                 cells.append(Cell(self._boxed(drawn, key), result.note(key)))
             rows.append(Row(self.name_of(key), self.value_of(key), cells))
-        image = None if self.image is None else self._boxed(fitted(enlarged(self.image, SMALLEST), 512))
+        image = None if self.image is None else self._boxed(fitted(enlarged(self.image), 512))
         return Sheet(image, columns, rows)
 
     def _page_item(self, name: str) -> dict[str, Any]:

@@ -201,14 +201,14 @@ def _short(text: str) -> str:
     return textwrap.shorten(text, 34, placeholder=" …") if len(text) > 34 else text
 
 
-def png(figure: Figure, max_pixels: int = MAX_PIXELS) -> bytes:
-    """Encode a figure as a PNG of at most ``max_pixels``."""
+def png(figure: Figure) -> bytes:
+    """Encode a figure as a PNG of at most ``MAX_PIXELS``."""
     width, height = figure.get_size_inches()
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         # Matplotlib's font has no Chinese letters, for example, and draws boxes instead; the HTML has the letters.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.savefig(buffer, format="png", dpi=min(120.0, math.sqrt(max_pixels / (width * height))))
+        figure.savefig(buffer, format="png", dpi=min(120.0, math.sqrt(MAX_PIXELS / (width * height))))
     return buffer.getvalue()
 
 
@@ -220,7 +220,7 @@ def fitting(panels: Sequence[int]) -> int:
     return max(sum(total <= MAX_PANELS for total in accumulate(panels)), 1)
 
 
-def to_html(sheets: Sequence[Sheet], title: str, colormap: str | Colormap | None, more: int = 0) -> str:
+def to_html(sheets: Sequence[Sheet], title: str, more: int = 0) -> str:
     """Return the maps of one or several inputs as HTML without scripts, in the colours of the notebook.
 
     What is wider or higher than its place scrolls; the pictures and the names of the methods stay in sight.
@@ -228,7 +228,6 @@ def to_html(sheets: Sequence[Sheet], title: str, colormap: str | Colormap | None
     Args:
         sheets: the image and maps of each input, all by the same methods
         title: a heading
-        colormap: the colormap of all maps; None for the defaults
         more: the number of inputs that are left out
     """
     columns = sheets[0].columns if sheets else ()
@@ -246,13 +245,13 @@ def to_html(sheets: Sequence[Sheet], title: str, colormap: str | Colormap | None
         width=max(min(edge // 2, 256), 168),  # on the screen; screens of high resolution show all pixels
         short=_short,
         uri=lambda picture: data_uri(fitted(picture, edge)),
-        bars=[(*SCALES[signed], _stops(colormap, signed)) for signed in sorted({one.signed for one in columns})],
+        bars=[(*SCALES[signed], _stops(signed)) for signed in sorted({one.signed for one in columns})],
         omitted=" and ".join(omissions),
     )
 
 
-def _stops(colormap: str | Colormap | None, signed: bool) -> list[str]:
+def _stops(signed: bool) -> list[str]:
     """Return colours of a colour bar over white, equally spaced."""
-    colors = colormap_of(colormap, signed)(np.linspace(0, 1, 17))
+    colors = colormap_of(None, signed)(np.linspace(0, 1, 17))
     colors[:, :3] = colors[:, :3] * colors[:, 3:] + 1 - colors[:, 3:]
     return ["#" + "".join(f"{round(255 * part):02x}" for part in color[:3]) for color in colors.tolist()]

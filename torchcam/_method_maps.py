@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from ._pictures import SMALLEST, enlarged
+from ._pictures import enlarged
 from ._views import FULL, View
 from .layout import Cells
 from .utils import overlay_map
@@ -76,7 +76,7 @@ def draw_over(
     view: View = FULL,
 ) -> Image.Image:
     """Draw a map over the part of a picture that is the model's view; small pictures are enlarged."""
-    base = enlarged(picture.convert("L") if grey else picture, SMALLEST)
+    base = enlarged(picture.convert("L") if grey else picture)
     cells = Cells.of_grid((values.shape[0], values.shape[1]), view)
     return overlay_map(base, values, colormap, alpha, signed=signed, cells=cells)
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from . import _templates
 from ._figures import SCALES
-from ._pictures import SMALLEST, TINY, base64_text, data_uri, enlarged_size, fitted, fitted_size
+from ._pictures import TINY, base64_text, data_uri, enlarged_size, fitted, fitted_size
 from .utils import COLORMAP, colormap_of, resize_map
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def item_entry(
         methods: the maps of each method, by :func:`method_entry`
     """
     image = fitted(image, EDGE)
-    width, height = enlarged_size(image.size, SMALLEST)
+    width, height = enlarged_size(image.size)
     tiny = max(image.size) < TINY
     entry = {"name": name, "image": data_uri(image), "tiny": tiny, "size": [height, width]}
     return {**entry, "classes": classes, "methods": methods}

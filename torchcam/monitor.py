@@ -34,7 +34,7 @@ from torchcam._monitor_checks import (
     check_model,
     check_pictures,
 )
-from torchcam._passes import model_device
+from torchcam._passes import model_device, to_model
 from torchcam._recipes import Recipe, extractors_on
 from torchcam._replica import random_states_kept, replicated
 from torchcam._tables import as_csv
@@ -318,14 +318,12 @@ class CAMMonitor:
             _precision(model_device(model).type, self._autocast),
             extractors_on(model, original, [recipe], input_shape) as (extractor,),
         ):
-            device = model_device(model)
-            dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), self._images.dtype)
             agnostic = self._class_idx is None and self._targets is None
             select = None if agnostic else Selector(self._class_idx, self._targets, len(self._images))
 
             def explain(chunk: slice) -> tuple[Tensor, ...]:
-                samples = torch.arange(len(self._images), device=device)[chunk]
-                images = self._images[chunk].to(device=device, dtype=dtype)
+                images = to_model(model, self._images[chunk])
+                samples = torch.arange(len(self._images), device=images.device)[chunk]
                 output = model(images) if self._forward is None else self._forward(model, images)
                 asked = {} if select is None else select.arguments(output, samples)
                 cams = over_positions(extractor.fuse_cams(extractor(scores=output, **asked)), images)

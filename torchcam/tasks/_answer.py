@@ -19,7 +19,7 @@ from torchcam._figures import Cell, Column, Row, Sheet
 from torchcam._files import atomic_write, free_directory
 from torchcam._method_maps import draw_over
 from torchcam._numbers import to_json
-from torchcam._pictures import SMALLEST, enlarged, fitted, fitted_size
+from torchcam._pictures import enlarged, fitted, fitted_size
 from torchcam.layout import Cells
 from torchcam.utils import ALPHA, on_picture
 
@@ -310,7 +310,7 @@ class _AnsweredPicture:
         return True
 
     def _sheet(self, alpha: float = ALPHA, colormap: str | Colormap | None = None, grey: bool = False) -> Sheet:
-        of, base = self.of, fitted(enlarged(self.of.images[self.number], SMALLEST), 512)
+        of, base = self.of, fitted(enlarged(self.of.images[self.number]), 512)
         cells = []
         for number in range(len(of.maps)):
             values = of.map(number, self.number)

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from torchcam._passes import find_image
 from torchcam._replica import replicated
-from torchcam._tensors import is_constant, is_finite, map_tensors, tensors_in, to_float
+from torchcam._tensors import is_constant, is_finite, map_tensors, to_float
+from torchcam.layers import watch
 from torchcam.methods._replicas import on_replica
 from torchcam.methods._running import quietly
 from torchcam.targets import Selector, class_scores, read_logits
 
-from .trace import PassWatch, last_broken, observed, squashing_node
+from .trace import PassWatch, squashing_node
 from .view import ExtractorView, RawMaps
 
 __all__ = ["Facts", "examined"]
@@ -200,15 +201,14 @@ class Facts:
         """The module for whose output the gradient stops to be finite, on its way back from the score."""
         if self.select is None:
             return None
-        outputs: list[tuple[str, Tensor]] = []
-
-        def note(name: str, _module: nn.Module, _args: Any, output: Any) -> None:
-            outputs.extend((name or "the model", tensor) for tensor in tensors_in(output) if tensor.requires_grad)
-
         with torch.enable_grad(), on_replica(self.recorded.extractor) as extractor:
-            with observed(extractor.model, note):
-                output = self._repeat(extractor.model)
-            return last_broken(outputs, self.select(ExtractorView(extractor).with_graph(output)))
+            outputs, _ = watch(dict(extractor.model.named_modules()))
+            output = self._repeat(extractor.model)
+            score = self.select(ExtractorView(extractor).with_graph(output)).sum()
+        watched = [(name or "the model", tensor) for name, tensors in outputs.items() for tensor in tensors]
+        gradients = torch.autograd.grad(score, [tensor for _, tensor in watched], allow_unused=True)
+        broken = (gradient is not None and not gradient.isfinite().all() for gradient in reversed(gradients))
+        return next((name for (name, _), is_broken in zip(reversed(watched), broken, strict=True) if is_broken), None)
 
     # Variants of the input.
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from torchcam._tensors import tensors_in, to_float
@@ -17,7 +16,7 @@ from torchcam.layout import primary_tensors
 
 from .findings import listed
 
-__all__ = ["PassWatch", "last_broken", "observed", "squashing_node"]
+__all__ = ["PassWatch", "squashing_node"]
 
 _SQUASHING_MODULE = re.compile(r"(Log)?(Softmax(2d)?|Sigmoid)")
 _SQUASHING_NODE = re.compile(r"((?:Log)?(?:Softmax|Sigmoid))Backward\d*")
@@ -26,21 +25,6 @@ _SELECTING_NODE = re.compile(
     r"(Index|Select|Slice|View|UnsafeView|ReshapeAlias|Squeeze|Unsqueeze|Clone|ToCopy|Stack|Sum|Permute|Transpose|T|"
     r"Alias|Expand|Gather|Take)Backward\d*"
 )
-
-
-@contextmanager
-def observed(model: nn.Module, after: Callable[..., None], before: Callable[..., None] | None = None) -> Iterator[None]:
-    """Call functions with the name of each module of a model, and what its hooks get, while it runs in the block."""
-    handles = []
-    try:
-        for name, module in model.named_modules():
-            handles.append(module.register_forward_hook(partial(after, name)))
-            if before is not None:
-                handles.append(module.register_forward_pre_hook(partial(before, name)))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class PassWatch:
@@ -69,8 +53,15 @@ class PassWatch:
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
         """Observe the pass that runs inside the block."""
-        with observed(model, self._after, self._before):
+        handles = []
+        try:
+            for name, module in model.named_modules():
+                handles.append(module.register_forward_pre_hook(partial(self._before, name)))
+                handles.append(module.register_forward_hook(partial(self._after, name)))
             yield
+        finally:
+            for handle in handles:
+                handle.remove()
         self._compare_versions("code of the model after its last module")
 
     def squashing_module(self, output: Any) -> str | None:
@@ -127,15 +118,6 @@ class PassWatch:
         deviation = (flat.mean(1) - module.running_mean).abs() / variance.sqrt()
         ratio = flat.var(1, correction=0) / variance
         self.normalization = name, float(deviation.median()), float(ratio.median())
-
-
-def last_broken(outputs: Sequence[tuple[str, Tensor]], score: Tensor) -> str | None:
-    """Return the name of the output nearest to the score for which its gradient is not finite."""
-    gradients = torch.autograd.grad(score.sum(), [tensor for _, tensor in outputs], allow_unused=True)
-    for (name, _), gradient in zip(reversed(outputs), reversed(gradients), strict=True):
-        if gradient is not None and not _all_finite(gradient):
-            return name
-    return None
 
 
 def squashing_node(score: Tensor) -> str | None:
