@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         utils,
     )
     from torchcam.evaluation import evaluate
-    from torchcam.explain import explain as _explain
+    from torchcam.explain import ExplainFunction
     from torchcam.methods import (
         CAM,
         FEM,
@@ -68,8 +68,8 @@ if TYPE_CHECKING:
 
     # A type checker knows no modules that can be called; it sees objects with the function as a call and an attribute.
     class _ExplainModule(ModuleType):
-        __call__ = staticmethod(_explain)
-        explain = staticmethod(_explain)
+        __call__: ExplainFunction
+        explain: ExplainFunction
 
     class _TrustModule(ModuleType):
         __call__ = staticmethod(_trust)

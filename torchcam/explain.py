@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Concatenate, Literal, ParamSpec, Protocol, overload
+from typing import Any, Literal, Protocol, TypedDict, Unpack, overload
 
 import numpy as np
 import torch
@@ -46,7 +46,6 @@ __all__ = [
     "written_whole",
 ]
 
-P = ParamSpec("P")
 Method = type[Any] | str
 Layers = TargetLayer | Sequence[TargetLayer] | None
 OneInput = Tensor | str | Path | Image.Image | Mapping[str, Any]
@@ -60,23 +59,46 @@ class Pipeline(Protocol):
     preprocess: Any
 
 
-class _ExplainFunction(Protocol[P]):
+class Options(TypedDict, total=False):
+    """The keyword arguments of `explain`."""
+
+    expected_class_idx: Any
+    class_names: Sequence[str] | None
+    method: Method | Sequence[Method] | Mapping[str, Method] | None
+    target_layer: Layers | Mapping[Any, Layers]
+    method_kwargs: Mapping[Any, Any] | None
+    top_k: int | None
+    class_idx: Any
+    targets: Any
+    box: Any
+    threshold: float | None
+    texts: Sequence[str] | None
+    against: Literal["others"] | None
+    relu: bool | Literal["negative"] | None
+    transform: Any
+    processor: Any
+    weights: Any
+    image: Any
+    to_probabilities: Callable[[Tensor], Tensor] | None
+    batch_size: int
+
+
+class ExplainFunction(Protocol):
     """The type of `explain`. That a tensor holds a batch shows only when it runs: it counts as one input."""
 
     @overload
     def __call__(
-        self, model: nn.Module | Pipeline, input_tensor: OneInput, *args: P.args, **options: P.kwargs
+        self, model: nn.Module | Pipeline, input_tensor: OneInput, **options: Unpack[Options]
     ) -> PredictionExplanation: ...
 
     @overload
     def __call__(
-        self, model: nn.Module | Pipeline, input_tensor: SeveralInputs, *args: P.args, **options: P.kwargs
+        self, model: nn.Module | Pipeline, input_tensor: SeveralInputs, **options: Unpack[Options]
     ) -> Explanations: ...
 
 
-def _overloaded(function: Callable[Concatenate[Any, Any, P], Any]) -> _ExplainFunction[P]:
-    found: Any = function
-    return found
+def _overloaded(function: Callable[..., Any]) -> ExplainFunction:
+    return function
 
 
 @_overloaded

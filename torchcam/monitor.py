@@ -175,8 +175,9 @@ class CAMMonitor:
         self._images = check_images(images).detach().clone()
         num_images = len(self._images)
         self.method = find_method(method)
-        agnostic = class_idx is None and targets is None and getattr(method, "class_agnostic", False)
-        self._class_idx, self._targets = (None, None) if agnostic else check_explained(class_idx, targets, num_images)
+        if class_idx is not None or targets is not None or not getattr(method, "class_agnostic", False):
+            class_idx, targets = check_explained(class_idx, targets, num_images)
+        self._class_idx, self._targets = class_idx, targets
         check_interval(every_n_steps, every_n_epochs)
         self.unit: Literal["step", "epoch"] = "step" if every_n_epochs is None else "epoch"
         every = every_n_steps if every_n_epochs is None else every_n_epochs

@@ -230,7 +230,7 @@ class _Question:
     @property
     def batches(self) -> Sequence[Tensor]:
         """The numbers of the inputs of one pass after the other."""
-        return self.samples.split(self._batch_size)
+        return torch.split(self.samples, self._batch_size)
 
     def ask(self, images: Tensor | Callable[[Tensor], Tensor], samples: Tensor) -> Tensor:
         """Run the model on variants of the inputs.
@@ -272,7 +272,7 @@ class _Question:
         """Run the model on ``count`` inputs, and read its output for the rows of each pass."""
         if not count:
             return self.values[:0]
-        chunks = torch.arange(count, device=self.image.device).split(self._batch_size)
+        chunks = torch.split(torch.arange(count, device=self.image.device), self._batch_size)
         with replicated(self.model) as model, torch.inference_mode():
             parts = [read(model(images[rows] if isinstance(images, Tensor) else images(rows)), rows) for rows in chunks]
         self.num_passes += count
@@ -302,7 +302,8 @@ class _Trials:
         Returns:
             the checks of each sample, and the maps (N, *grid)
         """
-        question, diagnoses = self.question, []
+        question = self.question
+        diagnoses: list[Check] = []
 
         def diagnose(extractor: Any, size: int, asked: dict[str, Any]) -> None:
             findings = extractor.diagnose(**asked)

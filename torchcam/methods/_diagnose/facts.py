@@ -356,19 +356,14 @@ class Facts:
             return FinalMaps()
         try:
             cam = self.repeated.fused_map(self.question, self.output)
-            rivals = self._best_rivals()
-            if rivals is None:
+            scores = class_scores(self.output) if self.classes is not None else None
+            if scores is None or scores.shape[1] < 2 or self.recorded.class_agnostic:
                 return FinalMaps(cam)
+            explained = torch.tensor(self.classes, device=scores.device).unsqueeze(1)
+            rivals = scores.scatter(1, explained, -torch.inf).argmax(1)
             return FinalMaps(cam, rivals, self.repeated.fused_map({"class_idx": rivals.tolist()}, self.output))
         except ValueError as error:
             return FinalMaps(error=error)
-
-    def _best_rivals(self) -> Tensor | None:
-        scores = class_scores(self.output) if self.classes is not None else None
-        if scores is None or scores.shape[1] < 2 or self.recorded.class_agnostic:
-            return None
-        explained = torch.tensor(self.classes, device=scores.device).unsqueeze(1)
-        return scores.scatter(1, explained, -torch.inf).argmax(1)
 
 
 def _as_batch(image: Tensor | list[Tensor] | None) -> Tensor | None:
