@@ -58,7 +58,7 @@ class Timeline:
     Args:
         pictures: the image below each map
         unit: what is counted, ``"step"`` or ``"epoch"``
-        max_columns: the largest number of results to keep
+        max_columns: the largest number of results to keep, two or more
         thumbnail: the longer side of a thumbnail, in pixels
         colormap: a matplotlib colormap, or the name of one
         captions: the scalars to write below each thumbnail, with their short names
@@ -68,7 +68,7 @@ class Timeline:
         names: the name of each picture
 
     Raises:
-        ValueError: if ``max_columns`` or ``thumbnail`` is too small, or no colormap has that name
+        ValueError: if no colormap has that name
     """
 
     def __init__(
@@ -80,10 +80,6 @@ class Timeline:
         colormap: Any,
         captions: Mapping[str, str],
     ) -> None:
-        if max_columns < 2:
-            raise ValueError(f"`max_columns` must be at least 2, for the first and newest result: got {max_columns}")
-        if thumbnail < 32:
-            raise ValueError(f"`thumbnail` must be at least 32 pixels, got {thumbnail}")
         self.results: list[ProbeResult] = []
         self._indices: list[int] = []  # their numbers among all results
         self._seen, self._stride = 0, 1

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from torchcam._checks import callable_object, one_of, positive_integer
+from torchcam._checks import callable_object, integer, one_of, positive_integer
 from torchcam._chunks import run_chunks
 from torchcam._files import append_lines, atomic_write
 from torchcam._methods import find_method
@@ -199,8 +199,8 @@ class CAMMonitor:
         self._timeline = Timeline(
             check_pictures(self._images, pictures),
             self.unit,
-            positive_integer("max_columns", max_columns),
-            positive_integer("thumbnail", thumbnail),
+            integer("max_columns", max_columns, lowest=2),  # the first and the newest result
+            integer("thumbnail", thumbnail, lowest=32),
             colormap,
             {name: name.removeprefix("energy_").removeprefix("inside_") for name in self._masks},
         )
