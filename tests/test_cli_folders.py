@@ -139,7 +139,7 @@ class TestFolder:
         (place / "photos" / "more" / "broken.jpg").write_bytes(b"no image")
         assert cli.main(["explain", "photos/more", *own]) == 0
         captured = capsys.readouterr()
-        assert captured.err.startswith("torchcam: warning: IMAGE 'photos/more/broken.jpg' is not an image")
+        assert captured.err.startswith("torchcam: warning: IMAGE: 'photos/more/broken.jpg' is not an image")
         assert captured.err.endswith(": it is left out\n")
         assert "1 image could not be read." in captured.out
         found = json.loads(run_json(capsys, "explain", "photos/more", *own, "--overwrite"))

@@ -51,7 +51,7 @@ class Recipe:
     @property
     def searches_layer(self) -> bool:
         """Whether the method looks for a layer with positions by itself: none is named, and it looks at one."""
-        return self.target_layer is None and getattr(self.method, "_looks_at_a_layer", True)
+        return self.target_layer is None and bool(self.method.looks_at_a_layer)
 
     def at(self, layer: str | None) -> Recipe:
         """Return this recipe with a layer in the place of the one that it would look for."""

@@ -12,19 +12,16 @@ from torch import Tensor, nn
 
 from torchcam._explanation import PredictionExplanation
 from torchcam._inputs import read_inputs
-from torchcam._methods import method_names
+from torchcam._methods import find_method, method_names
 from torchcam._passes import Call
 from torchcam._recommended import Recommended, recommended_of
 from torchcam.explain import explain
 from torchcam.layers import Candidates, candidates_of
-from torchcam.methods import attention, pixel
 
 __all__ = ["METHODS", "Question", "Subject", "as_code", "bundled"]
 
 # RefineCAM multiplies the maps of several layers, and one is chosen here.
 METHODS = tuple(name for name in method_names() if name != "RefineCAM")
-# These find their layers by themselves: the attention of every block, or the input.
-OWN_LAYERS = {*attention.__all__, *pixel.__all__}
 
 BUNDLED = """\
 import torch
@@ -120,7 +117,7 @@ class Subject:
     def _options(self, question: Question) -> dict[str, Any]:
         """Return the arguments of `explain` that a question decides."""
         best = {name: self.best[name] for name in question.methods if name in self.best}
-        placed = [name for name in question.methods if name not in OWN_LAYERS and name not in best]
+        placed = [name for name in question.methods if name not in best and find_method(name).looks_at_a_layer]
         options: dict[str, Any] = {"method": list(question.methods)}
         layers: dict[str, Any] = {name: one.target_layer for name, one in best.items()}
         if question.layer is not None:
