@@ -315,7 +315,7 @@ class TestMaps:
                 assert torch.equal(own.boxes[:, 1:].nan_to_num(), one.cells[0].boxes[:, 1:].nan_to_num())
             for number in range(2):
                 drawn = found.overlay("cat", number)
-                assert drawn.size == torchcam._pictures.enlarged(pictures[number], 256).size
+                assert drawn.size == torchcam._pictures.enlarged(pictures[number]).size
             values = [found.map("cat", number) for number in range(2)]
             assert max(float(np.nanmax(one)) for one in values) == pytest.approx(1, abs=1e-6)
 
