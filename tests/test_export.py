@@ -605,6 +605,7 @@ class TestShortcuts:
             (lambda x, _: x[:, 0, None].squeeze(1), (2, 1, 4)),
             (lambda x, _: x.sigmoid().mean((2, 3)), (2, 3, 4, 5)),
             (lambda x, _: x.mean((1, 2), keepdim=True), (2, 3, 4, 5)),
+            (lambda x, _: x.mean((1, 2)).exp(), (2, 3, 4)),
         ],
     )
     @pytest.mark.parametrize("tracing_mode", ["fake", "symbolic"])

@@ -53,7 +53,7 @@ def _padded(graph: Graph, values: Node, axis: int, before: Any, after: Any, size
     return node
 
 
-def _select_rows(graph: Graph, product: Node) -> None:
+def _select_rows(graph: Graph, product: Any) -> None:
     """Replace the product of a matrix with one-hot rows by the rows that these select.
 
     Such a row is the gradient of the score of a class: 1 where the number of the column is that of the class.
@@ -77,12 +77,12 @@ def _select_rows(graph: Graph, product: Node) -> None:
             product.replace_all_uses_with(_call(graph, aten.index_select.default, weight, 0, classes.args[0]))
 
 
-def _average_once(graph: Graph, node: Node) -> None:
+def _average_once(graph: Graph, node: Any) -> None:
     """Sum or average what is the same at all positions, as the gradient of a pooled map is, as one position."""
     source, dims, *rest = node.args
-    steps = []
+    steps: list[Any] = []
     while source.target in {aten.alias.default, aten.clone.default, aten.div.Tensor, aten.mul.Tensor}:
-        if len(source.all_input_nodes) != 1:
+        if any(isinstance(one, Node) for one in source.args[1:]):
             return
         steps.append(source)
         source = source.args[0]
@@ -108,7 +108,8 @@ def _constant(node: Any) -> float | None:
     while node.target in {aten.expand.default, aten.unsqueeze.default, aten.view.default}:
         node = node.args[0]
     at = {aten.full_like.default: 1, aten.full.default: 1, aten.scalar_tensor.default: 0}.get(node.target)
-    return None if at is None else node.args[at]
+    value: float | None = None if at is None else node.args[at]
+    return value
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ class _Positions:
 # Rules. Each says what an operation makes of tensors that are zero but at one position, if it knows.
 
 
-def _start(run: _Positions, node: Node) -> bool:
+def _start(run: _Positions, node: Any) -> bool:
     """The gradient of one position of an axis."""
     gradient, sizes, axis, index = node.args
     axis, size = axis % len(sizes), sizes[axis]
@@ -213,12 +214,12 @@ def _start(run: _Positions, node: Node) -> bool:
     return True
 
 
-def _unary(run: _Positions, node: Node) -> bool:
+def _unary(run: _Positions, node: Any) -> bool:
     position = run.known[node.args[0]]
     return run.found(node, position, node.target, position.values, *node.args[1:], **node.kwargs)
 
 
-def _scaled(run: _Positions, node: Node) -> bool:
+def _scaled(run: _Positions, node: Any) -> bool:
     """A product, a quotient of a numerator that is zero, or what a condition chooses in place of a zero."""
     first, others = _first(run, node), [one for one in node.args if one is not _first(run, node)]
     position, sides = run.known[first], _sides(node)
@@ -232,18 +233,18 @@ def _scaled(run: _Positions, node: Node) -> bool:
     return None not in parts and run.found(node, position, node.target, *parts)
 
 
-def _added(run: _Positions, node: Node) -> bool:
+def _added(run: _Positions, node: Any) -> bool:
     """A sum of two that are zero at the same positions."""
-    terms = [run.known.get(term) for term in node.args]
-    if None in terms or not terms[0].matches(terms[1]):
+    one, other = (run.known.get(term) for term in node.args)
+    if one is None or other is None or not one.matches(other):
         return False
-    axis, (left, right) = terms[0].axis, map(_sides, node.args)
-    if len(left) != len(right) or left[axis] != right[axis]:
+    left, right = map(_sides, node.args)
+    if len(left) != len(right) or left[one.axis] != right[one.axis]:
         return False
-    return run.found(node, terms[0], node.target, *(term.values for term in terms), **node.kwargs)
+    return run.found(node, one, node.target, one.values, other.values, **node.kwargs)
 
 
-def _summed(run: _Positions, node: Node) -> bool:
+def _summed(run: _Positions, node: Any) -> bool:
     source, dims, *rest = node.args
     position, gone = run.known[source], _axes(dims, source)
     if position.merged is not None or not gone:
@@ -255,21 +256,21 @@ def _summed(run: _Positions, node: Node) -> bool:
     return run.found(node, replace(position, axis=axis), node.target, position.values, *node.args[1:], **node.kwargs)
 
 
-def _permuted(run: _Positions, node: Node) -> bool:
+def _permuted(run: _Positions, node: Any) -> bool:
     source, dims = node.args
     position = run.known[source]
     moved = replace(position, axis=_axes(dims, source).index(position.axis))
     return run.found(node, moved, node.target, position.values, dims)
 
 
-def _unsqueezed(run: _Positions, node: Node) -> bool:
+def _unsqueezed(run: _Positions, node: Any) -> bool:
     source, axis = node.args
     position = run.known[source]
     moved = replace(position, axis=position.axis + (axis % len(_sides(node)) <= position.axis))
     return run.found(node, moved, node.target, position.values, axis)
 
 
-def _squeezed(run: _Positions, node: Node) -> bool:
+def _squeezed(run: _Positions, node: Any) -> bool:
     source, dims = node.args
     position, gone = run.known[source], _axes(dims, source)
     if position.axis in gone:
@@ -278,7 +279,7 @@ def _squeezed(run: _Positions, node: Node) -> bool:
     return run.found(node, moved, node.target, position.values, dims)
 
 
-def _expanded(run: _Positions, node: Node) -> bool:
+def _expanded(run: _Positions, node: Any) -> bool:
     source, sizes = node.args
     position, new = run.known[source], len(_sides(node)) - len(_sides(source))
     axis = position.axis + new
@@ -288,7 +289,7 @@ def _expanded(run: _Positions, node: Node) -> bool:
     return run.found(node, replace(position, axis=axis), node.target, position.values, sizes)
 
 
-def _viewed(run: _Positions, node: Node) -> bool:
+def _viewed(run: _Positions, node: Any) -> bool:
     """An axis that stays, is merged with its neighbours, or is split again."""
     source, shape = node.args
     position, before, after = run.known[source], _sides(source), _sides(node)
@@ -319,7 +320,7 @@ def _same_place(before: Sequence[Any], start: int, end: int, after: Sequence[Any
     return None
 
 
-def _multiplied(run: _Positions, node: Node) -> bool:
+def _multiplied(run: _Positions, node: Any) -> bool:
     """A product of matrices: along a row or column that is zero, or summed over the position."""
     left, right = node.args
     rows = len(_sides(node)) - 2
@@ -340,7 +341,7 @@ def _multiplied(run: _Positions, node: Node) -> bool:
     return True
 
 
-_RULES: dict[Any, Callable[[_Positions, Node], bool]] = {
+_RULES: dict[Any, Callable[[_Positions, Any], bool]] = {
     aten.select_backward.default: _start,
     **dict.fromkeys((aten.alias.default, aten.clone.default, aten.neg.default, aten.mul.Scalar), _unary),
     **dict.fromkeys((aten.mul.Tensor, aten.div.Tensor, aten.where.self), _scaled),
@@ -355,11 +356,11 @@ _RULES: dict[Any, Callable[[_Positions, Node], bool]] = {
 }
 
 
-def _first(run: _Positions, node: Node) -> Node:
+def _first(run: _Positions, node: Any) -> Node:
     return next(one for one in node.args if one in run.known)
 
 
-def _sides(node: Node) -> tuple[Any, ...]:
+def _sides(node: Any) -> tuple[Any, ...]:
     """Return the sizes of a tensor, those that are dynamic as expressions."""
     return tuple(side.node.expr if isinstance(side, torch.SymInt) else side for side in node.meta["val"].shape)
 
