@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -35,7 +36,7 @@ class Rewritten(TorchFunctionMode):
         rewrite, kwargs = _REWRITES.get(getattr(func, "__name__", "")), kwargs or {}
         if rewrite is not None:
             return rewrite(func, *args, **kwargs)
-        if isinstance(func, FunctionType) and not _CHECKS.isdisjoint(func.__code__.co_names):
+        if isinstance(func, FunctionType) and func.__globals__ is functional.__dict__:
             with self:  # what a function of Python calls is looked at as well
                 return _body(func)(*args, **kwargs)
         return func(*args, **kwargs)
