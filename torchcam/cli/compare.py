@@ -83,11 +83,14 @@ def run(arguments: argparse.Namespace) -> None:
     best = max(known.values(), default=math.nan)
     rows = [
         (
-            f"  {name}",
-            Text(f"{likeness:.2f}" if name in known else "", BEST if likeness == best else ""),
-            ", ".join(layers),
+            f"  {entry['method']}",
+            Text(
+                f"{entry['likeness']:.2f}" if entry["method"] in known else "",
+                BEST if entry["likeness"] == best else "",
+            ),
+            ", ".join(entry["target_layers"]),
         )
-        for name, likeness, layers in ((e["method"], e["likeness"], e["target_layers"]) for e in entries)
+        for entry in entries
     ]
     print_table(make_table(("  method", "like the others", "layers"), rows, right=[1]))
     print_line(f"\n{source} -> {path}")
