@@ -305,7 +305,7 @@ class TestRefusals:
 
 class TestInterruptions:
     def test_ctrl_c(self, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        arguments = ["--demo", "--limit", "12", "--batch-size", "1", "--methods", "GradCAM", "--metrics"]
+        arguments = ["--demo", "--limit", "4", "--batch-size", "1", "--methods", "GradCAM", "--metrics"]
         arguments += ["deletion-insertion,road", "--output", "table.json"]
         code = (  # the second batch takes for ever, and says so; a background job would inherit an ignored Ctrl-C
             "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
@@ -327,7 +327,7 @@ class TestInterruptions:
         _, message = process.communicate(timeout=100)
         assert process.returncode == 130
         found = re.fullmatch(
-            r"torchcam: interrupted; (\d+) of 12 batches were finished, and are kept in 'table.json.partial'; the same "
+            r"torchcam: interrupted; (\d+) of 4 batches were finished, and are kept in 'table.json.partial'; the same "
             r"command goes on from there \(--restart begins anew\)\n",
             message,
         )
@@ -336,8 +336,8 @@ class TestInterruptions:
         assert torch.load(io.BytesIO(payload), weights_only=True)["finished"] == int(found[1]) == 1
         assert not (place / "table.json").exists()
 
-        other = fails(capsys, *arguments, "--limit", "11")
-        assert "settings.demo was 12, is 11" in other
+        other = fails(capsys, *arguments, "--limit", "3")
+        assert "settings.demo was 4, is 3" in other
         assert "pass --restart to begin anew" in other
         assert cli.main(["evaluate", *arguments]) == 0
         assert not state.parent.exists()

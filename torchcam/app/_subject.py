@@ -14,7 +14,7 @@ from torchcam._explanation import PredictionExplanation
 from torchcam._inputs import read_inputs
 from torchcam._methods import find_method, method_names
 from torchcam._passes import Call
-from torchcam._recommended import Recommended, recommended
+from torchcam._recommended import Recommended, recommended_of
 from torchcam.explain import explain
 from torchcam.layers import Candidates, candidates_of
 
@@ -78,10 +78,11 @@ class Subject:
         """Return the layers that a map can be made from, by passes over a picture, and note what is recommended."""
         inputs = read_inputs(self.model, picture, self._given.get("transform"))
         call = Call((inputs.tensor,), {}) if inputs.kwargs is None else Call((), dict(inputs.kwargs))
-        best = recommended(self.model, *call.args, **call.kwargs)
+        found = candidates_of(self.model, call)
+        best = recommended_of(self.model, found)
         if best.target_layer is not None:
             self.best = {f"{best.method}, {BEST}": best}
-        usable = candidates_of(self.model, call).usable
+        usable = found.usable
         return Candidates([one for one in usable if one.is_stage] or usable)
 
     @property
