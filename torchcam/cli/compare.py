@@ -10,7 +10,7 @@ from ._images import prepare, read_image, save_figure
 from ._messages import BEST, print_json, print_line, print_table
 from ._models import RANDOM_WEIGHTS
 from ._paths import check_output, is_picture
-from .explain import class_entry, explain_image, picture_of
+from .explain import explain_image, picture_of
 
 if TYPE_CHECKING:
     import argparse
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
     save_figure(arguments, explanation, title, path)
     entries = _similarities(explanation, index)
     if arguments.json:
-        about = {"image": str(source), "picture": str(path), **classifier.facts, **class_entry(explanation, index)}
+        about = {"image": str(source), "picture": str(path), **classifier.facts, **explanation.entry(index)}
         print_json({**about, "methods": entries})
         return
 
