@@ -549,14 +549,7 @@ class TestOperations:
 
     def test_functions_that_choose_another(self) -> None:
         """A maximum is taken with or without its indices: torch hands the choice to modes, and then what it chose."""
-        layers = [
-            nn.Conv2d(3, 4, 3),
-            nn.MaxPool2d(2),
-            nn.SELU(),
-            nn.AdaptiveMaxPool2d(2),
-            nn.Flatten(),
-            nn.Linear(16, 5),
-        ]
+        layers = [nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.SELU(), nn.Flatten(), nn.Linear(48, 5)]
         model = shuffled(nn.Sequential(*layers))
         exported = export(model, "GradCAM", "0", example=IMAGES[:1])
         wanted = expected(model, "GradCAM", "0", IMAGES, CLASSES)
