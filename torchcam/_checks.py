@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any, TypeVar
 
-__all__ = ["callable_object", "finite_number", "fraction", "integer", "one_of", "positive_integer", "torch_module"]
+__all__ = [
+    "callable_object",
+    "class_number",
+    "finite_number",
+    "fraction",
+    "integer",
+    "one_of",
+    "positive_integer",
+    "torch_module",
+]
 
 T = TypeVar("T")
 
@@ -25,6 +35,20 @@ def integer(name: str, value: int, lowest: int | None = None) -> int:
         bound = f"{lowest} or more" if lowest < 1 else f"at least {lowest}"
         raise ValueError(f"`{name}` must be {bound}, got {value}")
     return value
+
+
+def class_number(name: str, value: Any) -> int:
+    """Check the number of a class, an integer of any library.
+
+    Raises:
+        TypeError: if it is not an integer (a boolean is not)
+    """
+    if isinstance(value, bool) or getattr(getattr(value, "dtype", None), "kind", "i") == "b":
+        raise TypeError(f"`{name}` must be an integer, got the boolean {value!r}")
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"`{name}` must be an integer, got {value!r} of type {type(value).__name__}") from None
 
 
 def positive_integer(name: str, value: int) -> int:

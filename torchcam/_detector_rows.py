@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._tensors import named_tensor
+
 __all__ = ["SIDES", "Rows", "corners", "overlaps", "read_rows"]
 
 SIDES = ("left", "top", "right", "bottom")
@@ -137,11 +139,8 @@ def read_rows(output: Any) -> Rows:
             keypoints=output.get("keypoints_scores"),
             masks=None if masks is None else masks[:, 0],
         )
-    logits, boxes = (
-        output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
-        for name in ("logits", "pred_boxes")
-    )
-    if isinstance(logits, Tensor) and isinstance(boxes, Tensor):
+    logits, boxes = named_tensor(output, "logits"), named_tensor(output, "pred_boxes")
+    if logits is not None and boxes is not None:
         return Rows(logits, corners(boxes))
     if isinstance(output, (tuple, list)) and len(output) == 2:
         decoded, protos = output[0][:2] if isinstance(output[0], (tuple, list)) else (output[0], None)
@@ -194,8 +193,9 @@ def corners(boxes: Tensor) -> Tensor:
 
 
 def overlaps(box: Tensor, boxes: Tensor) -> Tensor:
-    """Return the overlap (intersection over union) of a box (4,) with others (R, 4): (R,)."""
-    low, high = torch.maximum(box[:2], boxes[:, :2]), torch.minimum(box[2:], boxes[:, 2:])
-    shared = (high - low).clamp_min(0).prod(1)
-    union = (box[2:] - box[:2]).prod() + (boxes[:, 2:] - boxes[:, :2]).prod(1) - shared
+    """Return the overlap (intersection over union) of a box (..., 4) with others (R, 4): (..., R)."""
+    box = box.unsqueeze(-2)
+    low, high = torch.maximum(box[..., :2], boxes[:, :2]), torch.minimum(box[..., 2:], boxes[:, 2:])
+    shared = (high - low).clamp_min(0).prod(-1)
+    union = (box[..., 2:] - box[..., :2]).prod(-1) + (boxes[:, 2:] - boxes[:, :2]).prod(-1) - shared
     return shared / union.clamp_min(torch.finfo(boxes.dtype).tiny)

@@ -21,7 +21,7 @@ from ._passes import Call, to_model
 from ._pictures import from_unit_range, to_picture
 from ._views import FULL, View, Views
 
-__all__ = ["Inputs", "as_rgb", "read_inputs", "read_picture", "split_processor"]
+__all__ = ["Inputs", "as_rgb", "read_inputs", "read_picture", "split_processor", "transformed"]
 
 Transform = Callable[..., Any]
 Normalisation = tuple[Sequence[float], Sequence[float]]
@@ -128,7 +128,7 @@ def read_inputs(
     views: tuple[Views | None, ...] = (None,) * len(tensor)
     if tensor.ndim == 4:
         seen = (tensor.shape[3], tensor.shape[2])
-        to_tensor = None if transform is None else partial(_one_transformed, transform, channels)
+        to_tensor = None if transform is None else partial(transformed, transform, channels)
         sources: list[tuple[int, int] | None] = [picture.size for picture in images] or [None] * len(tensor)
         views = tuple(Views(seen, source, to_tensor) for source in sources)
     pictures, shown = _pictures(tensor, _normalisation(transform) or _normalisation(_pretrained(model)), image, views)
@@ -221,7 +221,7 @@ def _transformed(transform: Any, images: list[Image.Image]) -> Tensor | dict[str
     return _stack(tensors)
 
 
-def _one_transformed(transform: Any, channels: int | None, image: Image.Image) -> Tensor:
+def transformed(transform: Any, channels: int | None, image: Image.Image) -> Tensor:
     """Return a transformed image, (C, *spatial)."""
     return _image_of(_transformed(transform, [_for_model(image, channels)]))[0]
 

@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._chunks import run_chunks
@@ -176,7 +177,7 @@ def try_reading(
         needed: the least score
         only: whether no other reading is tried: three positions may follow by chance
     """
-    changes = measured.get((reading.layout.batch, reading.layout.channels % _ndim(measured)))
+    changes = measured.get((reading.layout.batch, reading.layout.channels))
     if changes is None or not changes.axes:
         return Trial(None)
     above = _above_weaker(reading.layout, changes)
@@ -248,11 +249,8 @@ def seen_at_places(layout: Layout, output: Tensor, signal: Tensor) -> Seen | Non
     mass = gradient.detach().cpu().double().square()
     mass = mass.sum([dimension for dimension in range(mass.ndim) if dimension not in layout.axes])
     for dimension, part in enumerate(parts):
-        cell = torch.arange(mass.shape[dimension]) * part // mass.shape[dimension]
-        shape = [part if each == dimension else side for each, side in enumerate(mass.shape)]
-        mass = mass.new_zeros(shape).index_add_(dimension, cell, mass) / torch.bincount(cell).reshape(
-            [-1 if each == dimension else 1 for each in range(mass.ndim)]
-        )
+        holds = F.one_hot(torch.arange(mass.shape[dimension]) * part // mass.shape[dimension], part).double()
+        mass = torch.movedim(mass.movedim(dimension, -1) @ (holds / holds.sum(0)), -1, dimension)
     others = float(mass[~expected].mean())
     if not others >= 0 or not float(mass.sum()) > 0:
         return None
@@ -260,18 +258,11 @@ def seen_at_places(layout: Layout, output: Tensor, signal: Tensor) -> Seen | Non
     return Seen(float(found.min()), float(found.mean()))
 
 
-def _ndim(measured: Mapping[tuple[int, int], Changes]) -> int:
-    return next((one.sizes.ndim for one in measured.values()), 1)
-
-
 def _explained(centre: Tensor, weight: Tensor, side: int) -> float:
     """Return the share of the weighted variance of (*grid) that the place along a side explains; 0 unless it rises."""
-    others = [dimension for dimension, length in enumerate(centre.shape) if dimension != side and length > 1]
-    if not others:
-        centre, weight = centre.flatten(), weight.flatten()
-    weights = weight.sum(others).flatten() if others else weight
-    sums = (weight * centre).sum(others).flatten() if others else weight * centre
-    means = sums / weights.clamp_min(1e-300)
+    centre, weight = (one.movedim(side, 0).reshape(one.shape[side], -1) for one in (centre, weight))
+    weights = weight.sum(1)
+    means = (weight * centre).sum(1) / weights.clamp_min(1e-300)
     index = torch.arange(len(means), dtype=torch.double, device=means.device)
     total = weight.sum().clamp_min(1e-300)
     mean = (weight * centre).sum() / total
@@ -285,7 +276,7 @@ def _explained(centre: Tensor, weight: Tensor, side: int) -> float:
     rise = float(torch.corrcoef(torch.stack([index, means])[:, first : last + 1])[0, 1])
     if not rise > 0.8:
         return 0.0
-    if not others:  # each place is its own group: a line, not their means, must explain them
+    if weight.shape[1] == 1:  # each place is its own group: a line, not their means, must explain them
         index_mean = (weights * index).sum() / total
         covariance = (weights * (index - index_mean) * (means - mean)).sum()
         spread = (weights * (index - index_mean) ** 2).sum()

@@ -20,6 +20,7 @@ __all__ = [
     "map_structure",
     "map_tensors",
     "min_max",
+    "named_tensor",
     "over_channels",
     "over_positions",
     "resize",
@@ -50,6 +51,15 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         for field in dataclasses.fields(value):
             yield from tensors_in(getattr(value, field.name))
+
+
+def named_tensor(output: Any, *names: str) -> Tensor | None:
+    """Return the first of some entries of a mapping, or attributes of an object, that is a tensor."""
+    for name in names:
+        entry = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        if isinstance(entry, Tensor):
+            return entry
+    return None
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -18,6 +17,7 @@ from torchcam import _page
 from torchcam._displays import Pictures
 from torchcam._figures import Cell, Column, Row, Sheet
 from torchcam._files import atomic_write, free_directory
+from torchcam._numbers import to_json
 from torchcam._pictures import SMALLEST, enlarged, fitted, fitted_size
 from torchcam.layout import Cells
 from torchcam.utils import ALPHA, on_picture, overlay_map
@@ -193,7 +193,7 @@ class AnswerExplanation(Pictures):
         """
         below = self.images[self._picture(picture)]
         values = self.map(word, picture, signed=signed)
-        return _drawn(below, values, alpha, colormap, grey, signed)
+        return _drawn(below, values, grey, alpha=alpha, colormap=colormap, signed=signed)
 
     @property
     def _items(self) -> Sequence[_AnsweredPicture]:
@@ -229,11 +229,10 @@ class AnswerExplanation(Pictures):
         return "<0.1%" if share < 0.0005 else f"{share:.1%}"
 
     def _origin(self) -> list[tuple[str, str]]:
-        lines = [("model", self.model), ("prompt", self.prompt), ("explained", self.question)]
-        lines.append((_METHOD, f"of {_LAYER}, at {self.maps.shape[1]} visual tokens"))
-        if self.unbalanced:
-            lines.append(("without a rule", ", ".join(self.unbalanced)))
-        return [*lines, *self.versions.items()]
+        where = f"of {_LAYER}, at {self.maps.shape[1]} visual tokens"
+        lines = [("model", self.model), ("prompt", self.prompt), ("explained", self.question), (_METHOD, where)]
+        without = [("without a rule", ", ".join(self.unbalanced))] if self.unbalanced else []
+        return [*lines, *without, *self.versions.items()]
 
     # Files.
 
@@ -285,8 +284,7 @@ class AnswerExplanation(Pictures):
                 "model": self.model,
                 "versions": dict(self.versions),
             }
-            text = json.dumps(manifest, indent=2, ensure_ascii=False)
-            (folder / "manifest.json").write_text(text + "\n", encoding="utf-8")
+            (folder / "manifest.json").write_text(to_json(manifest) + "\n", encoding="utf-8")
         return directory
 
 
@@ -315,7 +313,7 @@ class _AnsweredPicture:
         for number in range(len(of.maps)):
             values = of.map(number, self.number)
             notes = filter(None, (of._name_of(number), of._value_of(number), _note(values)))
-            cells.append(Cell(_drawn(base, values, alpha, colormap, grey), " · ".join(notes)))
+            cells.append(Cell(_drawn(base, values, grey, alpha=alpha, colormap=colormap), " · ".join(notes)))
         rows = [Row("", "", cells[start : start + _COLUMNS]) for start in range(0, len(cells), _COLUMNS)]
         blank = [Column("")] * (min(len(cells), _COLUMNS) - 1)
         return Sheet(base, [Column(_METHOD, _LAYER), *blank], rows)
@@ -331,16 +329,8 @@ class _AnsweredPicture:
         return self.of._origin()
 
 
-def _drawn(
-    below: Image.Image,
-    values: NDArray[np.float32],
-    alpha: float,
-    colormap: str | Colormap | None,
-    grey: bool,
-    signed: bool = False,
-) -> Image.Image:
-    base = enlarged(below.convert("L") if grey else below, SMALLEST)
-    return overlay_map(base, values, colormap, alpha, signed=signed)
+def _drawn(below: Image.Image, values: NDArray[np.float32], grey: bool, **options: Any) -> Image.Image:
+    return overlay_map(enlarged(below.convert("L") if grey else below, SMALLEST), values, **options)
 
 
 def _covers(cells: Cells) -> bool:

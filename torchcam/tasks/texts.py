@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ from torchcam._passes import model_device
 from torchcam._replica import replicated
 from torchcam._tensors import map_tensors
 
-from ._patches import PatchTransform, as_patches, from_patches, takes_patches
+from ._patches import PatchTransform, as_patches, from_patches
 
 __all__ = ["Texts", "ZeroShotClassifier", "as_images", "as_texts", "own_scores"]
 
@@ -229,7 +230,8 @@ def _holder(model: nn.Module) -> nn.Module:
 def _patch_size(model: nn.Module) -> int | None:
     """Return the size of the patches that a model takes in place of an image, None for an image."""
     config: Any = getattr(model, "config", None)
-    return int(config.vision_config.patch_size) if takes_patches(_tower(model)[0]) else None
+    takes_patches = "spatial_shapes" in inspect.signature(_tower(model)[0]).parameters
+    return int(config.vision_config.patch_size) if takes_patches else None
 
 
 def _features(output: Any) -> Tensor:
