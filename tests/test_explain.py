@@ -230,7 +230,7 @@ class TestErrors:
             ({"model": len}, TypeError, "`model` must be a torch.nn.Module"),
             ({"expected_class_idx": 3}, ValueError, "between 0 and 2 for the 3 classes of the model, got 3"),
             ({"expected_class_idx": -1}, ValueError, "`expected_class_idx` must lie .* got -1"),
-            ({"expected_class_idx": True}, TypeError, "`expected_class_idx` .* boolean True"),
+            ({"expected_class_idx": True}, TypeError, "`expected_class_idx` must be an integer, got True"),
             ({"expected_class_idx": 1.0}, TypeError, "`expected_class_idx` .* got 1.0 of type float"),
             ({"class_names": ["a", "b"]}, ValueError, "`class_names` has 2 names, but .* 3 classes"),
             ({"class_names": "abc"}, TypeError, "`class_names` must be a sequence of strings"),

@@ -8,47 +8,28 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import Any, TypeVar
 
-__all__ = [
-    "callable_object",
-    "class_number",
-    "finite_number",
-    "fraction",
-    "integer",
-    "one_of",
-    "positive_integer",
-    "torch_module",
-]
+__all__ = ["callable_object", "finite_number", "fraction", "integer", "one_of", "positive_integer", "torch_module"]
 
 T = TypeVar("T")
 
 
-def integer(name: str, value: int, lowest: int | None = None) -> int:
-    """Check an argument that is an integer, ``lowest`` or more.
-
-    Raises:
-        TypeError: if it is not an integer
-        ValueError: if it is less than ``lowest``
-    """
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"`{name}` must be an integer, got {value!r} of type {type(value).__name__}")
-    if lowest is not None and value < lowest:
-        bound = f"{lowest} or more" if lowest < 1 else f"at least {lowest}"
-        raise ValueError(f"`{name}` must be {bound}, got {value}")
-    return value
-
-
-def class_number(name: str, value: Any) -> int:
-    """Check the number of a class, an integer of any library.
+def integer(name: str, value: Any, lowest: int | None = None) -> int:
+    """Check an argument that is an integer, of any library, ``lowest`` or more.
 
     Raises:
         TypeError: if it is not an integer (a boolean is not)
+        ValueError: if it is less than ``lowest``
     """
-    if isinstance(value, bool) or getattr(getattr(value, "dtype", None), "kind", "i") == "b":
-        raise TypeError(f"`{name}` must be an integer, got the boolean {value!r}")
     try:
-        return operator.index(value)
+        number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
-        raise TypeError(f"`{name}` must be an integer, got {value!r} of type {type(value).__name__}") from None
+        number = None
+    if number is None:
+        raise TypeError(f"`{name}` must be an integer, got {value!r} of type {type(value).__name__}")
+    if lowest is not None and number < lowest:
+        bound = f"{lowest} or more" if lowest < 1 else f"at least {lowest}"
+        raise ValueError(f"`{name}` must be {bound}, got {number}")
+    return number
 
 
 def positive_integer(name: str, value: int) -> int:

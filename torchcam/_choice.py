@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from ._checks import callable_object, class_number
+from ._checks import callable_object, integer
 from ._names import closest
 from .targets import OutputTarget
 
@@ -142,7 +142,7 @@ def _per_input(argument: str, given: Any, count: int, read: Callable[[Any], T], 
 
 
 def _expected(given: Any) -> int | None:
-    return None if given is None else class_number("expected_class_idx", given)
+    return None if given is None else integer("expected_class_idx", given)
 
 
 def _classes(given: Any) -> list[int]:
@@ -150,7 +150,7 @@ def _classes(given: Any) -> list[int]:
     found = [*given] if isinstance(given, _LISTS) else [given]
     if not found or None in found:
         raise ValueError("`class_idx` names no class; leave it out to explain the predicted one")
-    return [class_number("class_idx", one) for one in found]
+    return [integer("class_idx", one) for one in found]
 
 
 def _named_targets(given: Any) -> dict[str, OutputTarget]:

@@ -90,10 +90,6 @@ class Layout:
     axes: tuple[int, ...] = field(default=(), compare=False, repr=False)
     before: int = 0
 
-    @property
-    def _is_row(self) -> bool:
-        return len(self.positions) == 1 and (self.prefix > 0 or len(self.grid) > 1)
-
     @cached_property
     def is_plain(self) -> bool:
         """Whether a tensor of this layout is in grid form as it is."""
@@ -105,24 +101,23 @@ class Layout:
         if self.is_plain:
             return tensor
         ordered = tensor.permute(self.batch, self.channels, *self.positions)
-        if not self._is_row:
+        if len(self.grid) == len(self.positions):
             return ordered.narrow(2 + self.before, self.prefix, self.grid[self.before])
         row = ordered[..., self.prefix :]
+        fold = self.fold or range(len(self.grid))
+        folded = row.reshape(*row.shape[:2], *(self.grid[side] for side in fold))
         if not self.fold:
-            return row.reshape(*row.shape[:2], *self.grid)
-        folded = row.reshape(*row.shape[:2], *(self.grid[side] for side in self.fold))
+            return folded
         return folded.permute(0, 1, *(2 + self.fold.index(side) for side in range(len(self.grid))))
 
     def from_grid(self, grid: Tensor, original: Tensor) -> Tensor:
         """Lay out ``(N, C, *grid)`` as the tensor it came from; tokens before the grid are those of ``original``."""
         order = (self.batch, self.channels, *self.positions)
-        if self._is_row:
-            before = original.permute(order)[..., : self.prefix].expand(*grid.shape[:2], -1)
-            folded = grid.permute(0, 1, *(2 + side for side in self.fold)) if self.fold else grid
-            grid = torch.cat([before, folded.flatten(2)], -1)
-        elif self.prefix:
+        if len(self.grid) > len(self.positions):
+            grid = (grid.permute(0, 1, *(2 + side for side in self.fold)) if self.fold else grid).flatten(2)
+        if self.prefix:
             tokens = original.permute(order).narrow(2 + self.before, 0, self.prefix)
-            grid = torch.cat([tokens.expand(*grid.shape[:2], *[-1] * len(self.grid)), grid], 2 + self.before)
+            grid = torch.cat([tokens.expand(*grid.shape[:2], *[-1] * len(self.positions)), grid], 2 + self.before)
         return grid.permute([order.index(dimension) for dimension in range(len(order))])
 
     def is_like(self, other: Layout) -> bool:
@@ -150,9 +145,7 @@ class Layout:
         """The source of a function from such a tensor to ``(N, C, *grid)``."""
         order = (self.batch, self.channels, *self.positions)
         code = "t" if order == tuple(range(len(order))) else f"t.permute({', '.join(map(str, order))})"
-        if self.prefix and self._is_row:
-            code += f"[..., {self.prefix}:]"
-        elif self.prefix:
+        if self.prefix:
             code += f"[{':, ' * (2 + self.before)}{self.prefix}:]"
         if len(self.grid) > len(self.positions):
             fold = self.fold or range(len(self.grid))
@@ -163,11 +156,13 @@ class Layout:
 
     def __str__(self) -> str:
         named = {self.batch: "N", self.channels: "C"}
-        row = f"{self.prefix} + " if self.prefix else ""
-        row += " * ".join(str(self.grid[side]) for side in self.fold or range(len(self.grid)))
-        for number, position in enumerate(self.positions):
-            before = f"{self.prefix} + " if self.prefix and number == self.before else ""
-            named[position] = f"positions {row}" if len(self.positions) == 1 else f"{before}{self.grid[number]}"
+        sides = [str(side) for side in self.grid]
+        if len(self.positions) == 1:
+            sides = [" * ".join(sides[side] for side in self.fold or range(len(sides)))]
+        if self.prefix:
+            sides[self.before] = f"{self.prefix} + {sides[self.before]}"
+        row = "positions " if len(self.positions) == 1 else ""
+        named.update({position: row + side for position, side in zip(self.positions, sides, strict=True)})
         return f"({', '.join(named[dimension] for dimension in range(len(named)))})"
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._checks import callable_object, class_number, integer
+from ._checks import callable_object, integer
 from ._detector_rows import SIDES, overlaps, read_rows
 from ._tensors import map_tensors, named_tensor, tensors_in, to_float
 
@@ -97,11 +97,11 @@ def as_class_indices(class_idx: ClassIndex, batch_size: int, num_classes: int, d
             indices = indices.clone()
         lowest, highest = (indices.amin(), indices.amax()) if indices.numel() else (0, 0)
     elif isinstance(class_idx, (str, bytes)) or not (hasattr(class_idx, "__iter__") and hasattr(class_idx, "__len__")):
-        lowest = highest = class_number("class_idx", class_idx)
+        lowest = highest = integer("class_idx", class_idx)
         indices = torch.full((), lowest, dtype=torch.long, device=device)
     else:
         rows = [list(row) if isinstance(row, (list, tuple)) else [row] for row in class_idx]
-        values = [class_number("class_idx", one) for row in rows for one in row]
+        values = [integer("class_idx", one) for row in rows for one in row]
         lowest, highest = (min(values), max(values)) if values else (0, 0)
         several = any(isinstance(row, (list, tuple)) for row in class_idx)
         if len({len(row) for row in rows}) > 1:
@@ -558,6 +558,6 @@ def token_scores(logits: Tensor, tokens: Tensor, against: Any = None, is_log: bo
 def _class_scores(scores: Any, class_idx: int) -> Tensor:
     """Return a class's entry of one sample's scores (K, *S)."""
     logits = read_logits(scores)
-    if not 0 <= class_number("class_idx", class_idx) < len(logits):
+    if not 0 <= integer("class_idx", class_idx) < len(logits):
         raise ValueError(f"`class_idx` must lie between 0 and {len(logits) - 1}, got {class_idx}")
     return logits[class_idx]

@@ -38,7 +38,7 @@ def is_detector(model: nn.Module) -> bool:
     return any(base.__module__ == "ultralytics.engine.model" for base in type(model).__mro__)
 
 
-def find(wrapper: Any, given: Any, picture: Image.Image, threshold: float | None, **_others: Any) -> Found:
+def find(wrapper: Any, given: Any, picture: Image.Image, threshold: float | None, _options: Any) -> Found:
     """Ask a wrapper about a picture: it predicts as it does for its user, and the model inside is what is explained."""
     model = wrapper.model
     if not isinstance(model, nn.Module):

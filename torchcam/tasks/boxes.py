@@ -56,10 +56,9 @@ def as_boxes(
     given: Any,
     box: Any,
     *,
-    processor: Any = None,
-    threshold: float | None = None,
-    class_names: Sequence[str] | None = None,
-    needs_layer: bool = True,
+    threshold: float | None,
+    class_names: Sequence[str] | None,
+    needs_layer: bool,
     **options: Any,
 ) -> Boxes:
     """Ask a detector about a picture, and find the rows of its output behind the boxes that are asked about.
@@ -69,11 +68,10 @@ def as_boxes(
         given: the picture: a path, a PIL image or an array; for torchvision also a tensor (1, C, H, W)
         box: the number of a box, a :class:`torchcam.targets.Box` with it, ``"all"``, or a list of them; by default the
             one with the highest score
-        processor: of transformers, what makes inputs of pictures and boxes of outputs
         threshold: the least score of a box, by default the detector's own
         class_names: the names of the classes, by default those that the detector knows
         needs_layer: whether the default layer is looked for
-        options: how inputs are read: ``transform`` and ``weights``
+        options: how inputs are read: ``transform``, ``weights`` and, of transformers, ``processor``
 
     Raises:
         TypeError: if the model is no detector, or an argument has the wrong type
@@ -93,9 +91,9 @@ def as_boxes(
         raise ValueError(f"`input_tensor` must be one image, (1, C, H, W), for `box`, got shape {tuple(given.shape)}")
     if isinstance(given, Tensor) and library is not _torchvision:
         raise TypeError("`input_tensor` must be an image for `box`, a path, a PIL image or an array, got a tensor")
-    if processor is not None and library is not _detr:
+    if options["processor"] is not None and library is not _detr:
         raise ValueError(f"`processor` is for transformers: {type(model).__name__} makes boxes by itself")
-    found = library.find(model, given, picture, threshold, processor=processor, **options)
+    found = library.find(model, given, picture, threshold, options)
     asked = _asked(box, found.detections)
     names = found.detections.class_names if class_names is None else MappingProxyType(dict(enumerate(class_names)))
     targets = {_name(one): _target(found, one) for one in asked}

@@ -75,7 +75,8 @@ class Texts:
         embeddings: their embeddings of length 1, (texts, D)
         scale: the factor of the similarities
         bias: what is added to them
-        has_bias: whether the model has been trained with it, on each pair of image and text by itself
+        to_probabilities: the sigmoid for models that judge each text by itself, as those with a bias do; None for a
+            softmax
         against_others: whether the score of a text is explained less the mean of the others
         text_only: the names of the model's children that read texts
     """
@@ -84,14 +85,9 @@ class Texts:
     embeddings: Tensor
     scale: Tensor
     bias: Tensor
-    has_bias: bool
+    to_probabilities: Callable[[Tensor], Tensor] | None
     against_others: bool
     text_only: frozenset[str]
-
-    @property
-    def to_probabilities(self) -> Callable[[Tensor], Tensor] | None:
-        """The sigmoid for models that judge each text by itself; None for a softmax."""
-        return torch.sigmoid if self.has_bias else None
 
     def classifier(self, model: nn.Module) -> ZeroShotClassifier:
         """Return the model as a classifier of the texts; it shares the model's modules."""
@@ -182,7 +178,7 @@ def as_texts(
         F.normalize(embeddings, dim=-1),
         scale.detach().exp(),
         torch.zeros_like(scale) if bias is None else bias.detach().clone(),
-        bias is not None,
+        None if bias is None else torch.sigmoid,
         against is not None,
         text_only,
     )
