@@ -148,7 +148,7 @@ def _expected(given: Any) -> int | None:
 def _classes(given: Any) -> list[int]:
     """Read one class, or several."""
     found = [*given] if isinstance(given, _LISTS) else [given]
-    if not found or None in found:
+    if not found or any(one is None for one in found):
         raise ValueError("`class_idx` names no class; leave it out to explain the predicted one")
     return [integer("class_idx", one) for one in found]
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import stat
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -53,11 +52,14 @@ class Inputs:
     channels: int | None
     class_names: tuple[str, ...] | None
 
-    @contextmanager
-    def named_errors(self) -> Iterator[None]:
-        """Say so where a model fails because its input has another number of channels than its first convolution."""
+    def call(self, model: nn.Module, samples: slice) -> Any:
+        """Run a model on some of the samples; on all of them where there are other arguments.
+
+        Raises:
+            ValueError: if it fails, and the input has another number of channels than its first convolution takes
+        """
         try:
-            yield
+            return model(self.tensor[samples]) if self.kwargs is None else model(**self.kwargs)
         except RuntimeError as error:
             if self.channels in {None, self.tensor.shape[1]}:
                 raise
@@ -65,10 +67,6 @@ class Inputs:
                 f"`input_tensor` of shape {tuple(self.tensor.shape)} has {self.tensor.shape[1]} channels, the model's "
                 f"first convolution takes {self.channels} ({error})"
             ) from error
-
-    def call(self, model: nn.Module, samples: slice) -> Any:
-        """Run a model on some of the samples; on all of them where there are other arguments."""
-        return model(self.tensor[samples]) if self.kwargs is None else model(**self.kwargs)
 
 
 def read_inputs(

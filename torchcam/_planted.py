@@ -101,11 +101,11 @@ def changes_of(
         what was measured, by the name of the output and its dimensions of batch and channels
     """
     inputs, axes = _planted(call, input_shape)
-    measured: defaultdict[tuple[str, int, int], list[Tensor]] = defaultdict(list)
+    measured: defaultdict[tuple[str, int, int], dict[int, Tensor]] = defaultdict(dict)
     scales: dict[str, float] = {}
-    last: dict[tuple[str, int, int], Tensor] = {}
+    start, rows = 0, inputs  # of the chunk that runs
 
-    def watch(layer: str, rows: int, _module: nn.Module, _args: Any, output: Any) -> None:
+    def watch(layer: str, _module: nn.Module, _args: Any, output: Any) -> None:
         for level, tensor in primary_tensors(output).items():
             if tensor.ndim < 3 or not tensor.is_floating_point():
                 continue
@@ -113,30 +113,25 @@ def changes_of(
             scales[layer + level] = float(values.square().mean())
             pairs = [(0, 1), (0, tensor.ndim - 1), *([(1, 2)] if tensor.ndim == 3 else [])]
             for batch, channels in pairs:
-                if tensor.shape[batch] == rows:
-                    moved = values.narrow(batch, 1, rows - 1) - values.narrow(batch, 0, 1)
-                    last[layer + level, batch, channels] = moved.square().sum(channels, keepdim=True)
+                if tensor.shape[batch] == len(rows):
+                    moved = values.narrow(batch, 1, len(rows) - 1) - values.narrow(batch, 0, 1)
+                    # Of a layer that runs several times, the last call counts.
+                    measured[layer + level, batch, channels][start] = moved.square().sum(channels, keepdim=True)
 
-    def run(replica: nn.Module, chunk: slice) -> None:
-        last.clear()
-        rows = torch.cat([inputs[:1], inputs[1:][chunk]])
-        modules = [(layer, replica.get_submodule(layer)) for layer in layers]
-        handles = [module.register_forward_hook(partial(watch, layer, len(rows))) for layer, module in modules]
-        try:
-            args, kwargs = call.with_signal(rows, torch.zeros(len(rows), dtype=torch.long, device=rows.device))
-            replica(*args, **kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
-        for key, sizes in last.items():  # of a layer that runs several times, the last call counts
-            measured[key].append(sizes)
+    def run(chunk: slice) -> None:
+        nonlocal start, rows
+        start, rows = chunk.start, torch.cat([inputs[:1], inputs[1:][chunk]])
+        args, kwargs = call.with_signal(rows, torch.zeros(len(rows), dtype=torch.long, device=rows.device))
+        replica(*args, **kwargs)
 
     with torch.inference_mode(False), torch.no_grad(), call.as_recorded(), replicated(model) as replica:
-        run_chunks(partial(run, replica), len(inputs) - 1, _ROWS)
+        for layer in layers:
+            replica.get_submodule(layer).register_forward_hook(partial(watch, layer))
+        run_chunks(run, len(inputs) - 1, _ROWS)
     found: dict[str, dict[tuple[int, int], Changes]] = defaultdict(dict)
     for (name, batch, channels), parts in measured.items():
-        if sum(part.shape[batch] for part in parts) == len(inputs) - 1:
-            found[name][batch, channels] = Changes(torch.cat(parts, batch), axes, scales[name])
+        if sum(part.shape[batch] for part in parts.values()) == len(inputs) - 1:
+            found[name][batch, channels] = Changes(torch.cat([*parts.values()], batch), axes, scales[name])
     return found
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
 from torchcam._detections import Detections
 from torchcam._inputs import Inputs
+from torchcam.targets import Box
 
 __all__ = ["Found", "match_rows"]
 
@@ -28,6 +30,8 @@ class Found:
             explained
         least_stride: of the layers, first those whose positions span so many pixels of the input or more, the finest
             first; None for the order as it is
+        targets: the target of each box that is asked about, by its name
+        layer: the one of the layers that is explained by default
     """
 
     model: nn.Module
@@ -37,6 +41,8 @@ class Found:
     near: Tensor | None
     layers: Sequence[str]
     least_stride: int | None = None
+    targets: Mapping[str, Box] = field(default_factory=lambda: MappingProxyType({}))
+    layer: str | None = None
 
 
 def match_rows(rows: Tensor, shares: Tensor, boxes: Tensor, labels: Tensor, scores: Tensor, argument: str) -> list[int]:

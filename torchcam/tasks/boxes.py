@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from torchcam._checks import finite_number
 from torchcam._detections import Detections
-from torchcam._inputs import Inputs, as_rgb, read_picture
+from torchcam._inputs import as_rgb, read_picture
 from torchcam._passes import Call
 from torchcam._replica import replicated
 from torchcam.layers import candidates_of, dependence, watch
@@ -22,28 +22,9 @@ from torchcam.targets import Box, Selector
 from . import _detr, _torchvision, _yolo
 from ._found import Found
 
-__all__ = ["Boxes", "as_boxes", "is_detector"]
+__all__ = ["as_boxes", "is_detector"]
 
 _LIBRARIES = (_yolo, _detr, _torchvision)
-
-
-@dataclass(frozen=True)
-class Boxes:
-    """Which boxes of a picture are explained, and how.
-
-    Attributes:
-        model: the model to explain
-        inputs: its inputs, with the original picture
-        targets: the target of each box that is asked about, by its name
-        detections: all boxes that were found
-        layer: the layer that is explained by default
-    """
-
-    model: nn.Module
-    inputs: Inputs
-    targets: Mapping[str, Box]
-    detections: Detections
-    layer: str | None
 
 
 def is_detector(model: Any) -> bool:
@@ -60,7 +41,7 @@ def as_boxes(
     class_names: Sequence[str] | None,
     needs_layer: bool,
     **options: Any,
-) -> Boxes:
+) -> Found:
     """Ask a detector about a picture, and find the rows of its output behind the boxes that are asked about.
 
     Args:
@@ -100,7 +81,7 @@ def as_boxes(
     explained = MappingProxyType({_name(one): one.index for one in asked})
     detections = replace(found.detections, class_names=names, explained=explained)
     layer = _layer(found, list(targets.values())) if needs_layer else None
-    return Boxes(found.model, found.inputs, MappingProxyType(targets), detections, layer)
+    return replace(found, detections=detections, targets=MappingProxyType(targets), layer=layer)
 
 
 def _asked(box: Any, found: Detections) -> list[Box]:
