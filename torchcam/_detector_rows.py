@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._tensors import named_tensor
-
 __all__ = ["SIDES", "Rows", "corners", "overlaps", "read_rows"]
 
 SIDES = ("left", "top", "right", "bottom")
@@ -138,8 +136,11 @@ def read_rows(output: Any) -> Rows:
             keypoints=output.get("keypoints_scores"),
             masks=None if masks is None else masks[:, 0],
         )
-    logits, boxes = named_tensor(output, "logits"), named_tensor(output, "pred_boxes")
-    if logits is not None and boxes is not None:
+    logits, boxes = (
+        output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        for name in ("logits", "pred_boxes")
+    )
+    if isinstance(logits, Tensor) and isinstance(boxes, Tensor):
         return Rows(logits, corners(boxes))
     if isinstance(output, (tuple, list)) and len(output) == 2:
         decoded, protos = output[0][:2] if isinstance(output[0], (tuple, list)) else (output[0], None)

@@ -74,7 +74,7 @@ def as_boxes(
         raise TypeError("`input_tensor` must be an image for `box`, a path, a PIL image or an array, got a tensor")
     if options["processor"] is not None and library is not _detr:
         raise ValueError(f"`processor` is for transformers: {type(model).__name__} makes boxes by itself")
-    found = library.find(model, given, picture, threshold, options)
+    found: Found = library.find(model, given, picture, threshold, options)
     asked = _asked(box, found.detections)
     names = found.detections.class_names if class_names is None else MappingProxyType(dict(enumerate(class_names)))
     targets = {_name(one): _target(found, one) for one in asked}
