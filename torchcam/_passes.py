@@ -20,6 +20,7 @@ __all__ = [
     "image_shape",
     "model_device",
     "untouched",
+    "without_inference",
 ]
 
 
@@ -99,10 +100,9 @@ class Call:
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], wanted: str | int | None = None) -> None:
-        values = [*args, *kwargs.values()] if kwargs else args
-        tensors = [*values] if set(map(type, values)) == {Tensor} else [*tensors_in(values)]
+        tensors = [*tensors_in((args, kwargs) if kwargs else args)]
         if True in [tensor.is_inference() for tensor in tensors]:  # no later change to such a tensor could be noticed
-            args, kwargs = map_tensors(lambda t: t.clone() if t.is_inference() else t, (args, kwargs))
+            args, kwargs = without_inference((args, kwargs))
             tensors = [*tensors_in((args, kwargs))]
         self.args = args
         self.kwargs = kwargs
@@ -243,6 +243,11 @@ class Call:
         if not enabled and not torch.is_autocast_enabled(device_type):
             return nullcontext()
         return torch.autocast(device_type, dtype=dtype, enabled=enabled)
+
+
+def without_inference(arguments: Any) -> Any:
+    """Return the arguments of a call with copies of the tensors that were made in inference mode."""
+    return map_tensors(lambda tensor: tensor.clone() if tensor.is_inference() else tensor, arguments)
 
 
 def _channels_first(tensor: Tensor, axes: tuple[int, ...]) -> Tensor:

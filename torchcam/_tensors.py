@@ -29,6 +29,7 @@ __all__ = [
 
 _NO_TENSORS = (str, int, float, NoneType)
 _WIDE = (torch.float32, torch.float64)
+_LOST = 0.125  # a difference from a value is rounding where this share of it is lost in a sum with the value
 _INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
@@ -136,12 +137,7 @@ def blurred_out(image: Tensor) -> Tensor:
 
 def is_constant(lowest: Tensor, highest: Tensor) -> Tensor:
     """Check where the range from ``lowest`` to ``highest`` is no wider than float rounding makes it."""
-    return _is_rounding(highest - lowest, lowest)
-
-
-def _is_rounding(difference: Tensor, value: Tensor) -> Tensor:
-    """Check where a difference from a value is so small that an eighth of it is lost in a sum with the value."""
-    return torch.add(value, difference, alpha=0.125) == value
+    return torch.add(lowest, highest - lowest, alpha=_LOST) == lowest
 
 
 def is_finite(tensor: Tensor) -> Tensor:
@@ -158,8 +154,8 @@ def min_max(maps: Tensor, start_dim: int = 1) -> Tensor:
     flat = maps.flatten(start_dim)
     lowest, highest = torch.aminmax(flat, dim=-1, keepdim=True)
     scale = highest - lowest
-    scale = scale.masked_fill_(_is_rounding(scale, lowest), torch.inf)  # by which all finite values become 0
-    return (flat - lowest).div_(scale).reshape(maps.shape)
+    scale.masked_fill_(torch.add(lowest, scale, alpha=_LOST) == lowest, torch.inf)  # all finite values become 0
+    return (flat - lowest).div_(scale).view_as(maps)
 
 
 def over_positions(maps: Tensor, image: Tensor) -> Tensor:

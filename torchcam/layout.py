@@ -323,6 +323,7 @@ def input_axes(input_shape: tuple[int, ...]) -> list[tuple[int, ...]]:
     return []
 
 
+@lru_cache(maxsize=1024)
 def axes_of(input_shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
     """Return the dimensions with positions of an input as its shape tells them; None for all from the third on."""
     if input_shape is None or len(input_shape) < 4:

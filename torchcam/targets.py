@@ -146,6 +146,10 @@ class Selector:
         TypeError: if a target is not callable
     """
 
+    _indices: Tensor | None = None
+    _samples: Tensor | None = None
+    _sign = 1
+
     def __init__(
         self,
         class_idx: ClassIndex | None,
@@ -155,9 +159,6 @@ class Selector:
         check_one_of(class_idx, targets)
         self.class_idx = class_idx
         self.batch_size = batch_size
-        self._indices: Tensor | None = None
-        self._samples: Tensor | None = None
-        self._sign = 1
         self.targets: list[Any] = []
         if targets is not None:
             self.targets = [targets] * batch_size if callable(targets) else list(targets)

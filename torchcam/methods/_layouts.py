@@ -28,7 +28,7 @@ class Layouts:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._found: dict[tuple[str, torch.Size, tuple[int, ...] | None], Reading] = {}
+        self._found: dict[tuple[str, torch.Size, tuple[int, ...] | None], Layout] = {}
         self._proven: dict[str, Layout] = {}
 
     def prove(self, name: str, layout: Layout) -> None:
@@ -64,10 +64,10 @@ class Layouts:
         found = self._found.get(key)
         if found is None:
             layer = _layer_of(name, target_names)
-            found = self._found[key] = self._decide(tuple(shape), layer, name, call)
+            found = self._found[key] = self._decide(tuple(shape), layer, name, call).placed
         if found.axes:
             call.axes = unusual_axes(found.axes)
-        return found.placed
+        return found
 
     def axes(self, layout: Layout, name: str, target_names: Sequence[str], call: Call) -> tuple[int, ...]:
         """Return the dimensions of the image-like input that a grid follows, by an experiment where they are in doubt.

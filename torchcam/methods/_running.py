@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-__all__ = ["quietly", "thread", "warn"]
+import torch
+
+__all__ = ["computing", "plain_tensors", "quietly", "thread", "warn", "with_graph"]
 
 
 class _ThreadState(threading.local):
@@ -45,3 +47,43 @@ def warn(message: str, category: type[Warning] = UserWarning, *, stacklevel: int
     """Warn of what an extractor met, unless it is asked quietly."""
     if not thread.quiet:
         warnings.warn(message, category, stacklevel=stacklevel + 1)
+
+
+class _GradMode:
+    """A context with or without graphs, outside of inference mode; less work than those of torch."""
+
+    def __init__(self, graph: bool) -> None:
+        self._graph = graph
+
+    def __enter__(self) -> None:
+        self._left = torch.inference_mode(False) if torch.is_inference_mode_enabled() else None
+        if self._left is not None:
+            self._left.__enter__()
+        self._before = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(self._graph)
+
+    def __exit__(self, *raised: object) -> None:
+        torch._C._set_grad_enabled(self._before)
+        if self._left is not None:
+            self._left.__exit__(*raised)
+
+
+def plain_tensors() -> AbstractContextManager[None]:
+    """Return a context without a graph, and without the restrictions that tensors made in inference mode keep."""
+    return _GradMode(False)
+
+
+def with_graph() -> AbstractContextManager[None]:
+    """Return a context in which graphs are recorded."""
+    return _GradMode(True)
+
+
+def computing(device_type: str, graph: bool) -> AbstractContextManager[None]:
+    """Return the context that maps are computed in: with or without a graph, in full precision."""
+    return _full_precision(device_type, graph) if torch.is_autocast_enabled(device_type) else _GradMode(graph)
+
+
+@contextmanager
+def _full_precision(device_type: str, graph: bool) -> Iterator[None]:
+    with _GradMode(graph), torch.autocast(device_type, enabled=False):
+        yield

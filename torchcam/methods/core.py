@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -24,14 +22,15 @@ from torchcam.targets import ClassIndex, OutputTarget, Selector, check_one_of, c
 from ._default_layer import DefaultLayer
 from ._diagnose import Diagnosis, diagnose
 from ._finish import all_finite, broken_samples, scale_signed, to_one_shape, weighted_sum
-from ._gradients import differentiate, share_of_score, with_graph
+from ._gradients import differentiate, share_of_score
 from ._layouts import Layouts
 from ._recorder import Pass, Recorder
 from ._replicas import on_replica
 from ._request import Request
+from ._running import computing, plain_tensors, with_graph
 from ._stream import stream
 
-__all__ = ["_CAM", "OutputTarget", "Request", "on_replica", "one_by_one", "plain_tensors"]
+__all__ = ["_CAM", "OutputTarget", "Request", "on_replica", "plain_tensors"]
 
 
 class _CAM:
@@ -215,14 +214,17 @@ class _CAM:
 
     # What was recorded, in grid form.
 
+    def _last_pass(self) -> Pass | None:
+        try:
+            return self._recorder.find()
+        except AssertionError:
+            return None
+
     @property
     def hook_a(self) -> list[Tensor | None]:
         """The activation of each target layer in grid form, (N, C, *spatial), in float32 at least."""
-        try:
-            recorded = self._recorder.find()
-        except AssertionError:
-            return [None] * len(self.target_names)
-        return self._grids(recorded, recorded.activations)
+        recorded = self._last_pass()
+        return [None] * len(self.target_names) if recorded is None else self._grids(recorded, recorded.activations)
 
     @property
     def hook_g(self) -> list[Tensor | None]:
@@ -230,11 +232,10 @@ class _CAM:
 
         Of several scores of each sample, (N * K, C, *spatial): those of the first sample come first.
         """
-        try:
-            recorded = self._recorder.find()
-        except AssertionError:
+        recorded = self._last_pass()
+        if recorded is None:
             return [None] * len(self.target_names)
-        return self._gradient_grids(recorded, recorded.gradients or [None] * len(recorded.names), recorded.num_scores)
+        return self._gradient_grids(recorded, recorded.gradients or [None] * len(recorded.rows))
 
     @property
     def unbalanced(self) -> list[str]:
@@ -242,10 +243,8 @@ class _CAM:
 
         By the names of torch's functions, or of the node in the graph for others; empty with plain gradients.
         """
-        try:
-            return sorted(self._recorder.find().unbalanced)
-        except AssertionError:
-            return []
+        recorded = self._last_pass()
+        return [] if recorded is None else sorted(recorded.unbalanced)
 
     @property
     def completeness(self) -> list[Tensor]:
@@ -255,39 +254,39 @@ class _CAM:
         biases, class tokens and paths around the layer add is missing. Empty before a call, and for methods that take
         no gradients of the recorded pass.
         """
-        try:
-            recorded = self._recorder.find()
-        except AssertionError:
-            return []
-        if recorded.score is None or not self._weighs_gradients:
+        recorded = self._last_pass()
+        if recorded is None or recorded.score is None or not self._weighs_gradients:
             return []
         found = zip(self.hook_a, self.hook_g, strict=True)
         return [share_of_score(a, g, recorded.score) for a, g in found if a is not None and g is not None]
 
     def _grids(self, recorded: Pass, tensors: Sequence[Tensor | None], graph: bool = False) -> list[Tensor | None]:
-        grids: list[Tensor | None] = []
-        for tensor, name in zip(tensors, recorded.names, strict=True):
-            values = tensor if graph or tensor is None else tensor.detach()
-            grids.append(None if values is None else self._to_grid(recorded, values, name))
-        return grids
-
-    def _gradient_grids(
-        self, recorded: Pass, gradients: Sequence[Tensor | None], num_scores: int | None, graph: bool = False
-    ) -> list[Tensor | None]:
-        if num_scores is None:
-            return self._grids(recorded, gradients, graph)
-        found = zip(gradients, recorded.activations, recorded.names, strict=True)
+        """Lay out tensors shaped as the target layers' outputs as (N, C, *spatial)."""
         return [
-            None if g is None or a is None else self._grid_of_scores(recorded, g if graph else g.detach(), a, name)
-            for g, a, name in found
+            None if tensor is None else self._to_grid(recorded, tensor if graph else tensor.detach(), row.name)
+            for tensor, row in zip(tensors, recorded.rows, strict=True)
         ]
 
-    def _grid_of_scores(self, recorded: Pass, gradients: Tensor, activation: Tensor, name: str) -> Tensor:
-        """Lay out the gradients of K scores of each sample, (K, ...), as (N * K, C, *spatial)."""
-        if self.reshape_transform is not None:  # which may expect as many samples as the model had
-            return torch.stack([self._to_grid(recorded, gradient, name) for gradient in gradients], 1).flatten(0, 1)
-        batch = self._batch_dimension(recorded, activation, name)
-        return self._to_grid(recorded, gradients.movedim(0, batch + 1).flatten(batch, batch + 1), name)
+    def _gradient_grids(
+        self, recorded: Pass, gradients: Sequence[Tensor | None], graph: bool = False
+    ) -> list[Tensor | None]:
+        """Lay out gradients; those of K scores of each sample, (K, ...), as (N * K, C, *spatial)."""
+        if recorded.num_scores is None:
+            return self._grids(recorded, gradients, graph)
+        grids: list[Tensor | None] = []
+        for of_scores, row in zip(gradients, recorded.rows, strict=True):
+            if of_scores is None or row.values is None:
+                grids.append(None)
+                continue
+            found = of_scores if graph else of_scores.detach()
+            if self.reshape_transform is not None:  # which may expect as many samples as the model had
+                of_each = [self._to_grid(recorded, gradient, row.name) for gradient in found]
+                grids.append(torch.stack(of_each, 1).flatten(0, 1))
+            else:
+                batch = self._batch_dimension(recorded, row.values, row.name)
+                joined = found.movedim(0, batch + 1).flatten(batch, batch + 1)
+                grids.append(self._to_grid(recorded, joined, row.name))
+        return grids
 
     def _batch_dimension(self, recorded: Pass, tensor: Tensor, name: str) -> int:
         """Return which dimension of a layer's output is the batch."""
@@ -333,19 +332,14 @@ class _CAM:
     def _activations(self, request: Request) -> list[Tensor]:
         """Return the recorded activations: (N, C, *spatial), or (N * K, C, *spatial) for K classes of each sample."""
         recorded, count = request.recorded, request.num_classes
-        if request.create_graph:
-            found = self._complete_grids(recorded, graph=True)
-        elif recorded.grids is None:
-            found = recorded.grids = self._complete_grids(recorded)
-        else:
-            found = recorded.grids
+        found = None if request.create_graph else recorded.grids
+        if found is None:
+            grids = self._grids(recorded, recorded.activations, request.create_graph)
+            found = [grid for grid in grids if grid is not None]
+            if len(found) < max(len(recorded.rows), 1):
+                raise AssertionError(self._recorder.nothing_recorded(recorded))
+            recorded.grids = None if request.create_graph else found
         return found if count == 1 else [grid.repeat_interleave(count, 0) for grid in found]
-
-    def _complete_grids(self, recorded: Pass, graph: bool = False) -> list[Tensor]:
-        grids = [grid for grid in self._grids(recorded, recorded.activations, graph) if grid is not None]
-        if len(grids) < max(len(recorded.rows), 1):
-            raise AssertionError(self._recorder.nothing_recorded(recorded))
-        return grids
 
     # What a method defines: pure functions of a layer's activation (N, C, *spatial) and of what else it looks at.
 
@@ -442,18 +436,19 @@ class _CAM:
         **kwargs: Any,
     ) -> list[Tensor]:
         """Compute the maps as a call does, without its checks."""
-        columns = class_columns(class_idx, targets)
+        columns = None if type(class_idx) is int else class_columns(class_idx, targets)
         recorded = self._recorder.find(scores)
         if columns is not None and not self._explains_many:
-            explain = partial(self.compute_cams, scores=scores, normalized=normalized, **kwargs)
-            return one_by_one(columns, explain, self._differentiates)
+            asked = kwargs | {"scores": scores, "normalized": normalized}
+            keep = {"retain_graph": True} if self._differentiates else {}
+            each = [self.compute_cams(**asked | keep, **column) for column in columns[:-1]]
+            each.append(self.compute_cams(**asked, **columns[-1]))
+            return [torch.stack(of_layer, 1) for of_layer in zip(*each, strict=True)]
         count = 1 if columns is None else len(columns)
-        if targets is not None:
-            kwargs["targets"] = targets
-        request, options = self._request(recorded, class_idx, scores, num_classes=count, **kwargs)
+        request, options = self._request(recorded, class_idx, scores, targets, num_classes=count, **kwargs)
         if scores is not None and not recorded.has_returned(scores):
             self._check_scores(request)
-        with self._computing(request):
+        with computing(recorded.call.autocast[0], request.create_graph):
             maps = self._finished(self._raw_maps(request, **options), request, normalized)
         recorded.explained = True
         return maps if columns is None else [cam.reshape(-1, count, *cam.shape[1:]) for cam in maps]
@@ -463,8 +458,8 @@ class _CAM:
         recorded: Pass,
         class_idx: Any,
         scores: Any,
-        *,
         targets: Any = None,
+        *,
         relu: bool | Literal["negative"] | None = None,
         create_graph: bool = False,
         num_classes: int = 1,
@@ -481,18 +476,8 @@ class _CAM:
             if recorded.private:
                 raise ValueError("`create_graph` needs the forward pass to be run with gradients on")
         retain_graph = bool(options.pop("retain_graph", False)) if self._differentiates else False
-        return (
-            Request(recorded, class_idx, scores, targets, relu, create_graph, retain_graph, num_classes),
-            options,
-        )
-
-    @staticmethod
-    def _computing(request: Request) -> AbstractContextManager[Any]:
-        """Return the context that maps are computed in: without a graph, in full precision."""
-        device_type = request.recorded.call.autocast[0]
-        if torch.is_autocast_enabled(device_type):
-            return _full_precision(device_type, request.create_graph)
-        return torch.enable_grad() if request.create_graph else plain_tensors()
+        request = Request(recorded, class_idx, scores, targets, relu, create_graph, retain_graph, num_classes)
+        return request, options
 
     def _finished(self, raw: list[Tensor], request: Request, normalized: bool) -> list[Tensor]:
         """Turn raw maps into those to return: broken samples marked, layers pooled, ReLU, scaled."""
@@ -513,7 +498,7 @@ class _CAM:
         activations = self._grids(recorded, recorded.activations)
         gradients: list[Tensor | None] = [None] * len(activations)
         if len(recorded.gradients) == len(activations):
-            gradients = self._gradient_grids(recorded, recorded.gradients, recorded.num_scores)
+            gradients = self._gradient_grids(recorded, recorded.gradients)
         names = recorded.names
         if len(maps) != len(names):  # of all layers together
             activations, gradients, names = [None] * len(maps), [None] * len(maps), [", ".join(names)] * len(maps)
@@ -535,17 +520,8 @@ class _CAM:
         Only what follows the target layers is traversed, and no ``.grad`` field is written. With ``create_graph``, the
         recorded gradients can be differentiated once more, and the graph is kept.
         """
-        recorded = self._recorder.find(scores)
-        self._gradients(
-            Request(
-                recorded,
-                class_idx,
-                scores,
-                targets,
-                retain_graph=retain_graph or create_graph,
-                create_graph=create_graph,
-            )
-        )
+        recorded, keep = self._recorder.find(scores), retain_graph or create_graph
+        self._gradients(Request(recorded, class_idx, scores, targets, None, create_graph, keep))
 
     def _gradients(self, request: Request) -> list[Tensor]:
         """Differentiate the explained score for every target layer's output, shaped as the activations."""
@@ -553,7 +529,7 @@ class _CAM:
         if recorded.is_partial:
             return self._gradients_of_copies(request)
         with with_graph():
-            output = self._attached(request)
+            output = request.attached()
             select = self._selector(request)
             score = select(output)
             recorded.unbalanced = set()
@@ -567,9 +543,9 @@ class _CAM:
         if self._default is not None:
             effects = map(self._default.of_positions, gradients)
             self._default.check_target(recorded.call, select, effects)
-        recorded.gradients, recorded.num_scores = list(gradients), None if score.ndim == 1 else score.shape[1]
+        recorded.gradients, recorded.num_scores = gradients, None if score.ndim == 1 else score.shape[1]
         recorded.score = score.detach()
-        grids = self._gradient_grids(recorded, gradients, recorded.num_scores, request.create_graph)
+        grids = self._gradient_grids(recorded, gradients, request.create_graph)
         return [grid for grid in grids if grid is not None]
 
     def _gradients_of_copies(self, request: Request) -> list[Tensor]:
@@ -591,34 +567,6 @@ class _CAM:
     def _batch_size(self, request: Request) -> int:
         return self._activations(request)[0].shape[0] // request.num_classes
 
-    def _attached(self, request: Request) -> Any:
-        """Return the output with its graph: the one handed over, or else the one of the recorded pass."""
-        recorded, scores = request.recorded, request.scores
-        if recorded.output is not None and (scores is None or recorded.has_returned(scores)):
-            return recorded.output
-        if any(tensor.requires_grad for tensor in tensors_in(scores)):
-            return scores
-        if recorded.output is None:
-            raise RuntimeError("no output of the model was recorded: call the model itself, or pass `scores`")
-        self._check_recorded(request)
-        return recorded.output
-
-    def _check_recorded(self, request: Request) -> None:
-        """Check that the scores that were handed over are the recorded output.
-
-        Raises:
-            RuntimeError: if they are not, and carry no graph to tell what they are
-        """
-        given, known = list(tensors_in(request.scores)), list(tensors_in(request.recorded.output))
-        for tensor in given:
-            if any(tensor is returned() for returned in request.recorded.returned):
-                continue
-            if not any(tensor.shape == one.shape and torch.equal(tensor.to(one), one) for one in known):
-                raise RuntimeError(
-                    f"`scores` of shape {tuple(tensor.shape)} carry no graph and are not the output of the recorded "
-                    "pass: pass that output as it came, leave `scores` out, or compute them with gradients on"
-                )
-
     def _check_scores(self, request: Request) -> None:
         """Check that other scores than the recorded output are equal to it, or carry a graph that is differentiated."""
         scores, batch_size = request.scores, self._batch_size(request)
@@ -626,9 +574,9 @@ class _CAM:
             raise ValueError(
                 f"`scores` has shape {tuple(scores.shape)}, but the recorded pass had a batch of {batch_size}"
             )
-        has_graph = any(tensor.requires_grad for tensor in tensors_in(request.scores))
+        has_graph = any(tensor.requires_grad for tensor in tensors_in(scores))
         if not (has_graph and self._differentiates and not self._runs_model):
-            self._check_recorded(request)
+            request.check_recorded()
 
     def _recorded_call(self, request: Request) -> Call:
         """Return the arguments of the recorded pass."""
@@ -745,33 +693,3 @@ class _CAM:
 
 def _calls_layer(node: torch.fx.Node) -> bool:
     return node.op == "call_module" and not str(node.target).startswith("_guards")  # which an export checks inputs by
-
-
-def plain_tensors() -> AbstractContextManager[Any]:
-    """Return a context without a graph, and without the restrictions that tensors made in inference mode keep."""
-    return _LeftInferenceMode() if torch.is_inference_mode_enabled() else torch.no_grad()
-
-
-class _LeftInferenceMode:
-    """A context outside of inference mode, without a graph."""
-
-    def __enter__(self) -> None:
-        self._left = torch.inference_mode(False)
-        self._left.__enter__()
-        torch.set_grad_enabled(False)  # until the mode is entered again
-
-    def __exit__(self, *raised: object) -> None:
-        self._left.__exit__(*raised)
-
-
-@contextmanager
-def _full_precision(device_type: str, create_graph: bool) -> Iterator[None]:
-    with torch.enable_grad() if create_graph else plain_tensors(), torch.autocast(device_type, enabled=False):
-        yield
-
-
-def one_by_one(columns: list[dict[str, Any]], explain: Callable[..., list[Tensor]], keeps_graph: bool) -> list[Tensor]:
-    """Explain one class of each sample after the other, keeping the graph in between: (N, K, *spatial) per map."""
-    keep = {"retain_graph": True} if keeps_graph else {}
-    maps = [explain(**column, **(keep if k < len(columns) - 1 else {})) for k, column in enumerate(columns)]
-    return [torch.stack(layer, 1) for layer in zip(*maps, strict=True)]

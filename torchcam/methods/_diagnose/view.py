@@ -131,7 +131,7 @@ class ExtractorView:
 
     def with_graph(self, output: Any) -> Any:
         """Return an output of the recorded pass with its graph."""
-        return output if self._recorded is None else self._cam._attached(Request(self._recorded, scores=output))
+        return output if self._recorded is None else Request(self._recorded, scores=output).attached()
 
     def raw_maps(self, question: dict[str, Any], select: Selector | None, output: Any) -> Any:
         """Compute the maps of all layers before ReLU, scaling and fusion."""
