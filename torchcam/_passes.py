@@ -100,10 +100,10 @@ class Call:
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], wanted: str | int | None = None) -> None:
-        tensors = [*tensors_in((args, kwargs) if kwargs else args)]
-        if True in [tensor.is_inference() for tensor in tensors]:  # no later change to such a tensor could be noticed
+        tensors = list(tensors_in((args, kwargs) if kwargs else args))
+        if any(map(Tensor.is_inference, tensors)):  # no later change to such a tensor could be noticed
             args, kwargs = without_inference((args, kwargs))
-            tensors = [*tensors_in((args, kwargs))]
+            tensors = list(tensors_in((args, kwargs)))
         self.args = args
         self.kwargs = kwargs
         self.wanted = wanted
@@ -197,8 +197,7 @@ class Call:
                 return value[samples] if follows else value
             return NotImplemented
 
-        arguments: tuple[tuple[Any, ...], dict[str, Any]] = map_structure(substitute, (self.args, self.kwargs))
-        return arguments
+        return map_structure(substitute, self.args), map_structure(substitute, self.kwargs)
 
     def prove_rows(self, model: nn.Module) -> None:
         """Find out which inputs with as many rows as there are samples have a row for each: prompts need not.
@@ -213,9 +212,11 @@ class Call:
         if self.shared is not None:
             return
         self.shared = set()
-        images = {id(image) for image in tensors_in(self.found)}
         count = 0 if self.found is None else len(self.found)
-        suspects = [t for t, _ in self.versions if t.ndim and len(t) == count > 1 and id(t) not in images]
+        if count < 2:
+            return
+        images = {id(image) for image in tensors_in(self.found)}
+        suspects = [t for t, _ in self.versions if t.ndim and len(t) == count and id(t) not in images]
         if not suspects:
             return
         state = torch.get_rng_state()

@@ -71,6 +71,8 @@ def map_structure(function: Callable[[Any], Any], value: Any) -> Any:
     replaced = function(value)
     if replaced is not NotImplemented:
         return replaced
+    if type(value) in {tuple, list}:
+        return type(value)([map_structure(function, item) for item in value])
     if isinstance(value, Mapping):
         items = {key: map_structure(function, item) for key, item in value.items()}
         if type(value) is dict:
@@ -102,7 +104,7 @@ def resize(maps: Tensor, shape: Sequence[int]) -> Tensor:
     Raises:
         ValueError: if ``shape`` has another number of dimensions than ``maps``, or one that is not 1, 2 or 3
     """
-    size = tuple(int(side) for side in shape)
+    size = tuple(map(int, shape))
     if maps.ndim - 2 != len(size) or len(size) not in _INTERPOLATION:
         raise ValueError(
             f"maps of spatial shape {tuple(maps.shape[2:])} cannot be resized to {size}: "

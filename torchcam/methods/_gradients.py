@@ -33,7 +33,7 @@ def differentiate(
 
     Args:
         score: one score of each sample (N,), or several (N, K)
-        rows: what the layers returned
+        rows: what the layers returned; all were reached
         retain_graph: whether the graph is kept
         create_graph: whether the gradients have a graph of their own
         balanced: for balanced gradients, the model's output, and a set that the names of operations without a rule are
@@ -45,7 +45,6 @@ def differentiate(
     Raises:
         RuntimeError: if the score does not depend on a layer
     """
-    rows = [row for row in rows if row.edge is not None]
     gradients: Sequence[Tensor | None] = [None] * len(rows)
     if score.requires_grad:
         edges: Any = tuple([row.edge for row in rows])

@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from torchcam._passes import Call, image_shape, without_inference
-from torchcam._replica import CallWrapper, ExtractorHook
+from torchcam._replica import CallWrapper, ExtractorHook, modules_of
 from torchcam._tensors import map_tensors, tensors_in
 from torchcam.layout import Layout, axes_of, primary_tensors, replace_tensors
 
@@ -485,7 +485,7 @@ _PLAIN = frozenset({bool, int, float, str, NoneType, FunctionType, torch.dtype, 
 
 def _drop_graphs(model: nn.Module) -> None:
     """Detach what modules keep in buffers and attributes, as the caller has turned gradients off."""
-    for module in model.modules():
+    for module in modules_of(model):
         buffers, attributes = module._buffers, vars(module)
         for fields, names in ((buffers, list(buffers.keys())), (attributes, attributes.keys() - _OF_EVERY_MODULE)):
             for name in names:

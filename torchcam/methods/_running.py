@@ -6,6 +6,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,14 +69,8 @@ class _GradMode:
             self._left.__exit__(*raised)
 
 
-def plain_tensors() -> AbstractContextManager[None]:
-    """Return a context without a graph, and without the restrictions that tensors made in inference mode keep."""
-    return _GradMode(False)
-
-
-def with_graph() -> AbstractContextManager[None]:
-    """Return a context in which graphs are recorded."""
-    return _GradMode(True)
+plain_tensors = partial(_GradMode, False)  # no graph, and not the restrictions that tensors made in inference mode keep
+with_graph = partial(_GradMode, True)
 
 
 def computing(device_type: str, graph: bool) -> AbstractContextManager[None]:

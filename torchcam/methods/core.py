@@ -334,8 +334,11 @@ class _CAM:
         recorded, count = request.recorded, request.num_classes
         found = None if request.create_graph else recorded.grids
         if found is None:
-            grids = self._grids(recorded, recorded.activations, request.create_graph)
-            found = [grid for grid in grids if grid is not None]
+            found = [
+                self._to_grid(recorded, row.values if request.create_graph else row.values.detach(), row.name)
+                for row in recorded.rows
+                if row.values is not None
+            ]
             if len(found) < max(len(recorded.rows), 1):
                 raise AssertionError(self._recorder.nothing_recorded(recorded))
             recorded.grids = None if request.create_graph else found
@@ -482,11 +485,13 @@ class _CAM:
     def _finished(self, raw: list[Tensor], request: Request, normalized: bool) -> list[Tensor]:
         """Turn raw maps into those to return: broken samples marked, layers pooled, ReLU, scaled."""
         maps = self._pool_layers(self._mark_broken(raw, request), request)
-        if self._relu if request.relu is None else request.relu:
-            maps = [cam.relu() for cam in maps]
-        if not normalized:
-            return maps
-        return [min_max(cam) if request.relu is not False else scale_signed(cam) for cam in maps]
+        keeps_evidence = self._relu if request.relu is None else request.relu
+        scale = scale_signed if request.relu is False else min_max
+        finished = []
+        for cam in maps:
+            kept = cam.relu() if keeps_evidence else cam
+            finished.append(scale(kept) if normalized else kept)
+        return finished
 
     def _mark_broken(self, maps: list[Tensor], request: Request) -> list[Tensor]:
         """Set the maps of samples with values that are not finite to NaN, and warn of them."""
