@@ -100,16 +100,18 @@ class Call:
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], wanted: str | int | None = None) -> None:
-        tensors = list(tensors_in((args, kwargs) if kwargs else args))
-        if any(map(Tensor.is_inference, tensors)):  # no later change to such a tensor could be noticed
+        try:
+            versions: Any = [(tensor, tensor._version) for tensor in tensors_in((args, kwargs) if kwargs else args)]
+        except RuntimeError:  # tensors made in inference mode have no version: no later change could be noticed
             args, kwargs = without_inference((args, kwargs))
-            tensors = list(tensors_in((args, kwargs)))
+            tensors = tensors_in((args, kwargs))
+            versions = [(tensor, None if tensor.is_inference() else tensor._version) for tensor in tensors]
         self.args = args
         self.kwargs = kwargs
         self.wanted = wanted
         self.found = find_image(args, kwargs, wanted)
-        self.versions = [(tensor, None if tensor.is_inference() else tensor._version) for tensor in tensors]
-        device_type = tensors[0].device.type if tensors else "cpu"
+        self.versions: list[tuple[Tensor, int | None]] = versions
+        device_type = versions[0][0].device.type if versions else "cpu"
         enabled = torch.is_autocast_enabled(device_type)
         self.autocast = device_type, enabled, torch.get_autocast_dtype(device_type) if enabled else None
         self.shared: set[int] | None = None

@@ -153,11 +153,12 @@ def min_max(maps: Tensor, start_dim: int = 1) -> Tensor:
     The result does not depend on the scale of ``maps``: tiny values reach 1 as well. What is constant up to float
     rounding becomes zero. NaN stays NaN.
     """
-    flat = maps.flatten(start_dim)
-    lowest, highest = torch.aminmax(flat, dim=-1, keepdim=True)
-    scale = highest - lowest
+    positions = tuple(range(start_dim, maps.ndim))
+    lowest = maps.amin(positions, keepdim=True)
+    above = maps - lowest
+    scale = above.amax(positions, keepdim=True)
     scale.masked_fill_(torch.add(lowest, scale, alpha=_LOST) == lowest, torch.inf)  # all finite values become 0
-    return (flat - lowest).div_(scale).view_as(maps)
+    return above.div_(scale)
 
 
 def over_positions(maps: Tensor, image: Tensor) -> Tensor:

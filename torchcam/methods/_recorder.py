@@ -28,6 +28,8 @@ from ._running import thread
 
 __all__ = ["Pass", "Recorder", "Row"]
 
+ChooseLayers = Callable[[tuple[Any, ...], dict[str, Any]], list[str] | None]
+
 _numbers = itertools.count()
 
 
@@ -217,7 +219,7 @@ class Recorder:
         keeps_outputs: bool = True,
         wanted_input: str | int | None = None,
         enabled: bool = True,
-        choose_layers: Callable[[tuple[Any, ...], dict[str, Any]], list[str] | None] | None = None,
+        choose_layers: ChooseLayers | None = None,
         around: Callable[[Pass, Callable[[], Any]], Any] | None = None,
         ended: Callable[[Pass], None] | None = None,
         layouts: Layouts | None = None,
@@ -283,13 +285,12 @@ class Recorder:
 
     # Passes.
 
-    def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def prepare(self, choose_layers: ChooseLayers, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Choose the default layers before the first pass."""
-        if self.choose_layers is not None:
-            with self._lock:
-                names = self.choose_layers(args, kwargs)
-                if names is not None and names != self.target_names:
-                    self.move(names)
+        with self._lock:
+            names = choose_layers(args, kwargs)
+            if names is not None and names != self.target_names:
+                self.move(names)
 
     def end(self, ended: Pass) -> None:
         """Make a pass the one that its context means, now that the model has returned or raised."""
@@ -427,7 +428,8 @@ class _ModelCall(SharedWrapper):
         if not recorders or torch._C._get_tracing_state() is not None:
             return self.run(module, args, kwargs)
         for recorder in recorders:
-            recorder.prepare(args, kwargs)
+            if recorder.choose_layers is not None:
+                recorder.prepare(recorder.choose_layers, args, kwargs)
         in_inference_mode = torch.is_inference_mode_enabled()
         if thread.private or not differentiates or (torch.is_grad_enabled() and not in_inference_mode):
             return self._recorded(module, recorders, args, kwargs)

@@ -322,7 +322,8 @@ class _CAM:
     def _to_grid(self, recorded: Pass, tensor: Tensor, name: str) -> Tensor:
         """Lay out a layer's output as (N, C, *spatial), in float32 at least."""
         if self.reshape_transform is None:
-            return to_float(recorded.layout(tensor, name).to_grid(tensor))
+            layout = recorded.layout(tensor, name)
+            return to_float(tensor if layout.is_plain else layout.to_grid(tensor))
         grid = self.reshape_transform(tensor)
         if not isinstance(grid, Tensor) or grid.ndim < 3:
             found = tuple(grid.shape) if isinstance(grid, Tensor) else type(grid).__name__
