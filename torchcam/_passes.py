@@ -100,18 +100,17 @@ class Call:
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], wanted: str | int | None = None) -> None:
-        try:
-            versions: Any = [(tensor, tensor._version) for tensor in tensors_in((args, kwargs) if kwargs else args)]
-        except RuntimeError:  # tensors made in inference mode have no version: no later change could be noticed
+        values = (*args, *kwargs.values())
+        tensors = values if set(map(type, values)) == {Tensor} else tuple(tensors_in(values))
+        if any(map(Tensor.is_inference, tensors)):  # no later change to such a tensor could be noticed
             args, kwargs = without_inference((args, kwargs))
-            tensors = tensors_in((args, kwargs))
-            versions = [(tensor, None if tensor.is_inference() else tensor._version) for tensor in tensors]
+            tensors = tuple(tensors_in((args, kwargs)))
         self.args = args
         self.kwargs = kwargs
         self.wanted = wanted
         self.found = find_image(args, kwargs, wanted)
-        self.versions: list[tuple[Tensor, int | None]] = versions
-        device_type = versions[0][0].device.type if versions else "cpu"
+        self.versions = [(tensor, None if tensor.is_inference() else tensor._version) for tensor in tensors]
+        device_type = tensors[0].device.type if tensors else "cpu"
         enabled = torch.is_autocast_enabled(device_type)
         self.autocast = device_type, enabled, torch.get_autocast_dtype(device_type) if enabled else None
         self.shared: set[int] | None = None

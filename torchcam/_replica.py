@@ -69,9 +69,12 @@ class CallWrapper:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module."""
-        frame = sys._getframe(1)  # which of the replicas of `nn.DataParallel`, that take attributes along, is called
         own = self._module()
-        called: Any = frame.f_locals["self"] if frame.f_code is _WRAPPED_CALL else own
+        called: Any = own
+        if not (args and isinstance(args[0], Tensor) and args[0].is_cpu):
+            # The replicas of `nn.DataParallel`, none of which is on a CPU, take attributes along.
+            frame = sys._getframe(1)
+            called = frame.f_locals["self"] if frame.f_code is _WRAPPED_CALL else own
         if called is not own or own is None or torch.compiler.is_compiling():
             return called._call_impl(*args, **kwargs)
         return self.call(own, args, kwargs)

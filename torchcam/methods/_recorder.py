@@ -202,7 +202,7 @@ class Recorder:
         enabled: whether passes are recorded from the start
         choose_layers: called with the arguments of a pass before it starts; returns target layers, None for no change
         layouts: finds the layouts of the target layers
-        around: called with a pass when it starts and a function that runs the model, in the place of that function
+        around: called in the place of the model, with the pass that starts, the model and its arguments
         ended: called with a pass when the model has returned
 
     Attributes:
@@ -220,7 +220,7 @@ class Recorder:
         wanted_input: str | int | None = None,
         enabled: bool = True,
         choose_layers: ChooseLayers | None = None,
-        around: Callable[[Pass, Callable[[], Any]], Any] | None = None,
+        around: Callable[..., Any] | None = None,
         ended: Callable[[Pass], None] | None = None,
         layouts: Layouts | None = None,
     ) -> None:
@@ -304,9 +304,9 @@ class Recorder:
                     self._passes[before.number].superseded = True
             self._passes[ended.number] = ended
             self._last_ended = None  # there is a later one
-        alive = {identity: key for identity, key in keys.items() if key.recorder() is not None}
-        alive[id(self)] = _Key(self._reference, ended.number)
-        _own_keys.set(alive)
+        if before is None:  # other recorders may be gone
+            keys = {identity: key for identity, key in keys.items() if key.recorder() is not None}
+        _own_keys.set(keys | {id(self): _Key(self._reference, ended.number)})
 
     def find(self, scores: Any = None) -> Pass:
         """Return the pass that is meant: the one with these scores, else that of this thread or task.
@@ -454,22 +454,22 @@ class _ModelCall(SharedWrapper):
     def _recorded(
         self, module: nn.Module, recorders: list[Recorder], args: Any, kwargs: Any, *, detached: bool = False
     ) -> Any:
-        passes: list[Pass] = []
-        run = partial(self.run, module, args, kwargs)
+        passes: list[tuple[Recorder, Pass]] = []
+        run: Callable[..., Any] = module._call_impl if self.inner is None else self.inner
         try:
             for recorder in recorders:  # one after the other: those that have begun have to end
                 started = thread.passes[id(recorder)] = Pass(recorder, args, kwargs, thread.private)
-                passes.append(started)
+                passes.append((recorder, started))
                 if recorder.around is not None:
                     run = partial(recorder.around, started, run)
-            output = run()
+            output = run(*args, **kwargs)
         except BaseException:
-            for started in passes:
+            for _, started in passes:
                 started.fail()
             raise
         else:
             returned = map_tensors(Tensor.detach, output) if detached else output
-            for recorder, started in zip(recorders, passes, strict=True):
+            for recorder, started in passes:
                 started.finish(output if recorder.differentiates else map_tensors(Tensor.detach, output), returned)
                 if recorder.ended is not None:
                     recorder.ended(started)
@@ -477,7 +477,7 @@ class _ModelCall(SharedWrapper):
         finally:
             for recorder in recorders:
                 thread.passes.pop(id(recorder), None)
-            for recorder, started in zip(recorders, passes, strict=False):
+            for recorder, started in passes:
                 recorder.end(started)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -346,11 +347,10 @@ def is_close(found: Tensor, expected: Tensor) -> bool:
     if not expected.is_floating_point():
         return torch.equal(found, expected)
     tolerance = max(torch.finfo(found.dtype).eps, torch.finfo(expected.dtype).eps) ** 0.5
-    difference = (found - expected).abs()
-    if bool((difference <= tolerance * expected.abs()).all()):
+    if expected.numel() == 1 and math.isclose(found.item(), expected.item(), rel_tol=tolerance):
         return True
-    scale = torch.where(expected.isfinite(), expected.abs(), 0.0).amax()
-    near = difference <= tolerance * scale
+    scale = torch.where(expected.isfinite(), expected.abs(), 0.0).amax() if expected.numel() else 0.0
+    near = (found - expected).abs() <= tolerance * scale
     return bool((near | (found.isnan() & expected.isnan())).all())
 
 

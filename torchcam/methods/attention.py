@@ -65,12 +65,12 @@ class _AttentionCAM(_CAM):
         everywhere = list(names) == [""]
         differentiates = self._differentiates
 
-        def watching(started: Pass, run: Callable[[], Any]) -> Any:
+        def watching(started: Pass, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             started.watch = Watch(started, differentiates, everywhere)
             thread.watches.append(started.watch)
             try:
                 with AttentionWatched() if len(thread.watches) == 1 else nullcontext():
-                    return run()
+                    return run(*args, **kwargs)
             finally:
                 thread.watches.remove(started.watch)
                 started.watch = None

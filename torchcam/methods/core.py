@@ -70,6 +70,7 @@ class _CAM:
     _relu = False
     _differentiates = False  # the pass keeps its graph from the target layers on
     _weighs_gradients = False  # gradients of the score for what layers return make the map
+    _hides_gradients = True  # a map may be finite although a gradient is not
     _expects_one_sign = False  # the weights are meant for activations of one sign
     _runs_model = False  # the model runs again when maps are computed
     _explains_many = False  # several classes of a sample are explained at once
@@ -498,8 +499,10 @@ class _CAM:
         """Set the maps of samples with values that are not finite to NaN, and warn of them."""
         recorded = request.recorded
         # What is traced has no values to look at: `torchcam.export` marks samples at the end of the graph.
-        seen = () if type(self)._sums_activations else recorded.activations  # a sum is no more finite than its parts
-        if torch.compiler.is_compiling() or all_finite([*maps, *seen, *recorded.gradients]):
+        seen = [*maps, *recorded.gradients] if self._hides_gradients else maps
+        if not type(self)._sums_activations:  # a sum is no more finite than its parts
+            seen = [*seen, *recorded.activations]
+        if torch.compiler.is_compiling() or all_finite(seen):
             return maps
         activations = self._grids(recorded, recorded.activations)
         gradients: list[Tensor | None] = [None] * len(activations)

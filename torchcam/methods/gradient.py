@@ -80,6 +80,8 @@ class GradCAM(_GradientCAM):
         torch.Size([2, 7, 7])
     """
 
+    _hides_gradients = False
+
     @staticmethod
     def weights(activation: Tensor, gradient: Tensor) -> Tensor:
         """Return the mean gradient of each channel, (N, C)."""
