@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from torchcam._passes import Call, image_shape, without_inference
 from torchcam._replica import CallWrapper, ExtractorHook, modules_of
 from torchcam._tensors import map_tensors, tensors_in
-from torchcam.layout import Layout, axes_of, primary_tensors, replace_tensors
+from torchcam.layout import Layout, axes_of, primary_tensors, replace_tensors, unusual_axes
 
 from ._fused import FusedCall, SharedWrapper, attached, fused_modules
 from ._layouts import Layouts
@@ -107,7 +107,7 @@ class Pass:
     watch: Any = None
     rows: Sequence[Row] = ()
     grids: list[Tensor] | None = None
-    gradients: Sequence[Tensor | None] = ()
+    gradients: Sequence[Tensor] = ()
     num_scores: int | None = None
     score: Tensor | None = None
     unbalanced: Set[str] = frozenset()
@@ -127,6 +127,7 @@ class Pass:
         self.layers: dict[int, dict[str, tuple[Tensor, Tensor | GradientEdge]]] = {}
         self.layouts: dict[str, Layout] = {}
         self._layouts = recorder.layouts
+        self._reads_layers = recorder.keeps_outputs
 
     @property
     def names(self) -> list[str]:
@@ -180,10 +181,15 @@ class Pass:
             self.layouts[name] = found
         return found
 
-    def axes(self, tensor: Tensor, name: str) -> tuple[int, ...]:
-        """Return the dimensions of the image-like input that the grid of a layer's output follows."""
-        layout = self.layout(tensor, name)
-        return layout.axes or self._layouts.axes(layout, name, self.target_names, self.call)
+    def settle_axes(self) -> None:
+        """Note in the call along which of its axes the positions of a signal or a spectrogram are."""
+        if not self._reads_layers or len(self.input_shape or ()) > 3:
+            return
+        for row in self.rows:
+            if row.values is not None:
+                layout = self.layout(row.values, row.name)
+                axes = layout.axes or self._layouts.axes(layout, row.name, self.target_names, self.call)
+                self.call.axes = unusual_axes(axes)
 
 
 class Recorder:

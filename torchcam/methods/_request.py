@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from torchcam._tensors import tensors_in
 from torchcam.targets import Selector
@@ -57,6 +58,16 @@ class Request:
             raise RuntimeError("no output of the model was recorded: call the model itself, or pass `scores`")
         self.check_recorded()
         return recorded.output
+
+    def check_scores(self, batch_size: int, differentiated: bool) -> None:
+        """Check that other scores than the recorded output are equal to it, or carry a graph that is differentiated."""
+        scores = self.scores
+        if isinstance(scores, Tensor) and scores.ndim and scores.shape[0] != batch_size:
+            raise ValueError(
+                f"`scores` has shape {tuple(scores.shape)}, but the recorded pass had a batch of {batch_size}"
+            )
+        if not (differentiated and any(tensor.requires_grad for tensor in tensors_in(scores))):
+            self.check_recorded()
 
     def check_recorded(self) -> None:
         """Check that the scores that were handed over are the recorded output.

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from types import TracebackType
 from typing import Any, Literal, Self
 
 import torch
@@ -14,13 +13,11 @@ from torch.utils.hooks import RemovableHandle
 
 from torchcam._checks import one_of, torch_module
 from torchcam._passes import Call
-from torchcam._tensors import map_tensors, min_max, tensors_in, to_float
+from torchcam._tensors import map_tensors, min_max, to_float
 from torchcam.layers import TargetLayer, layer_names
-from torchcam.layout import unusual_axes
 from torchcam.targets import ClassIndex, OutputTarget, Selector, check_one_of, class_columns
 
 from ._default_layer import DefaultLayer
-from ._diagnose import Diagnosis, diagnose
 from ._finish import all_finite, broken_samples, scale_signed, to_one_shape, weighted_sum
 from ._gradients import differentiate, share_of_score
 from ._layouts import Layouts
@@ -28,12 +25,12 @@ from ._recorder import Pass, Recorder
 from ._replicas import on_replica
 from ._request import Request
 from ._running import computing, plain_tensors, with_graph
-from ._stream import stream
+from ._stream import Repeats
 
 __all__ = ["_CAM", "OutputTarget", "Request", "on_replica", "plain_tensors"]
 
 
-class _CAM:
+class _CAM(Repeats):
     r"""Hook a model, watch one forward pass, and answer which regions of the input made a score.
 
     The raw map of a target layer with activation :math:`A` is :math:`M(s) = \sum_k w_k A_k(s)`; a method is a subclass
@@ -75,10 +72,6 @@ class _CAM:
     _runs_model = False  # the model runs again when maps are computed
     _explains_many = False  # several classes of a sample are explained at once
     _options: tuple[str, ...] = ("target_layer",)  # what `repr` shows
-    _sums_activations = True  # a map is the weighted sum of the activations
-
-    def __init_subclass__(cls) -> None:
-        cls._sums_activations = cls.map is _CAM.map and cls._raw_maps is _CAM._raw_maps
 
     def __init__(
         self,
@@ -95,8 +88,10 @@ class _CAM:
         torch_module("model", model)
         if isinstance(model, torch.jit.ScriptModule):
             raise TypeError("`model` is one of TorchScript, whose layers run no hooks: pass the model it was made from")
-        if isinstance(model, torch.fx.GraphModule) and not any(map(_calls_layer, model.graph.nodes)):
-            raise TypeError("`model` is an exported graph, whose layers are gone: pass the model it was made from")
+        if isinstance(model, torch.fx.GraphModule):
+            called = [str(node.target) for node in model.graph.nodes if node.op == "call_module"]
+            if all(name.startswith("_guards") for name in called):  # which an export checks inputs by
+                raise TypeError("`model` is an exported graph, whose layers are gone: pass the model it was made from")
         if gradients is not None and not self._weighs_gradients:
             raise ValueError(
                 f"{type(self).__name__} takes no gradients at a layer, so there is no `gradients`, got {gradients!r}: "
@@ -173,12 +168,7 @@ class _CAM:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.remove_hooks()
         self._recorder.forget(every=True)
 
@@ -234,9 +224,7 @@ class _CAM:
         Of several scores of each sample, (N * K, C, *spatial): those of the first sample come first.
         """
         recorded = self._last_pass()
-        if recorded is None:
-            return [None] * len(self.target_names)
-        return self._gradient_grids(recorded, recorded.gradients or [None] * len(recorded.rows))
+        return [None] * len(self.target_names) if recorded is None else self._gradient_grids(recorded)
 
     @property
     def unbalanced(self) -> list[str]:
@@ -268,26 +256,20 @@ class _CAM:
             for tensor, row in zip(tensors, recorded.rows, strict=True)
         ]
 
-    def _gradient_grids(
-        self, recorded: Pass, gradients: Sequence[Tensor | None], graph: bool = False
-    ) -> list[Tensor | None]:
-        """Lay out gradients; those of K scores of each sample, (K, ...), as (N * K, C, *spatial)."""
+    def _gradient_grids(self, recorded: Pass, graph: bool = False) -> list[Tensor | None]:
+        """Lay out the gradients; those of K scores of each sample, (K, ...), as (N * K, C, *spatial)."""
+        if len(recorded.gradients) != len(recorded.rows):
+            return [None] * len(recorded.rows)
         if recorded.num_scores is None:
-            return self._grids(recorded, gradients, graph)
-        grids: list[Tensor | None] = []
-        for of_scores, row in zip(gradients, recorded.rows, strict=True):
-            if of_scores is None or row.values is None:
-                grids.append(None)
-                continue
-            found = of_scores if graph else of_scores.detach()
-            if self.reshape_transform is not None:  # which may expect as many samples as the model had
-                of_each = [self._to_grid(recorded, gradient, row.name) for gradient in found]
-                grids.append(torch.stack(of_each, 1).flatten(0, 1))
-            else:
-                batch = self._batch_dimension(recorded, row.values, row.name)
-                joined = found.movedim(0, batch + 1).flatten(batch, batch + 1)
-                grids.append(self._to_grid(recorded, joined, row.name))
-        return grids
+            return self._grids(recorded, recorded.gradients, graph)
+        if self.reshape_transform is not None:  # which may expect as many samples as the model had
+            of_each = [self._grids(recorded, one, graph) for one in zip(*recorded.gradients, strict=True)]
+            return [torch.stack(of_layer, 1).flatten(0, 1) for of_layer in zip(*of_each, strict=True)]
+        joined = []
+        for gradient, row in zip(recorded.gradients, recorded.rows, strict=True):
+            batch = self._batch_dimension(recorded, gradient[0], row.name)
+            joined.append(gradient.movedim(0, batch + 1).flatten(batch, batch + 1))
+        return self._grids(recorded, joined, graph)
 
     def _batch_dimension(self, recorded: Pass, tensor: Tensor, name: str) -> int:
         """Return which dimension of a layer's output is the batch."""
@@ -303,7 +285,8 @@ class _CAM:
             ValueError: if they do not, as far as the target layers show
         """
         recorded = self._recorder.find(scores)
-        self._settle_axes(recorded)
+        if self.reshape_transform is None:
+            recorded.settle_axes()
         axes = recorded.call.axes
         if axes is not None:
             raise ValueError(
@@ -312,13 +295,6 @@ class _CAM:
                 "them behind the channels, (N, C, *spatial): wrap the model in a module that takes such an input and "
                 "permutes it"
             )
-
-    def _settle_axes(self, recorded: Pass) -> None:
-        """Note in the call along which of its axes the positions of a signal or a spectrogram are."""
-        if len(recorded.input_shape or ()) < 4 and self._recorder.keeps_outputs and self.reshape_transform is None:
-            for name, activation in zip(recorded.names, recorded.activations, strict=True):
-                if activation is not None:
-                    recorded.call.axes = unusual_axes(recorded.axes(activation, name))
 
     def _to_grid(self, recorded: Pass, tensor: Tensor, name: str) -> Tensor:
         """Lay out a layer's output as (N, C, *spatial), in float32 at least."""
@@ -489,29 +465,24 @@ class _CAM:
         maps = self._pool_layers(self._mark_broken(raw, request), request)
         keeps_evidence = self._relu if request.relu is None else request.relu
         scale = scale_signed if request.relu is False else min_max
-        finished = []
-        for cam in maps:
-            kept = cam.relu() if keeps_evidence else cam
-            finished.append(scale(kept) if normalized else kept)
-        return finished
+        kept = [*map(torch.relu, maps)] if keeps_evidence else maps
+        return [*map(scale, kept)] if normalized else kept
 
     def _mark_broken(self, maps: list[Tensor], request: Request) -> list[Tensor]:
         """Set the maps of samples with values that are not finite to NaN, and warn of them."""
         recorded = request.recorded
         # What is traced has no values to look at: `torchcam.export` marks samples at the end of the graph.
-        seen = [*maps, *recorded.gradients] if self._hides_gradients else maps
-        if not type(self)._sums_activations:  # a sum is no more finite than its parts
+        seen: list[Tensor | None] = [*maps, *recorded.gradients] if self._hides_gradients else [*maps]
+        kind = type(self)
+        if kind.map is not _CAM.map or kind._raw_maps is not _CAM._raw_maps:  # a sum is no more finite than its parts
             seen = [*seen, *recorded.activations]
         if torch.compiler.is_compiling() or all_finite(seen):
             return maps
+        if len(maps) != len(recorded.rows):  # of all layers together
+            return [broken_samples(cam, None, None, ", ".join(recorded.names)) for cam in maps]
         activations = self._grids(recorded, recorded.activations)
-        gradients: list[Tensor | None] = [None] * len(activations)
-        if len(recorded.gradients) == len(activations):
-            gradients = self._gradient_grids(recorded, recorded.gradients)
-        names = recorded.names
-        if len(maps) != len(names):  # of all layers together
-            activations, gradients, names = [None] * len(maps), [None] * len(maps), [", ".join(names)] * len(maps)
-        found = zip(maps, activations, gradients, names, strict=True)
+        gradients = self._gradient_grids(recorded)
+        found = zip(maps, activations, gradients, recorded.names, strict=True)
         return [broken_samples(*of_layer) for of_layer in found]
 
     # Gradients.
@@ -554,7 +525,7 @@ class _CAM:
             self._default.check_target(recorded.call, select, effects)
         recorded.gradients, recorded.num_scores = gradients, None if score.ndim == 1 else score.shape[1]
         recorded.score = score.detach()
-        grids = self._gradient_grids(recorded, gradients, request.create_graph)
+        grids = self._gradient_grids(recorded, request.create_graph)
         return [grid for grid in grids if grid is not None]
 
     def _gradients_of_copies(self, request: Request) -> list[Tensor]:
@@ -577,88 +548,16 @@ class _CAM:
         return self._activations(request)[0].shape[0] // request.num_classes
 
     def _check_scores(self, request: Request) -> None:
-        """Check that other scores than the recorded output are equal to it, or carry a graph that is differentiated."""
-        scores, batch_size = request.scores, self._batch_size(request)
-        if isinstance(scores, Tensor) and scores.ndim and scores.shape[0] != batch_size:
-            raise ValueError(
-                f"`scores` has shape {tuple(scores.shape)}, but the recorded pass had a batch of {batch_size}"
-            )
-        has_graph = any(tensor.requires_grad for tensor in tensors_in(scores))
-        if not (has_graph and self._differentiates and not self._runs_model):
-            request.check_recorded()
+        """Check scores other than the recorded output."""
+        request.check_scores(self._batch_size(request), self._differentiates and not self._runs_model)
 
     def _recorded_call(self, request: Request) -> Call:
-        """Return the arguments of the recorded pass."""
+        """Return the arguments of the recorded pass, with the axes along which its positions are."""
         recorded = request.recorded
         recorded.call.check_unchanged()
-        self._settle_axes(recorded)
+        if self.reshape_transform is None:
+            recorded.settle_axes()
         return recorded.call
-
-    # More than one pass.
-
-    def stream(
-        self,
-        batches: Iterable[Any],
-        class_idx: ClassIndex | Callable[[Any], ClassIndex] | None = None,
-        *,
-        targets: OutputTarget | Sequence[OutputTarget] | None = None,
-        **kwargs: Any,
-    ) -> Iterator[list[Tensor]]:
-        """Run the model on batches, in evaluation mode and without gradients, and yield the maps of each.
-
-        Nothing of a batch is kept when the next one is asked for: memory stays the same over any number of them. A pass
-        that was recorded before is still there afterwards.
-
-        Example:
-            >>> from torchcam.methods import GradCAM
-            >>> from torchvision.models import resnet18
-            >>> model = resnet18().eval()
-            >>> loader = [torch.rand(2, 3, 64, 64) for _ in range(3)]
-            >>> with GradCAM(model, "layer4") as extractor:
-            ...     peaks = [cam.flatten(1).argmax(1) for (cam,) in extractor.stream(loader)]
-            >>> len(peaks)
-            3
-
-        Args:
-            batches: the model's inputs, say a ``DataLoader``: a tensor each, a tuple or list that begins with it (the
-                rest is not looked at), or a mapping of the model's keyword arguments (but for ``label`` and
-                ``labels``); moved to the model's device
-            class_idx: the class to explain, as a call takes it, or a function from the model's output to that; by
-                default the one with the highest score of each sample
-            targets: in place of ``class_idx``, what a call takes
-            kwargs: what else a call takes
-
-        Yields:
-            the maps of each batch, as a call returns them
-
-        Raises:
-            ValueError: if both ``class_idx`` and ``targets`` are given, and for what a call raises it
-        """
-        yield from stream(self, batches, class_idx, targets, **kwargs)
-
-    def diagnose(
-        self,
-        class_idx: ClassIndex | None = None,
-        *,
-        targets: OutputTarget | Sequence[OutputTarget] | None = None,
-    ) -> Diagnosis:
-        """Find out why a map is blank, constant, NaN, inverted, the same for every class or too coarse.
-
-        The recorded pass is repeated in evaluation mode, and left as it was.
-
-        Args:
-            class_idx: the class whose map is wrong, for the whole batch or one per sample; by default the one with the
-                highest score
-            targets: in place of ``class_idx``, a callable (or one per sample) from one sample's output to a scalar
-
-        Returns:
-            the findings, each with what to do: a sequence that prints as a report, empty if nothing wrong was found
-
-        Raises:
-            TypeError: if an argument has the wrong type
-            ValueError: if a class does not exist, there are several per sample, or both arguments are given
-        """
-        return diagnose(self, class_idx, targets=targets)
 
     # Fusion.
 
@@ -698,7 +597,3 @@ class _CAM:
         if self.gradients == "balanced":
             values["gradients"] = self.gradients
         return f"{type(self).__name__}({', '.join(f'{option}={value}' for option, value in values.items())})"
-
-
-def _calls_layer(node: torch.fx.Node) -> bool:
-    return node.op == "call_module" and not str(node.target).startswith("_guards")  # which an export checks inputs by

@@ -350,7 +350,7 @@ class ShapleyCAM(_GradientCAM):
         recorded = request.recorded
         twice = replace(request, create_graph=True)
         activations, gradients = self._activations(request), self._gradients(twice)
-        attached = [gradient for gradient in recorded.gradients if gradient is not None]
+        attached = recorded.gradients
         if not request.create_graph:
             recorded.gradients = [gradient.detach() for gradient in attached]
             gradients = [gradient.detach() for gradient in gradients]
