@@ -157,8 +157,8 @@ def min_max(maps: Tensor, start_dim: int = 1) -> Tensor:
     lowest = maps.amin(positions, keepdim=True)
     above = maps - lowest
     scale = above.amax(positions, keepdim=True)
-    scale.masked_fill_(torch.add(lowest, scale, alpha=_LOST) == lowest, torch.inf)  # all finite values become 0
-    return above.div_(scale)
+    scale = scale.masked_fill(torch.add(lowest, scale, alpha=_LOST) == lowest, torch.inf)  # all finite values become 0
+    return above / scale
 
 
 def over_positions(maps: Tensor, image: Tensor) -> Tensor:
