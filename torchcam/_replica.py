@@ -111,15 +111,15 @@ def replicate(model: nn.Module) -> nn.Module:
     return replica
 
 
-def modules_of(model: nn.Module) -> list[nn.Module]:
-    """List the modules of a model, each once; in less time than ``model.modules()`` takes."""
+def modules_of(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules of a model, each once; in less time than ``model.modules()`` does, outer ones first."""
     found, seen = [model], {id(model)}
     for module in found:
+        yield module
         for child in vars(module)["_modules"].values():
             if child is not None and id(child) not in seen:
                 seen.add(id(child))
                 found.append(child)
-    return found
 
 
 def has_hooks(model: nn.Module) -> bool:
@@ -296,8 +296,7 @@ class _DrawsWatched(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
 def _global_generators(model: nn.Module) -> list[torch.Generator]:
     """Return the default generators of the CPU and of the kind of device that the model is on."""
     generators = [torch.default_generator]
-    parameters = (parameter for module in modules_of(model) for parameter in module._parameters.values())
-    device_type = next((parameter.device.type for parameter in parameters if parameter is not None), "cpu")
+    device_type = next((parameter.device.type for parameter in model.parameters()), "cpu")
     if device_type not in {"cpu", "meta"}:
         generators += list(getattr(torch.get_device_module(device_type), "default_generators", ()))
     return generators

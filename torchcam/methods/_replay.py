@@ -7,6 +7,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from operator import attrgetter
 from typing import Any
 
@@ -99,10 +100,10 @@ def fast_formats(modules: Iterable[nn.Module]) -> dict[int, torch.memory_format]
     On a CPU that is channels-last for models of several convolutions. Elsewhere it is the format of the weights, which
     inputs need not be converted to.
     """
-    weights = [module.weight for module in modules if isinstance(module, (nn.Conv2d, nn.Conv3d))]
-    on_cpu = [weight for weight in weights if isinstance(weight, Tensor) and weight.device.type == "cpu"]
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return formats if len(on_cpu) > 1 else {}
+    weights = (module.weight for module in modules if isinstance(module, (nn.Conv2d, nn.Conv3d)))
+    on_cpu = (weight for weight in weights if isinstance(weight, Tensor) and weight.device.type == "cpu")
+    several = len(list(islice(on_cpu, 2))) > 1
+    return {4: torch.channels_last, 5: torch.channels_last_3d} if several else {}
 
 
 def in_format(tensor: Tensor, formats: dict[int, torch.memory_format]) -> Tensor:

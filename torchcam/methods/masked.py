@@ -92,18 +92,19 @@ class ScoreCAM(_ChannelCAM):
         chosen = self._chosen(activation)
         constant = is_constant(*activation.flatten(2).aminmax(dim=-1))  # (N, C)
         evaluated = torch.arange(num_samples * num_channels, device=activation.device)  # (V,)
+        channels = activation.flatten(0, 1).unsqueeze(1)  # (V, 1, *spatial)
         has_constant = bool(constant.any())
         if has_constant or chosen is not None:
             constant = constant if chosen is None else constant & chosen
             stand_in = constant & (constant.cumsum(1) == 1)  # each sample's first constant channel
             distinct = ~constant | stand_in
             evaluated = evaluated[(distinct if chosen is None else distinct & chosen).flatten()]
+            channels = channels[evaluated]
         samples = evaluated.div(num_channels, rounding_mode="floor")
-        channels = activation.flatten(0, 1).unsqueeze(1)  # (N * C, 1, *spatial)
         perturbations = list(self._perturbations(image))
 
         def variants(chunk: slice) -> Iterator[Tensor]:
-            masks = min_max(resize(channels[evaluated[chunk]], image.shape[2:]))
+            masks = min_max(resize(channels[chunk], image.shape[2:]))
             if has_constant:
                 blank = constant.flatten()[evaluated[chunk]]
                 masks = masks.masked_fill(blank.reshape(-1, *[1] * (masks.ndim - 1)), 0.0)
@@ -116,7 +117,7 @@ class ScoreCAM(_ChannelCAM):
             yield inputs
 
         found = replay.averaged(variants, samples).to(activation)
-        if len(found) == num_samples * num_channels:
+        if found.shape[0] == num_samples * num_channels:
             return found.reshape(num_samples, num_channels)
         scores = activation.new_full((num_samples * num_channels,), -torch.inf)
         scores[evaluated] = found
