@@ -93,7 +93,7 @@ class Call:
     Attributes:
         versions: every tensor among the arguments with its version at the time of the call
         found: the image-like argument as it was given; None if there is none
-        autocast: the type of device, whether autocast was on for it, and its type
+        autocast: the type of autocast; None where it was off
         shared: the inputs that all samples share although they have as many rows, by identity; None until it is proven
         axes: the dimensions of the image-like input, or of the signal, along which its positions are; None for all
             from the third on
@@ -110,9 +110,9 @@ class Call:
         self.wanted = wanted
         self.found = find_image(args, kwargs, wanted)
         self.versions = [(tensor, None if tensor.is_inference() else tensor._version) for tensor in tensors]
-        device_type = tensors[0].device.type if tensors else "cpu"
-        enabled = torch.is_autocast_enabled(device_type)
-        self.autocast = device_type, enabled, torch.get_autocast_dtype(device_type) if enabled else None
+        self.autocast: torch.dtype | None = None
+        if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(self.device_type):
+            self.autocast = torch.get_autocast_dtype(self.device_type)
         self.shared: set[int] | None = None
         self.axes: tuple[int, ...] | None = None
 
@@ -241,10 +241,14 @@ class Call:
 
     def as_recorded(self) -> AbstractContextManager[Any]:
         """Return a context with the autocast state of the call."""
-        device_type, enabled, dtype = self.autocast
-        if not enabled and not torch.is_autocast_enabled(device_type):
+        if self.autocast is None and not torch._C._is_any_autocast_enabled():
             return nullcontext()
-        return torch.autocast(device_type, dtype=dtype, enabled=enabled)
+        return torch.autocast(self.device_type, dtype=self.autocast, enabled=self.autocast is not None)
+
+    @property
+    def device_type(self) -> str:
+        """The type of the device of the first tensor."""
+        return self.versions[0][0].device.type if self.versions else "cpu"
 
 
 def without_inference(arguments: Any) -> Any:

@@ -269,7 +269,7 @@ class Replay:
             expected: its score before, (1,)
             variants: the scores of its variants
         """
-        kinds = [self.autocast, self.call.autocast[2], self.call.image.dtype]
+        kinds = [self.autocast, self.call.autocast, self.call.image.dtype]
         eps = max(torch.finfo(kind).eps for kind in kinds if kind is not None)
         eps = max(eps, 2**-10) if found.is_cuda else eps  # there, float32 may be TF32
         effect = (variants - expected).abs().nan_to_num(0.0).amax()

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from torchcam._passes import Call
+
 __all__ = ["computing", "plain_tensors", "quietly", "thread", "warn", "with_graph"]
 
 
@@ -73,9 +75,9 @@ plain_tensors = partial(_GradMode, False)  # no graph, and not the restrictions 
 with_graph = partial(_GradMode, True)
 
 
-def computing(device_type: str, graph: bool) -> AbstractContextManager[None]:
-    """Return the context that maps are computed in: with or without a graph, in full precision."""
-    return _full_precision(device_type, graph) if torch.is_autocast_enabled(device_type) else _GradMode(graph)
+def computing(call: Call, graph: bool) -> AbstractContextManager[None]:
+    """Return the context that the maps of a call are computed in: with or without a graph, in full precision."""
+    return _full_precision(call.device_type, graph) if torch._C._is_any_autocast_enabled() else _GradMode(graph)
 
 
 @contextmanager

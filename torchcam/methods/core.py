@@ -224,7 +224,8 @@ class _CAM(Repeats):
         Of several scores of each sample, (N * K, C, *spatial): those of the first sample come first.
         """
         recorded = self._last_pass()
-        return [None] * len(self.target_names) if recorded is None else self._gradient_grids(recorded)
+        grids: list[Tensor] = [] if recorded is None else self._gradient_grids(recorded)
+        return [*grids] or [None] * len(self.target_names if recorded is None else recorded.rows)
 
     @property
     def unbalanced(self) -> list[str]:
@@ -256,20 +257,20 @@ class _CAM(Repeats):
             for tensor, row in zip(tensors, recorded.rows, strict=True)
         ]
 
-    def _gradient_grids(self, recorded: Pass, graph: bool = False) -> list[Tensor | None]:
-        """Lay out the gradients; those of K scores of each sample, (K, ...), as (N * K, C, *spatial)."""
-        if len(recorded.gradients) != len(recorded.rows):
-            return [None] * len(recorded.rows)
-        if recorded.num_scores is None:
-            return self._grids(recorded, recorded.gradients, graph)
-        if self.reshape_transform is not None:  # which may expect as many samples as the model had
-            of_each = [self._grids(recorded, one, graph) for one in zip(*recorded.gradients, strict=True)]
-            return [torch.stack(of_layer, 1).flatten(0, 1) for of_layer in zip(*of_each, strict=True)]
-        joined = []
-        for gradient, row in zip(recorded.gradients, recorded.rows, strict=True):
-            batch = self._batch_dimension(recorded, gradient[0], row.name)
-            joined.append(gradient.movedim(0, batch + 1).flatten(batch, batch + 1))
-        return self._grids(recorded, joined, graph)
+    def _gradient_grids(self, recorded: Pass, graph: bool = False) -> list[Tensor]:
+        """Lay out the gradients, if any; those of K scores of each sample, (K, ...), as (N * K, C, *spatial)."""
+        grids: list[Tensor] = []
+        for gradient, row in zip(recorded.gradients, recorded.rows, strict=False):
+            found = gradient if graph or not gradient.requires_grad else gradient.detach()
+            if recorded.num_scores is None:
+                grids.append(self._to_grid(recorded, found, row.name))
+            elif self.reshape_transform is None:
+                batch = self._batch_dimension(recorded, found[0], row.name)
+                grids.append(self._to_grid(recorded, found.movedim(0, batch + 1).flatten(batch, batch + 1), row.name))
+            else:  # which may expect as many samples as the model had
+                each = [self._to_grid(recorded, one, row.name) for one in found]
+                grids.append(torch.stack(each, 1).flatten(0, 1))
+        return grids if len(grids) == len(recorded.rows) else []
 
     def _batch_dimension(self, recorded: Pass, tensor: Tensor, name: str) -> int:
         """Return which dimension of a layer's output is the batch."""
@@ -429,7 +430,7 @@ class _CAM(Repeats):
         request, options = self._request(recorded, class_idx, scores, targets, num_classes=count, **kwargs)
         if scores is not None and not recorded.has_returned(scores):
             self._check_scores(request)
-        with computing(recorded.call.autocast[0], request.create_graph):
+        with computing(recorded.call, request.create_graph):
             maps = self._finished(self._raw_maps(request, **options), request, normalized)
         recorded.explained = True
         return maps if columns is None else [cam.reshape(-1, count, *cam.shape[1:]) for cam in maps]
@@ -456,9 +457,8 @@ class _CAM(Repeats):
                 raise ValueError(f"`create_graph`: {type(self).__name__} does not differentiate the recorded pass")
             if recorded.private:
                 raise ValueError("`create_graph` needs the forward pass to be run with gradients on")
-        retain_graph = bool(options.pop("retain_graph", False)) if self._differentiates else False
-        request = Request(recorded, class_idx, scores, targets, relu, create_graph, retain_graph, num_classes)
-        return request, options
+        retain_graph = self._differentiates and bool(options.pop("retain_graph", False))
+        return Request(recorded, class_idx, scores, targets, relu, create_graph, retain_graph, num_classes), options
 
     def _finished(self, raw: list[Tensor], request: Request, normalized: bool) -> list[Tensor]:
         """Turn raw maps into those to return: broken samples marked, layers pooled, ReLU, scaled."""
@@ -473,15 +473,14 @@ class _CAM(Repeats):
         recorded = request.recorded
         # What is traced has no values to look at: `torchcam.export` marks samples at the end of the graph.
         seen: list[Tensor | None] = [*maps, *recorded.gradients] if self._hides_gradients else [*maps]
-        kind = type(self)
-        if kind.map is not _CAM.map or kind._raw_maps is not _CAM._raw_maps:  # a sum is no more finite than its parts
+        if type(self).map is not _CAM.map or type(self)._raw_maps is not _CAM._raw_maps:  # sums show their parts
             seen = [*seen, *recorded.activations]
         if torch.compiler.is_compiling() or all_finite(seen):
             return maps
         if len(maps) != len(recorded.rows):  # of all layers together
             return [broken_samples(cam, None, None, ", ".join(recorded.names)) for cam in maps]
         activations = self._grids(recorded, recorded.activations)
-        gradients = self._gradient_grids(recorded)
+        gradients: Sequence[Tensor | None] = self._gradient_grids(recorded) or [None] * len(maps)
         found = zip(maps, activations, gradients, recorded.names, strict=True)
         return [broken_samples(*of_layer) for of_layer in found]
 
@@ -512,8 +511,10 @@ class _CAM(Repeats):
             output = request.attached()
             select = self._selector(request)
             score = select(output)
-            recorded.unbalanced = set()
-            balanced = (output, recorded.unbalanced) if self.gradients == "balanced" else None
+            balanced: tuple[Any, set[str]] | None = None
+            if self.gradients == "balanced":
+                recorded.unbalanced = set()
+                balanced = output, recorded.unbalanced
             try:
                 gradients = differentiate(score, recorded.rows, request.retain_graph, request.create_graph, balanced)
             except RuntimeError:
@@ -525,8 +526,7 @@ class _CAM(Repeats):
             self._default.check_target(recorded.call, select, effects)
         recorded.gradients, recorded.num_scores = gradients, None if score.ndim == 1 else score.shape[1]
         recorded.score = score.detach()
-        grids = self._gradient_grids(recorded, request.create_graph)
-        return [grid for grid in grids if grid is not None]
+        return self._gradient_grids(recorded, request.create_graph)
 
     def _gradients_of_copies(self, request: Request) -> list[Tensor]:
         """Repeat the recorded pass on copies of its inputs, and differentiate that."""
