@@ -31,14 +31,18 @@ from torchcam.demo import CLASS_NAMES, load_model, sample_images
 from torchcam.explain import PredictionExplanation, explain
 from torchcam.layers import candidates
 
-pytest.importorskip("gradio", reason="gradio is not installed: pip install 'torchcam[app]'")
-
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 EVIL = "<img src=x onerror=\"document.title='gone'\">{{value}}${1 + 1}"
 TRANSFORM = Compose([Resize(96), ToTensor()])
 SEGMENTER = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
 # Gradio and what it is built on use what their dependencies deprecate.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _gradio() -> None:
+    """Skip without Gradio, which takes longer to import than all tests to collect."""
+    pytest.importorskip("gradio", reason="gradio is not installed: pip install 'torchcam[app]'")
 
 
 @pytest.fixture(scope="module")
@@ -440,11 +444,11 @@ class TestCommand:
             assert process.stdout is not None
             assert process.stdout.readline() == f"the demo model: http://127.0.0.1:{port}/\n"
             assert (status(port), status(port, Host="evil.example")) == (200, 403)
-            (folder,) = tmp_path.glob("torchcam-app-*")
+            (folder,) = tmp_path.glob("gradio/torchcam-*")
             assert stat.S_IMODE(folder.stat().st_mode) == 0o700
             process.send_signal(signal.SIGTERM)
             assert process.wait(30) == 0
-        assert not list(tmp_path.glob("torchcam-app-*"))
+        assert not list(tmp_path.glob("gradio/torchcam-*"))
 
     def test_weights_of_no_model(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["app", "--weights", "none"]) == 2

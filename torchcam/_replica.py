@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 __all__ = [
     "CallWrapper",
     "ExtractorHook",
+    "freeze",
     "has_hooks",
     "modules_of",
     "random_states_kept",
@@ -120,6 +121,23 @@ def modules_of(model: nn.Module) -> Iterator[nn.Module]:
             if child is not None and id(child) not in seen:
                 seen.add(id(child))
                 found.append(child)
+
+
+def freeze(replica: nn.Module, value_of: Callable[[Tensor], Tensor] = lambda value: value) -> None:
+    """Replace parameters of a replica with others that need no gradient, those that modules share with one."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in replica.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if parameter not in made:
+                before = parameter.detach()
+                value = value_of(before)
+                is_kept = value is before and not parameter.requires_grad  # of a class of its own, say quantised
+                made[parameter] = parameter if is_kept else nn.Parameter(value, requires_grad=False)
+            module._parameters[name] = made[parameter]
 
 
 def has_hooks(model: nn.Module) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Protocol
@@ -23,28 +23,13 @@ from torchcam.methods._replay import VariantRunner
 from torchcam.methods.core import _CAM, on_replica, plain_tensors
 from torchcam.targets import ClassIndex, OutputTarget, Selector, check_one_of, class_scores, read_logits
 
-__all__ = [
-    "Baseline",
-    "CAMMetric",
-    "Explained",
-    "Extractor",
-    "Subject",
-    "as_image",
-    "check_seed",
-    "explaining",
-    "given_maps",
-    "maps_of",
-    "missing_parts",
-    "run_to_explain",
-    "tensor_of",
-    "with_logits",
-    "zero_where_not_finite",
-]
+__all__ = ["CAMMetric", "Explained", "Extractor"]
 
 LogitsFn = Callable[[Any], Any]
 Baseline = Tensor | Callable[[Tensor], Tensor]
 Variant = Callable[[Tensor, Tensor], Tensor]
 Bounds = tuple[float, float]
+Keys = dict[str, tuple[str, bool, Bounds]]
 
 UNIT: Bounds = (0.0, 1.0)
 POSITIVE: Bounds = (0.0, math.inf)
@@ -201,8 +186,8 @@ class Explained:
 class CAMMetric(Metric):
     """The base class of all metrics: the explained pass, the sums over samples, the summary.
 
-    A subclass names its sums in ``_sums``, returns each sample's part of them from ``_measure``, and the means from
-    ``compute``. Every sum is a state, float64, and so are ``total`` and ``nan_count``, the numbers of samples in the
+    A subclass names in ``_keys`` what ``compute`` gives, and returns each sample's part of the sums behind it from
+    ``_measure``. Every sum is a state, float64, and so are ``total`` and ``nan_count``, the numbers of samples in the
     sums and of samples left out.
 
     Attributes:
@@ -211,13 +196,13 @@ class CAMMetric(Metric):
     """
 
     is_differentiable = False
-    higher_is_better: bool | None = None  # where the keys of one metric do not agree: see `key_higher_is_better`
+    higher_is_better: bool | None = None  # what all keys agree on; else see `key_higher_is_better`
     full_state_update = False
 
     key_higher_is_better: ClassVar[dict[str, bool]]
     key_bounds: ClassVar[dict[str, Bounds]]
-    _keys: ClassVar[dict[str, tuple[bool, Bounds]]]  # for each key of `compute` the two above
-    _sums: ClassVar[tuple[str, ...]]
+    _keys: ClassVar[Keys]  # for each key of `compute` its sum, "" if it has none, and the two above
+    _more_sums: ClassVar[tuple[str, ...]] = ()
     _summary_keys: ClassVar[tuple[str, ...] | None] = None  # by default all that `compute` gives
     _masks_with_maps: ClassVar[bool] = False  # the values of a map count, not only their order
     _explains_again: ClassVar[bool] = False  # maps that are given are not enough
@@ -227,17 +212,21 @@ class CAMMetric(Metric):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        keys = vars(cls).get("_keys", {})
-        if keys:
-            cls.key_higher_is_better = {key: higher for key, (higher, _) in keys.items()}
-            cls.key_bounds = {key: bounds for key, (_, bounds) in keys.items()}
+        if "_keys" not in vars(cls):
+            return
+        cls.key_higher_is_better = {key: higher for key, (_, higher, _) in cls._keys.items()}
+        cls.key_bounds = {key: bounds for key, (_, _, bounds) in cls._keys.items()}
+        agreed = set(cls.key_higher_is_better.values())
+        cls.higher_is_better = agreed.pop() if len(agreed) == 1 else None
+        lowest, highest = zip(*cls.key_bounds.values(), strict=True)
+        cls.plot_lower_bound = min(lowest) if math.isfinite(min(lowest)) else None
+        cls.plot_upper_bound = max(highest) if math.isfinite(max(highest)) else None
 
     def __init__(
         self,
         cam_extractor: Extractor | nn.Module | None,
         logits_fn: LogitsFn | None,
         options: Mapping[str, Any] | None = None,
-        shapes: Mapping[str, tuple[int, ...]] | None = None,
         **kwargs: Any,
     ) -> None:
         missing = missing_parts(cam_extractor)
@@ -254,9 +243,9 @@ class CAMMetric(Metric):
         callable_object("logits_fn", logits_fn, optional=True)
         super().__init__(**kwargs)
         self._subject = Subject(cam_extractor, logits_fn, options or {})
-        for name in self._sums:
-            shape = (shapes or {}).get(name, ())
-            self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+        of_keys = [state for state, *_ in self._keys.values() if state]
+        for name in (*of_keys, *self._more_sums):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         for name in ("total", "nan_count"):
             self.add_state(name, torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
         # A `MetricCollection` updates only one of several metrics whose states were equal once. Chance can make them
@@ -343,7 +332,7 @@ class CAMMetric(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """Return the means over the samples so far, in all processes; NaN if there are none."""
-        return {name: getattr(self, name) / self.total for name in self._sums}
+        return {key: getattr(self, state).mean() / self.total for key, (state, *_) in self._keys.items() if state}
 
     def summary(self) -> dict[str, float]:
         """Return the metric's main means over the samples so far, in all processes.
@@ -512,18 +501,15 @@ def explaining(extractor: Extractor, logits_fn: LogitsFn | None) -> Iterator[Ext
     It is like ``extractor``, on a replica of the model. An extractor that is not of this library is yielded itself: it
     gets a full graph and may call ``backward()``, and its model is restored afterwards.
     """
-    with on_replica(extractor) as own:
-        foreign = own is extractor
-        with _gradients_restored(own.model) if foreign else nullcontext(), _logits_applied(own.model, logits_fn):
-            yield own
-
-
-def _logits_applied(model: nn.Module, logits_fn: LogitsFn | None) -> AbstractContextManager[None]:
-    """Make ``model.forward`` apply ``logits_fn`` inside the block."""
-    if logits_fn is None:
-        return nullcontext()
-    # A partial, unlike a closure, is bound to the replica's modules in a replica.
-    return forwards_replaced({model: lambda _model, forward: partial(_run_with_logits, logits_fn, forward)})
+    with on_replica(extractor) as own, ExitStack() as changed:
+        if own is extractor:
+            changed.enter_context(_gradients_restored(own.model))
+        if logits_fn is not None:
+            # A partial, unlike a closure, is bound to the replica's modules in a replica.
+            changed.enter_context(
+                forwards_replaced({own.model: lambda _model, forward: partial(_run_with_logits, logits_fn, forward)})
+            )
+        yield own
 
 
 def _run_with_logits(logits_fn: LogitsFn, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
