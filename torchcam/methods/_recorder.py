@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from torchcam._passes import Call, image_shape, without_inference
-from torchcam._replica import CallWrapper, ExtractorHook, modules_of
+from torchcam._replica import CallWrapper, ExtractorHook, KeptReplica, modules_of
 from torchcam._tensors import map_tensors, tensors_in
 from torchcam.layout import Layout, axes_of, primary_tensors, replace_tensors, unusual_axes
 
@@ -213,6 +213,7 @@ class Recorder:
 
     Attributes:
         owns_input: whether the model is called with copies, which nobody else uses
+        replicas: replicas of the model that ran in earlier calls, and may run again
     """
 
     def __init__(
@@ -240,6 +241,7 @@ class Recorder:
         self.wanted_input = wanted_input
         self.enabled = enabled
         self.owns_input = False
+        self.replicas: list[KeptReplica] = []
         self.handles: list[RemovableHandle] = []
         self.choose_layers = choose_layers
         self.around = around
@@ -287,6 +289,7 @@ class Recorder:
 
     def remove(self) -> None:
         """Take all hooks off the model. May be called more than once."""
+        self.replicas.clear()
         _remove_all(self.handles, self._leave)
 
     # Passes.

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchcam._chunks import run_chunks
 from torchcam._passes import Call, forwards_replaced
-from torchcam._replica import has_hooks, modules_of, replicated
+from torchcam._replica import KeptReplica, has_hooks, modules_of, replicated
 from torchcam._tensors import map_tensors, tensors_in, to_float
 from torchcam.layout import first_tensor, replace_tensors
 from torchcam.targets import Selector
@@ -129,6 +129,7 @@ class Replay:
         compiled: whether variants of the input run as ``torch.compile`` makes the model
         output: what the model returned in the recorded pass: the first sample, run again as it is beside variants, must
             get the score that it has there; None if that is not known
+        kept: replicas of the model that ran before, one of which may run again
     """
 
     model: nn.Module
@@ -141,6 +142,7 @@ class Replay:
     autocast: torch.dtype | None = None
     compiled: bool = False
     output: Any = None
+    kept: list[KeptReplica] | None = None
     _is_proven: bool = field(default=False, init=False)
     _is_disproven: bool = field(default=False, init=False)
 
@@ -311,7 +313,7 @@ class Replay:
             nullcontext() if self.autocast is None else torch.autocast(self.call.device.type, dtype=self.autocast)
         )
         with (
-            replicated(self.model) as replica,
+            replicated(self.model, self.kept) as replica,
             plain_tensors(),
             self.call.as_recorded(),
             autocast,
