@@ -54,22 +54,14 @@ class VariantRunner:
 
     Args:
         model: the model
-        call: the recorded call, of which the other arguments are taken; None if the variants are all of the input
-        compiled: whether it runs as ``torch.compile`` makes it
+        call: the recorded call, of which the other arguments are taken
         formats: the memory format by the number of dimensions; by default the fastest ones
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        call: Call | None = None,
-        compiled: bool = False,
-        formats: dict[int, torch.memory_format] | None = None,
-    ) -> None:
+    def __init__(self, model: nn.Module, call: Call, formats: dict[int, torch.memory_format] | None = None) -> None:
         self.call = call
-        if call is not None:
-            call.prove_rows(model)
-        self._forward: Callable[..., Any] = torch.compile(model) if compiled else model
+        call.prove_rows(model)
+        self.model = model
         self._formats = fast_formats(modules_of(model)) if formats is None else formats
 
     def __call__(self, image: Tensor, samples: Tensor) -> Any:
@@ -90,8 +82,8 @@ class VariantRunner:
         return self._run(image, samples)
 
     def _run(self, image: Tensor, samples: Tensor) -> Any:
-        args, kwargs = ((image,), {}) if self.call is None else self.call.with_image(image, samples)
-        return self._forward(*args, **kwargs)
+        args, kwargs = self.call.with_image(image, samples)
+        return self.model(*args, **kwargs)
 
 
 def fast_formats(modules: Iterable[nn.Module]) -> dict[int, torch.memory_format]:
@@ -163,7 +155,8 @@ class Replay:
             samples: the sample of the recorded batch that each variant belongs to, (V,)
         """
         with self._running() as replica:
-            run = VariantRunner(replica, self.call, self.compiled)
+            model: Any = torch.compile(replica) if self.compiled else replica
+            run = VariantRunner(model, self.call)
             first, image = samples.new_zeros(1), self.call.image
 
             def evaluate(chunk: slice, unchanged: int) -> Tensor:
@@ -459,7 +452,9 @@ class _Record:
 
 
 def _without_values(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor, device="meta")
+    """Return the shape of a tensor of any layout, and its type if NaN is of that."""
+    dtype = tensor.dtype if tensor.is_floating_point() else torch.bool
+    return torch.empty(tensor.shape, dtype=dtype, device="meta")
 
 
 def _joined(parts: list[Any], counts: list[int]) -> Any:

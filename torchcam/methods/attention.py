@@ -40,16 +40,29 @@ class _AttentionCAM(_CAM):
     def __init__(
         self,
         model: nn.Module,
-        target_layer: TargetLayer | Sequence[TargetLayer] | None,
-        prefix_tokens: int,
-        grid_shape: tuple[int, int] | None,
-        **kwargs: Any,
+        target_layer: TargetLayer | Sequence[TargetLayer] | None = None,
+        input_shape: tuple[int, ...] = (3, 224, 224),
+        *,
+        prefix_tokens: int = 1,
+        grid_shape: tuple[int, int] | None = None,
+        enable_hooks: bool = True,
+        input_name: str | None = None,
+        input_index: int | None = None,
+        gradients: None = None,
     ) -> None:
         if grid_shape is not None and (len(grid_shape) != 2 or min(grid_shape) < 1):
             raise ValueError(f"`grid_shape` must be (height, width), both positive, got {grid_shape!r}")
         self.prefix_tokens = integer("prefix_tokens", prefix_tokens, 0)
         self.grid_shape = grid_shape
-        super().__init__(model, target_layer, **kwargs)
+        super().__init__(
+            model,
+            model if target_layer is None else target_layer,
+            input_shape,
+            enable_hooks,
+            input_name=input_name,
+            input_index=input_index,
+            gradients=gradients,
+        )
 
     def _recording(self, model: nn.Module, names: Sequence[str], **options: Any) -> Recorder:
         for name in names:
@@ -190,7 +203,14 @@ class LeGrad(_AttentionCAM):
         self.score_projection = callable_object("score_projection", score_projection, optional=True)
         if score_projection is None:
             _read_out(model)
-        super().__init__(model, target_layer, prefix_tokens, grid_shape, enable_hooks=enable_hooks, gradients=gradients)
+        super().__init__(
+            model,
+            target_layer,
+            prefix_tokens=prefix_tokens,
+            grid_shape=grid_shape,
+            enable_hooks=enable_hooks,
+            gradients=gradients,
+        )
 
     @staticmethod
     def map(activation: Tensor, gradient: Tensor, to_grid: Callable[[Tensor], Tensor]) -> Tensor:
@@ -268,31 +288,6 @@ def _read_out(model: Any) -> list[nn.Module]:
 
 class _RolledOut(_AttentionCAM):
     """What the methods share that multiply the attention of all blocks. ``hook_a`` is the class token's attention."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        target_layer: TargetLayer | Sequence[TargetLayer] | None = None,
-        input_shape: tuple[int, ...] = (3, 224, 224),
-        *,
-        prefix_tokens: int = 1,
-        grid_shape: tuple[int, int] | None = None,
-        enable_hooks: bool = True,
-        input_name: str | None = None,
-        input_index: int | None = None,
-        gradients: None = None,
-    ) -> None:
-        super().__init__(
-            model,
-            model if target_layer is None else target_layer,
-            prefix_tokens,
-            grid_shape,
-            input_shape=input_shape,
-            enable_hooks=enable_hooks,
-            input_name=input_name,
-            input_index=input_index,
-            gradients=gradients,
-        )
 
     _keeps_outputs = False
     step: Callable[..., Tensor]
