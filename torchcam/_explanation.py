@@ -356,9 +356,10 @@ class PredictionExplanation(Pictures):
                     "target_layers": list(result.target_layers),
                     "signed": result.signed,
                     "classes": {
-                        str(key): self._class_entry(
-                            key, save_maps(result, key, folder, place, partial(draw, result, key))
-                        )
+                        str(key): {
+                            **self.entry(key),
+                            "artifacts": save_maps(result, key, folder, place, partial(draw, result, key)),
+                        }
                         for key in result.cams
                     },
                 }
@@ -384,14 +385,13 @@ class PredictionExplanation(Pictures):
             (folder / "manifest.json").write_text(to_json(manifest) + "\n", encoding="utf-8")
         return directory
 
-    def _class_entry(self, key: int | str, artifacts: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return what the manifest says of a class or a target."""
+    def entry(self, key: int | str) -> dict[str, Any]:
+        """Describe a class or a target as plain values."""
         entry = self._reference(key)
         if isinstance(key, str):
-            found = {} if self.detections is None else self.detections.entry(key)
-            return {**entry, "score": self.scores.get(key), **found, "artifacts": artifacts}
+            return {**entry, "score": self.scores.get(key), **(self.detections.entry(key) if self.detections else {})}
         probability = None if self.probabilities is None else self.probabilities[0, key].item()
-        return {**entry, "logit": self.logits[0, key].item(), "probability": probability, "artifacts": artifacts}
+        return {**entry, "logit": self.logits[0, key].item(), "probability": probability}
 
     def _reference(self, key: int | str) -> dict[str, Any]:
         if isinstance(key, str):

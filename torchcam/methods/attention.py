@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -16,9 +16,9 @@ from torchcam._tensors import to_float
 from torchcam.layers import TargetLayer
 from torchcam.layout import patch_grid
 
-from ._gradients import differentiate, with_graph
+from ._gradients import differentiate
 from ._recorder import Pass, Recorder, Row
-from ._running import thread
+from ._running import thread, with_graph
 from ._watched import AttentionWatched, BlockStarts, Watch
 from .core import _CAM, Request
 
@@ -40,16 +40,29 @@ class _AttentionCAM(_CAM):
     def __init__(
         self,
         model: nn.Module,
-        target_layer: TargetLayer | Sequence[TargetLayer] | None,
-        prefix_tokens: int,
-        grid_shape: tuple[int, int] | None,
-        **kwargs: Any,
+        target_layer: TargetLayer | Sequence[TargetLayer] | None = None,
+        input_shape: tuple[int, ...] = (3, 224, 224),
+        *,
+        prefix_tokens: int = 1,
+        grid_shape: tuple[int, int] | None = None,
+        enable_hooks: bool = True,
+        input_name: str | None = None,
+        input_index: int | None = None,
+        gradients: None = None,
     ) -> None:
         if grid_shape is not None and (len(grid_shape) != 2 or min(grid_shape) < 1):
             raise ValueError(f"`grid_shape` must be (height, width), both positive, got {grid_shape!r}")
         self.prefix_tokens = integer("prefix_tokens", prefix_tokens, 0)
         self.grid_shape = grid_shape
-        super().__init__(model, target_layer, **kwargs)
+        super().__init__(
+            model,
+            model if target_layer is None else target_layer,
+            input_shape,
+            enable_hooks,
+            input_name=input_name,
+            input_index=input_index,
+            gradients=gradients,
+        )
 
     def _recording(self, model: nn.Module, names: Sequence[str], **options: Any) -> Recorder:
         for name in names:
@@ -62,13 +75,12 @@ class _AttentionCAM(_CAM):
         everywhere = list(names) == [""]
         differentiates = self._differentiates
 
-        @contextmanager
-        def watching(started: Pass) -> Iterator[None]:
+        def watching(started: Pass, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             started.watch = Watch(started, differentiates, everywhere)
             thread.watches.append(started.watch)
             try:
                 with AttentionWatched() if len(thread.watches) == 1 else nullcontext():
-                    yield
+                    return run(*args, **kwargs)
             finally:
                 thread.watches.remove(started.watch)
                 started.watch = None
@@ -191,7 +203,14 @@ class LeGrad(_AttentionCAM):
         self.score_projection = callable_object("score_projection", score_projection, optional=True)
         if score_projection is None:
             _read_out(model)
-        super().__init__(model, target_layer, prefix_tokens, grid_shape, enable_hooks=enable_hooks, gradients=gradients)
+        super().__init__(
+            model,
+            target_layer,
+            prefix_tokens=prefix_tokens,
+            grid_shape=grid_shape,
+            enable_hooks=enable_hooks,
+            gradients=gradients,
+        )
 
     @staticmethod
     def map(activation: Tensor, gradient: Tensor, to_grid: Callable[[Tensor], Tensor]) -> Tensor:
@@ -230,7 +249,7 @@ class LeGrad(_AttentionCAM):
         return evidence
 
     def _check_scores(self, request: Request) -> None:
-        self._check_recorded(request)  # each block has a score of its own
+        request.check_recorded()  # each block has a score of its own
 
     def _scores_of(self, tokens: Tensor) -> Tensor:
         if self.score_projection is not None:
@@ -269,31 +288,6 @@ def _read_out(model: Any) -> list[nn.Module]:
 
 class _RolledOut(_AttentionCAM):
     """What the methods share that multiply the attention of all blocks. ``hook_a`` is the class token's attention."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        target_layer: TargetLayer | Sequence[TargetLayer] | None = None,
-        input_shape: tuple[int, ...] = (3, 224, 224),
-        *,
-        prefix_tokens: int = 1,
-        grid_shape: tuple[int, int] | None = None,
-        enable_hooks: bool = True,
-        input_name: str | None = None,
-        input_index: int | None = None,
-        gradients: None = None,
-    ) -> None:
-        super().__init__(
-            model,
-            model if target_layer is None else target_layer,
-            prefix_tokens,
-            grid_shape,
-            input_shape=input_shape,
-            enable_hooks=enable_hooks,
-            input_name=input_name,
-            input_index=input_index,
-            gradients=gradients,
-        )
 
     _keeps_outputs = False
     step: Callable[..., Tensor]

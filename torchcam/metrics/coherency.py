@@ -10,7 +10,7 @@ from torch import Tensor
 from torchcam._checks import positive_integer
 
 from ._statistics import harmonic_mean, pearson, relative_fall
-from .core import POSITIVE, UNBOUNDED, UNIT, CAMMetric, Explained, Extractor, Keys, LogitsFn
+from .core import POSITIVE, UNBOUNDED, UNIT, CAMMetric, Explained, Extractor, Keys, LogitsFn, Variant
 from .faithfulness import Removal
 
 __all__ = ["ADCC", "ARCC"]
@@ -43,10 +43,7 @@ class _CoherencyMetric(CAMMetric):
         def alike(again: Tensor, samples: Tensor, _variants: Tensor) -> Tensor:
             return (pearson(again, explained.cam[samples]) + 1) / 2
 
-        def masked(samples: Tensor, _variants: Tensor) -> Tensor:
-            return _masked(explained, samples)
-
-        coherency = explained.explain_again(masked, alike, 1, self.batch_size).squeeze(1)
+        coherency = explained.explain_again(_masking(explained), alike, 1, self.batch_size).squeeze(1)
         complexity = explained.cam.abs().flatten(1).mean(1)
         change = self._change(explained)
         joined = harmonic_mean(coherency, 1 - complexity, self._faithfulness(change))
@@ -63,10 +60,10 @@ class _CoherencyMetric(CAMMetric):
         raise NotImplementedError
 
 
-def _masked(explained: Explained, samples: Tensor) -> Tensor:
-    """Return the inputs multiplied by their maps."""
-    image: Tensor = explained.image[samples] * explained.cam[samples].unsqueeze(1).to(explained.image.dtype)
-    return image
+def _masking(explained: Explained) -> Variant:
+    """Return a function from the numbers of samples, (B,), to the inputs multiplied by their maps."""
+    image, mask = explained.image, explained.cam.unsqueeze(1).to(explained.image.dtype)
+    return lambda samples, _variants: image[samples] * mask[samples]
 
 
 class ADCC(_CoherencyMetric):
@@ -140,7 +137,7 @@ class ADCC(_CoherencyMetric):
     drop: Tensor
 
     def _change(self, explained: Explained) -> Tensor:
-        kept = explained.replay(lambda samples, _variants: _masked(explained, samples), 1, self.batch_size).squeeze(1)
+        kept = explained.replay(_masking(explained), 1, self.batch_size).squeeze(1)
         return relative_fall(explained.score - kept, explained.score)
 
     @staticmethod

@@ -15,7 +15,7 @@ from torchmetrics import Metric
 
 from torchcam._checks import callable_object, integer
 from torchcam._chunks import run_chunks
-from torchcam._passes import forwards_replaced
+from torchcam._passes import Call, forwards_replaced
 from torchcam._replica import replicated
 from torchcam._tensors import map_tensors, over_positions, resize, to_float
 from torchcam.layout import axes_of
@@ -120,9 +120,9 @@ class Explained:
             the scores, (N, V)
         """
         with replicated(self.model) as model:
-            run = VariantRunner(model)
+            run = VariantRunner(model, Call((self.image,), {}))
 
-            def score(samples: Tensor, variants: Tensor, _chunk: slice) -> Tensor:
+            def score(samples: Tensor, variants: Tensor) -> Tensor:
                 output = run(variant(samples, variants), samples)
                 return self.select(with_logits(self.logits_fn, output), samples)
 
@@ -152,31 +152,23 @@ class Explained:
         Returns:
             the measures, (N, V, ...)
         """
-        if classes is None and self.select.targets:
-            asked = "targets"
-            values = [target for target in self.select.targets for _ in range(num_variants)]
-        else:
-            asked = "class_idx"
-            if classes is None:
-                classes = self.select.indices(read_logits(self.output)).repeat_interleave(num_variants)
-            values = classes.flatten().tolist()
 
-        def explain(samples: Tensor, variants: Tensor, chunk: slice) -> Tensor:
+        def explain(samples: Tensor, variants: Tensor) -> Tensor:
             inputs = variant(samples, variants)
+            asked = self.select.arguments(self.output, samples)
+            if classes is not None:
+                asked = {"class_idx": classes[samples, variants]}
             with explaining(extractor or self.extractor, self.logits_fn) as own:
-                output = run_to_explain(own, inputs)
-                maps = maps_of(own, output, inputs, **{asked: values[chunk]})
+                maps = maps_of(own, run_to_explain(own, inputs), inputs, **asked)
             return measure(maps, samples, variants)
 
         return self._by_variant(explain, num_variants, batch_size)
 
-    def _by_variant(
-        self, evaluate: Callable[[Tensor, Tensor, slice], Tensor], num_variants: int, batch_size: int
-    ) -> Tensor:
+    def _by_variant(self, evaluate: Variant, num_variants: int, batch_size: int) -> Tensor:
         """Evaluate the variants in chunks, to (N, V, ...), and mark samples with values that are not finite."""
         rows = torch.arange(len(self.image) * num_variants, device=self.image.device)
         samples, variants = rows.div(num_variants, rounding_mode="floor"), rows % num_variants
-        chunks = run_chunks(lambda part: evaluate(samples[part], variants[part], part), len(rows), batch_size)
+        chunks = run_chunks(lambda part: evaluate(samples[part], variants[part]), len(rows), batch_size)
         values = torch.cat(chunks)
         values = values.reshape(-1, num_variants, *values.shape[1:])
         self.valid = self.valid & values.isfinite().flatten(1).all(1)
@@ -544,7 +536,11 @@ def maps_of(extractor: Extractor, output: Any, image: Tensor, **asked: Any) -> T
         image: the inputs, (N, C, *spatial)
         asked: the ``class_idx`` or the ``targets`` to explain
     """
-    maps = extractor(scores=output, **asked) if "targets" in asked else extractor(asked["class_idx"], output)
+    if "targets" in asked:
+        maps = extractor(scores=output, **asked)
+    else:
+        classes = asked["class_idx"]
+        maps = extractor(classes.tolist() if isinstance(classes, Tensor) else classes, output)
     fused = to_float(extractor.fuse_cams(maps).detach())
     check_positions(extractor, output)
     if len(fused) != len(image):
