@@ -54,6 +54,7 @@ class Detections:
         if index is None:
             return {}
         return {
+            "number": index,
             "box": [round(side, 3) for side in self.boxes[index].tolist()],
             "class_idx": int(self.labels[index]),
             "class_name": self.class_names.get(int(self.labels[index])),

@@ -36,6 +36,7 @@ class AmbiguousLayoutError(ValueError):
 _MOST_PREFIX_TOKENS = 8
 _LARGEST_ANISOTROPY = 2.5  # of a grid that counts although it does not divide the input into squares
 FEW = 9  # positions that anything may have as many of by chance: channels, the sides of a box
+_FEW_CHANNELS = frozenset({1, 2, 3, 4})
 _USUAL_PREFIX_TOKENS = 5  # a class token and four registers
 
 
@@ -291,7 +292,7 @@ def readings(
 
 def input_axes(input_shape: tuple[int, ...]) -> list[tuple[int, ...]]:
     """Return the dimensions of an input that its positions may be in: (N, C, *spatial) by convention."""
-    few = {1, 2, 3, 4}
+    few = _FEW_CHANNELS
     if len(input_shape) == 2:
         return [(1,)]
     if len(input_shape) == 3:
@@ -307,6 +308,8 @@ def input_axes(input_shape: tuple[int, ...]) -> list[tuple[int, ...]]:
 def axes_of(input_shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
     """Return the dimensions with positions of an input as its shape tells them; None for all from the third on."""
     if input_shape is None or len(input_shape) < 4:
+        return None
+    if len(input_shape) == 4 and input_shape[1] in _FEW_CHANNELS:
         return None
     if len(input_shape) == 4 and max(input_shape[1:3]) > 8 * min(input_shape[1:3]):  # a recording of several channels
         return None

@@ -135,6 +135,10 @@ class Selector:
         TypeError: if a target is not callable
     """
 
+    _indices: Tensor | None = None
+    _samples: Tensor | None = None
+    _sign = 1
+
     def __init__(
         self,
         class_idx: ClassIndex | None,
@@ -144,9 +148,6 @@ class Selector:
         check_one_of(class_idx, targets)
         self.class_idx = class_idx
         self.batch_size = batch_size
-        self._indices: Tensor | None = None
-        self._samples: Tensor | None = None
-        self._sign = 1
         self.targets: list[Any] = []
         if targets is not None:
             self.targets = [targets] * batch_size if callable(targets) else list(targets)
@@ -155,7 +156,7 @@ class Selector:
                     f"`targets` must be one callable or one per sample: got {len(self.targets)} "
                     f"for a batch of {batch_size}"
                 )
-        self._scorers = [_as_one_target(target) for target in self.targets]
+        self._scorers = list(map(_as_one_target, self.targets))
 
     def __call__(self, output: Any, samples: Tensor | None = None) -> Tensor:
         """Score the rows of an output.
@@ -196,7 +197,7 @@ class Selector:
         if self.batch_size == 1 and type(class_idx) is list and len(class_idx) == 1:
             class_idx = class_idx[0]
         fits = samples is not None or logits.shape[0] == self.batch_size
-        if fits and type(class_idx) is int and 0 <= class_idx < logits.shape[1]:
+        if type(class_idx) is int and 0 <= class_idx < logits.shape[1] and fits:
             scores = logits.select(1, class_idx)  # for all rows at once
             return scores.flatten(1).sum(-1) if scores.ndim > 1 else scores
         indices = self.indices(logits)

@@ -17,7 +17,7 @@ from torchcam._inputs import as_rgb, read_picture
 from torchcam._numbers import versions
 from torchcam._replica import freeze, random_states_kept, replicated
 from torchcam.layout import Cells
-from torchcam.methods._gradients import with_graph
+from torchcam.methods._running import with_graph
 from torchcam.targets import token_scores
 
 from ._answer import AnswerExplanation
