@@ -59,17 +59,15 @@ def _select_rows(graph: Graph, product: Any) -> None:
     Such a row is the gradient of the score of a class: 1 where the number of the column is that of the class.
     """
     hot, weight = product.args
-    match hot:
-        case Node(target=aten.where.self, args=(Node(target=aten.eq.Tensor, args=(classes, columns)), ones, zero)):
-            pass
-        case _:
-            return
-    (count,) = columns.meta["val"].shape[-1:]
+    if hot.target is not aten.where.self or hot.args[0].target is not aten.eq.Tensor:
+        return
+    condition, ones, zero = hot.args
+    classes, columns = condition.args
     known = (
         [_constant(ones), _constant(zero)] == [1, 0]
         and classes.target is aten.unsqueeze.default
         and columns.target is aten.arange.start_step
-        and columns.args == (0, count)
+        and columns.args == (0, *columns.meta["val"].shape)
         and classes.args[0].meta["val"].ndim == 1
     )
     if known:
@@ -356,7 +354,7 @@ _RULES: dict[Any, Callable[[_Positions, Any], bool]] = {
 }
 
 
-def _first(run: _Positions, node: Any) -> Node:
+def _first(run: _Positions, node: Any) -> Any:
     return next(one for one in node.args if one in run.known)
 
 

@@ -99,9 +99,9 @@ class ExplainedModel(nn.Module):
         # Runtimes lose NaN on the way, in a ReLU or a maximum: samples are marked at the end.
         known = _finite_images(images)
         finite = torch.ones_like(known) if select is None else select.exists(scores)
-        gradients = extractor._gradient_grids(recorded, recorded.gradients, None) if recorded.gradients else []
+        gradients = extractor._gradient_grids(recorded)
         for tensor in [*extractor._activations(request), *gradients, *raw]:
-            finite = finite & _finite(tensor)  # type: ignore[arg-type]
+            finite = finite & _finite(tensor)
         scores = scores.detach()
         if self._checks_input:
             finite = finite & known
