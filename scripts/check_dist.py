@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-NEEDED = ["py.typed", "_page.html", "demo/weights.pt", "demo/samples/samples.json"]
+NEEDED = ["py.typed", "_base.html", "_page.html", "trust/_page.html", "demo/weights.pt", "demo/samples/samples.json"]
 # Beside the package, an sdist has what its tests and docs need.
 BESIDE = {
     ".gitignore",

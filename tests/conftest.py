@@ -1,5 +1,6 @@
 """Set-up and fixtures shared by all tests."""
 
+import gc
 import os
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,13 @@ from torchcam.methods import _gradients
 def pytest_configure() -> None:
     os.environ["MPLBACKEND"] = "Agg"
     torch.set_num_threads(1)  # the tensors are small: more threads only wait for each other
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collections() -> None:
+    """Leave what is there, imported libraries above all, out of the garbage collections of a module's tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

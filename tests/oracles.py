@@ -317,7 +317,7 @@ def le_grad_of_tokens(
                     y = score(read_out(after(tokens, leaf))[0])
                     (g,) = torch.autograd.grad(y, leaf)
                 num_heads, num_queries, _ = g.shape
-                by_key = sum(_positive(g[h, q]) for h in range(num_heads) for q in range(num_queries))
+                by_key = _positive(g).sum((0, 1))
                 total = total + (by_key / (num_heads * num_queries))[1:].reshape(grid)
             with torch.no_grad():
                 tokens = after(tokens, probabilities)
@@ -326,9 +326,8 @@ def le_grad_of_tokens(
 
 
 def _times(a: Tensor, b: Tensor) -> Tensor:
-    """The product of two square matrices, entry by entry."""
-    count = range(len(a))
-    return torch.stack([torch.stack([sum(a[i, k] * b[k, j] for k in count) for j in count]) for i in count])
+    """The product of two square matrices, from its definition."""
+    return (a[:, :, None] * b[None, :, :]).sum(1)
 
 
 def rollout_row(attentions: Sequence[Tensor], head_fusion: str = "mean") -> Tensor:
@@ -747,8 +746,9 @@ def shapley_cam(images: Tensor, body: Half, head: Half, scores: Sequence[Score])
         leaf = activation.clone().requires_grad_()
         with torch.enable_grad():
             (g,) = torch.autograd.grad(score(head(leaf)[0]), leaf, create_graph=True)
-            rows = [torch.autograd.grad(entry, leaf, retain_graph=True)[0].flatten() for entry in g.flatten()]
-        product = (torch.stack(rows) @ activation.flatten()).reshape(activation.shape)
+            each = torch.eye(g.numel(), dtype=g.dtype, device=g.device).reshape(-1, *g.shape)
+            (hessian,) = torch.autograd.grad(g, leaf, each, is_grads_batched=True)
+        product = (hessian.flatten(1) @ activation.flatten()).reshape(activation.shape)
         slopes = (g.detach() - product / 2)[0]
         maps.append(_positive(_weighted_sum([slope.sum() / slope.numel() for slope in slopes], activation)))
     return torch.stack(maps)

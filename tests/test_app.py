@@ -31,14 +31,18 @@ from torchcam.demo import CLASS_NAMES, load_model, sample_images
 from torchcam.explain import PredictionExplanation, explain
 from torchcam.layers import candidates
 
-pytest.importorskip("gradio", reason="gradio is not installed: pip install 'torchcam[app]'")
-
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 EVIL = "<img src=x onerror=\"document.title='gone'\">{{value}}${1 + 1}"
 TRANSFORM = Compose([Resize(96), ToTensor()])
 SEGMENTER = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
 # Gradio and what it is built on use what their dependencies deprecate.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _gradio() -> None:
+    """Skip without Gradio, which takes longer to import than all tests to collect."""
+    pytest.importorskip("gradio", reason="gradio is not installed: pip install 'torchcam[app]'")
 
 
 @pytest.fixture(scope="module")

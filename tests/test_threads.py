@@ -1099,20 +1099,11 @@ class Passes:
         return self.alive() <= most
 
 
-@pytest.fixture
-def quick_collection() -> Iterator[None]:
-    """Leave what is there already out of garbage collection."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 def case_of_memory(method: str) -> tuple[nn.Module, Passes]:
     model = make_model(method)
     return model, Passes(model, "encoder.layers.encoder_layer_1" if method == "LeGrad" else "middle")
 
 
-@pytest.mark.usefixtures("quick_collection")
 @every_method
 def test_threads_that_ended_leave_one_pass_at_most(method: str) -> None:
     model, passes = case_of_memory(method)
@@ -1130,7 +1121,6 @@ def test_threads_that_ended_leave_one_pass_at_most(method: str) -> None:
     assert passes.settles_at(0)
 
 
-@pytest.mark.usefixtures("quick_collection")
 @every_method
 def test_tasks_that_ended_leave_one_pass_at_most(method: str) -> None:
     model, passes = case_of_memory(method)
@@ -1153,7 +1143,6 @@ def test_tasks_that_ended_leave_one_pass_at_most(method: str) -> None:
 
 
 @pytest.mark.parametrize("end", ["block", "dropped"])
-@pytest.mark.usefixtures("quick_collection")
 @every_method
 def test_nothing_is_kept_for_threads_that_live_on(method: str, end: str) -> None:
     model, passes = case_of_memory(method)

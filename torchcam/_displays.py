@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import _figures, _page
 from ._files import atomic_write
+from ._templates import render
 from .utils import ALPHA
 
 if TYPE_CHECKING:
@@ -113,10 +114,7 @@ class Pictures:
     def _repr_html_(self) -> str:
         shown = self._shown
         if not all(item._drawable() for item in shown):
-            return "".join(
-                _figures.scores_as_html(item.title, [(item.name_of(key), item.value_of(key)) for key in item.cams])
-                for item in shown
-            )
+            return render("_scores.html", items=shown)
         more = len(self._items) - len(shown)
         return _figures.to_html([item._sheet() for item in shown], self.title, None, more=more)
 

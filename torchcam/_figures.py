@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import io
 import math
 import textwrap
@@ -17,13 +16,14 @@ import numpy as np
 from PIL import Image
 
 from ._pictures import data_uri, fitted
+from ._templates import render
 from .utils import colormap_of
 
 if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
-__all__ = ["Cell", "Column", "Row", "Sheet", "draw", "fitting", "png", "scores_as_html", "to_html"]
+__all__ = ["Cell", "Column", "Row", "Sheet", "draw", "fitting", "png", "to_html"]
 
 SCALES = {
     False: ("relevance, each map scaled by itself", ("0", "0.5", "1")),
@@ -239,95 +239,28 @@ def to_html(sheets: Sequence[Sheet], title: str, colormap: str | Colormap | None
         colormap: the colormap of all maps; None for the defaults
         more: the number of inputs that are left out
     """
-    parts = [
-        f'<div style="font:14px/1.4 system-ui,sans-serif;color:inherit"><div><strong>{_escaped(title)}</strong></div>'
-    ]
-    omitted = 0
-    if sheets:
-        columns = sheets[0].columns
-        limit = max((MAX_PANELS - 1) // len(columns), 1)
-        omitted = len(columns) * sum(max(len(sheet.rows) - limit, 0) for sheet in sheets)
-        parts.append(_html_grid([replace(sheet, rows=sheet.rows[:limit]) for sheet in sheets], title))
-        parts += [_html_bar(colormap, signed) for signed in sorted({column.signed for column in columns})]
-    if omitted or more:
-        omissions = " and ".join(
-            f"{count} more {kind}{'s' if count > 1 else ''}"
-            for count, kind in ((more, "input"), (omitted, "map"))
-            if count
-        )
-        parts.append(f"<div>… {omissions}: <code>to_html()</code> makes a page of all.</div>")
-    return "".join((*parts, "</div>"))
-
-
-def scores_as_html(title: str, values: Sequence[tuple[str, str]]) -> str:
-    """Return the scores of a model as HTML, without pictures."""
-    lines = "".join(f"<li>{_escaped(name)}: {_escaped(value)}</li>" for name, value in values)
-    return f'<div style="color:inherit"><strong>{_escaped(title)}</strong><ul>{lines}</ul></div>'
-
-
-# The notebook's own background, so that nothing shines through what stays in sight.
-_GROUND = "background:var(--jp-layout-color0,var(--vscode-editor-background,var(--colab-primary-surface-color,Canvas)))"
-
-
-def _html_grid(sheets: Sequence[Sheet], title: str) -> str:
-    columns, has_image = sheets[0].columns, any(sheet.image is not None for sheet in sheets)
+    columns = sheets[0].columns if sheets else ()
+    limit = max((MAX_PANELS - 1) // max(len(columns), 1), 1)
+    omitted = len(columns) * sum(max(len(sheet.rows) - limit, 0) for sheet in sheets)
+    omissions = [f"{n} more {kind}{'s' * (n > 1)}" for n, kind in ((more, "input"), (omitted, "map")) if n]
+    sheets = [replace(sheet, rows=sheet.rows[:limit]) for sheet in sheets]
     total = sum(len(sheet.rows) * len(columns) + (sheet.image is not None) for sheet in sheets)
-    edge = int(min(512, max(96, math.sqrt(MAX_PIXELS / total))))
-    width = max(min(edge // 2, 256), 168)  # on the screen; screens of high resolution show all pixels
-    count, first = len(columns) + has_image, 1 + has_image
-    heads = "".join(
-        f'<div role="columnheader" style="grid-area:1/{number};position:sticky;top:0;z-index:1;padding:2px 0 4px;'
-        f'overflow-wrap:anywhere;text-align:center;{_GROUND}"><strong>{_escaped(column.name)}</strong><br>'
-        f'<span style="font-size:12px">{_escaped(_short(column.layers))}</span></div>'
-        for number, column in enumerate(columns, first)
-    )
-    rows, line = [f'<div role="row" style="display:contents">{heads}</div>'], 2
-    for number, sheet in enumerate(sheets):
-        for row in sheet.rows:
-            cells = ""
-            if sheet.image is not None and row is sheet.rows[0]:
-                name = f"input {number}" if len(sheets) > 1 else "input"
-                cells = (
-                    f'<div role="cell" style="grid-area:{line}/1/span {2 * len(sheet.rows)}/auto;align-self:start;'
-                    f'padding-top:6px;position:sticky;top:0;left:0;z-index:2;{_GROUND}">{_escaped(name)}'
-                    f"{_html_picture(sheet.image, name, edge)}</div>"
-                )
-            cells += (
-                f'<div role="rowheader" style="grid-area:{line}/{first}/auto/-1;margin-top:6px"><span style="'
-                f'position:sticky;left:{(width + 10) * has_image}px">{_escaped(row.heading)}</span></div>'
-            )
-            for place, (column, cell) in enumerate(zip(columns, row.cells, strict=True), first):
-                note = f'<div style="font-size:12px;text-align:center">{_escaped(cell.note)}</div>' if cell.note else ""
-                picture = _html_picture(cell.picture, f"{column.name} map of {row.name}", edge)
-                cells += f'<div role="cell" style="grid-area:{line + 1}/{place}">{picture}{note}</div>'
-            rows.append(f'<div role="row" style="display:contents">{cells}</div>')
-            line += 2
-    return (
-        f'<div role="region" aria-label="{_escaped(title)}" tabindex="0" style="overflow:auto;max-height:760px;'
-        f'margin:8px 0"><div role="table" style="display:grid;grid-template-columns:repeat({count},{width}px);'
-        f'gap:0 10px;width:max-content">{"".join(rows)}</div></div>'
+    edge = int(min(512, max(96, math.sqrt(MAX_PIXELS / max(total, 1)))))
+    return render(
+        "_grid.html",
+        title=title,
+        sheets=sheets,
+        has_image=any(sheet.image is not None for sheet in sheets),
+        width=max(min(edge // 2, 256), 168),  # on the screen; screens of high resolution show all pixels
+        short=_short,
+        uri=lambda picture: data_uri(fitted(picture, edge)),
+        bars=[(*SCALES[signed], _stops(colormap, signed)) for signed in sorted({one.signed for one in columns})],
+        omitted=" and ".join(omissions),
     )
 
 
-def _html_picture(picture: Image.Image, alt: str, edge: int) -> str:
-    return (
-        f'<img src="{data_uri(fitted(picture, edge))}" alt="{_escaped(alt)}" '
-        'style="display:block;width:100%;max-width:none;height:auto;margin:0">'
-    )
-
-
-def _html_bar(colormap: str | Colormap | None, signed: bool) -> str:
-    label, ticks = SCALES[signed]
+def _stops(colormap: str | Colormap | None, signed: bool) -> list[str]:
+    """Return colours of a colour bar over white, equally spaced."""
     colors = colormap_of(colormap, signed)(np.linspace(0, 1, 17))
-    colors[:, :3] = colors[:, :3] * colors[:, 3:] + 1 - colors[:, 3:]  # over white
-    stops = ",".join("#" + "".join(f"{round(255 * part):02x}" for part in color[:3]) for color in colors.tolist())
-    labels = "".join(f"<span>{tick}</span>" for tick in ticks)
-    return (
-        f'<div style="max-width:320px;font-size:12px;margin-top:4px"><div role="img" aria-label="colour bar" '
-        f'style="height:10px;background:linear-gradient(to right,{stops});border:1px solid currentColor"></div>'
-        f'<div style="display:flex;justify-content:space-between">{labels}</div><div>{_escaped(label)}</div></div>'
-    )
-
-
-def _escaped(text: str) -> str:
-    return html.escape(text, quote=True)
+    colors[:, :3] = colors[:, :3] * colors[:, 3:] + 1 - colors[:, 3:]
+    return ["#" + "".join(f"{round(255 * part):02x}" for part in color[:3]) for color in colors.tolist()]

@@ -16,9 +16,9 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from ._passes import Call, model_device
+from ._checks import callable_object
+from ._passes import Call, to_model
 from ._pictures import from_unit_range, to_picture
-from ._tensors import map_tensors
 from ._views import FULL, View, Views
 
 __all__ = ["Inputs", "as_rgb", "read_inputs", "read_picture", "split_processor"]
@@ -96,8 +96,7 @@ def read_inputs(
     """
     if isinstance(weights, str):
         weights = _weights_named(weights, model)
-    if transform is not None and not callable(transform):
-        raise TypeError(f"`transform` must be callable, got {transform!r}")
+    callable_object("transform", transform, optional=True)
     if weights is not None and not (hasattr(weights, "transforms") and hasattr(weights, "meta")):
         raise TypeError(f"`weights` must be weights of torchvision such as ResNet18_Weights.DEFAULT, got {weights!r}")
     if transform is None and weights is not None:
@@ -120,12 +119,12 @@ def read_inputs(
         if not items:
             raise ValueError("`input_tensor` is an empty list: there is nothing to explain")
         if all(isinstance(item, Tensor) for item in items):
-            tensor = _stack([item[0] if item.ndim > 3 and len(item) == 1 else item for item in items])
+            tensor = _stack(items)
         else:
             images = [_for_model(read_picture(item), channels) for item in items]
             transform = transform or _own_transform(model)
-            kwargs, tensor = _transformed(transform, images)
-            kwargs, tensor = _moved(model, kwargs, tensor)
+            made = to_model(model, _transformed(transform, images))
+            kwargs, tensor = made if isinstance(made, dict) and len(made) > 1 else None, _image_of(made)
     views: tuple[Views | None, ...] = (None,) * len(tensor)
     if tensor.ndim == 4:
         seen = (tensor.shape[3], tensor.shape[2])
@@ -135,7 +134,7 @@ def read_inputs(
     pictures, shown = _pictures(tensor, _normalisation(transform) or _normalisation(_pretrained(model)), image, views)
     return Inputs(
         tensor,
-        kwargs if (kwargs is not None and len(kwargs) > 1) or isinstance(given, Mapping) else None,
+        kwargs,
         is_batch,
         pictures,
         shown,
@@ -188,55 +187,43 @@ def _check_tensor(tensor: Tensor, model: nn.Module) -> Tensor:
     return tensor
 
 
-def _image_of(kwargs: Mapping[str, Any]) -> Tensor:
-    found = Call((), dict(kwargs)).signal
+def _image_of(given: Tensor | Mapping[str, Any]) -> Tensor:
+    """Return the image-like input among a model's keyword arguments; a tensor is one itself."""
+    found = given if isinstance(given, Tensor) else Call((), dict(given)).signal
     if not isinstance(found, Tensor):
         raise ValueError(  # noqa: TRY004 - a mapping is a right type
-            f"`input_tensor` is a mapping with {sorted(kwargs)}, none of which is a tensor of images (N, C, *spatial) "
+            f"`input_tensor` is a mapping with {sorted(given)}, none of which is a tensor of images (N, C, *spatial) "
             "or signals (N, length)"
         )
     return found
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    """Stack inputs (C, *spatial), or (1, C, *spatial)."""
+    tensors = [one[0] if one.ndim > 3 and len(one) == 1 else one for one in tensors]
     shapes = {tuple(tensor.shape) for tensor in tensors}
     if len(shapes) > 1:
         raise ValueError(
             f"the inputs of a batch must have one shape, these have {sorted(shapes)}: resize or crop them alike, or "
             "explain them one by one"
         )
-    return torch.stack(list(tensors))
+    return torch.stack(tensors)
 
 
-def _transformed(transform: Any, images: list[Image.Image]) -> tuple[Mapping[str, Any] | None, Tensor]:
-    """Return the batch of transformed images, after the model's keyword arguments where the transform makes them."""
+def _transformed(transform: Any, images: list[Image.Image]) -> Tensor | dict[str, Any]:
+    """Return the batch of transformed images, or the model's keyword arguments where the transform makes them."""
     if "pixel_values" in (getattr(transform, "model_input_names", None) or ()):  # of transformers
-        kwargs = transform(images=images, return_tensors="pt")
-        return kwargs, _image_of(kwargs)
+        return dict(transform(images=images, return_tensors="pt"))
     tensors = [transform(image) for image in images]
     for tensor in tensors:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"`transform` must make a tensor of an image, got {type(tensor).__name__}")
-    return None, _stack([t[0] if t.ndim > 3 and len(t) == 1 else t for t in tensors])
+    return _stack(tensors)
 
 
 def _one_transformed(transform: Any, channels: int | None, image: Image.Image) -> Tensor:
     """Return a transformed image, (C, *spatial)."""
-    return _transformed(transform, [_for_model(image, channels)])[1][0]
-
-
-def _moved(model: nn.Module, kwargs: Mapping[str, Any] | None, tensor: Tensor) -> tuple[Any, Tensor]:
-    """Move tensors to the model's device, floats to its type."""
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    device = model_device(model)
-
-    def move(value: Tensor) -> Tensor:
-        return value.to(device, dtype) if value.is_floating_point() else value.to(device)
-
-    if kwargs is None:
-        return None, move(tensor)
-    kwargs = map_tensors(move, dict(kwargs))
-    return kwargs, _image_of(kwargs)
+    return _image_of(_transformed(transform, [_for_model(image, channels)]))[0]
 
 
 def _own_transform(model: nn.Module) -> Any:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import html
-import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
+from . import _templates
 from ._figures import SCALES
 from ._pictures import SMALLEST, TINY, base64_text, data_uri, enlarged_size, fitted, fitted_size
 from .utils import COLORMAP, colormap_of, resize_map
@@ -21,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from numpy.typing import NDArray
 
-__all__ = ["PageItem", "PageMethod", "color_table", "fill", "render", "script_json"]
+__all__ = ["PageItem", "PageMethod", "color_table", "render"]
 
 COLORMAPS = (COLORMAP, "plasma", "inferno", "cividis", "gray", "jet")
 EDGE = 768  # the longest side of a picture in the page
@@ -96,31 +93,7 @@ def render(
         ],
         "signed": color_table(None, signed=True) if colormap is None else None,
     }
-    return fill(
-        "torchcam", {"TITLE": html.escape(title), "DATA": script_json(data), "SCRIPT": _text("torchcam", "_page.js")}
-    )
-
-
-def fill(package: str, parts: Mapping[str, str]) -> str:
-    """Return the page of a package, `_page.html`, with its parts and the style that all pages share.
-
-    Args:
-        package: the package that holds the page
-        parts: what comes in the place of each name, such as that of ``@@TITLE@@``; it is not looked at again
-    """
-    parts = {**parts, "STYLE": _text("torchcam", "_page.css")}
-    pieces = re.split(r"@@([A-Z]+)@@", _text(package, "_page.html"))  # text and names by turns
-    return "".join(parts[piece] if i % 2 else piece for i, piece in enumerate(pieces))
-
-
-def _text(package: str, name: str) -> str:
-    return files(package).joinpath(name).read_text(encoding="utf-8")
-
-
-def script_json(data: Any) -> str:
-    """Return JSON for a script element: in one of any type, `</script>` and `<!--` would end or change the data."""
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+    return _templates.render("_page.html", title=title, data=data)
 
 
 def _item(item: PageItem) -> dict[str, Any]:

@@ -19,6 +19,7 @@ __all__ = [
     "forwards_replaced",
     "image_shape",
     "model_device",
+    "to_model",
     "untouched",
 ]
 
@@ -79,6 +80,13 @@ def model_device(model: nn.Module) -> torch.device:
     """Return the device of the first parameter or buffer of ``model``, the CPU where it has none."""
     tensor = next(chain(model.parameters(), model.buffers()), None)
     return torch.device("cpu") if tensor is None else tensor.device
+
+
+def to_model(model: nn.Module, value: Any) -> Any:
+    """Move the tensors of a structure to the device of ``model``, those of floats to the type of its parameters."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    device = model_device(model)
+    return map_tensors(lambda t: t.to(device, dtype if t.is_floating_point() else None), value)
 
 
 class Call:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["CallWrapper", "ExtractorHook", "has_hooks", "random_states_kept", "replicate", "replicated"]
+__all__ = ["CallWrapper", "ExtractorHook", "freeze", "has_hooks", "random_states_kept", "replicate", "replicated"]
 
 _WRAPPED_CALL = nn.Module._wrapped_call_impl.__code__
 _SHARED = frozenset(
@@ -98,6 +98,23 @@ def replicate(model: nn.Module) -> nn.Module:
     with torch.inference_mode(False), torch.no_grad():
         replica: nn.Module = _Copier()(model)
     return replica
+
+
+def freeze(replica: nn.Module, value_of: Callable[[Tensor], Tensor] = lambda value: value) -> None:
+    """Replace parameters of a replica with others that need no gradient, those that modules share with one."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in replica.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if parameter not in made:
+                before = parameter.detach()
+                value = value_of(before)
+                is_kept = value is before and not parameter.requires_grad  # of a class of its own, say quantised
+                made[parameter] = parameter if is_kept else nn.Parameter(value, requires_grad=False)
+            module._parameters[name] = made[parameter]
 
 
 def has_hooks(model: nn.Module) -> bool:

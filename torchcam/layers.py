@@ -8,16 +8,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from ._certainty import Certainty, Verdict
 from ._names import closest
-from ._passes import Call, model_device
+from ._passes import Call, to_model
 from ._planted import Seen, seen_at_places
-from ._replica import replicated
+from ._replica import freeze, replicated
 from ._tensors import map_tensors, tensors_in
 from .layout import Layout, input_axes, primary_tensors, replace_tensors
 from .targets import read_logits
@@ -140,17 +140,8 @@ class Candidates(Sequence[Candidate]):
 
         Of a dense output, say of boxes from several levels, that is a layer which all of it depends on, if one exists.
         """
-        most = max((c.reach for c in self.usable), default=1.0)
-        wanted = [c for c in self.usable if c.reach == most]
-        for kind in (
-            [c for c in wanted if c.fits and c.is_stage],
-            [c for c in wanted if c.fits],
-            [c for c in wanted if c.is_stage],
-            wanted,
-        ):
-            if kind:
-                return kind[-1].name
-        return None
+        best = max(reversed(self.usable), key=lambda c: (c.reach, c.fits, c.is_stage), default=None)
+        return None if best is None else best.name
 
     def _rows(self) -> Iterator[tuple[str, ...]]:
         for c in self:
@@ -204,36 +195,32 @@ def candidates_of(model: nn.Module, call: Call, select: Callable[[Any], Tensor] 
         select: function from its output to the scores that count, (N,), or (N, K), each of which has to depend on the
             layer, in place of a random sum of all
     """
-    outputs: dict[str, Tensor] = {}
-    others: dict[str, list[Tensor]] = {}  # of a layer that returns maps of several sizes
-    calls: Counter[str] = Counter()
-
-    def inspect(name: str, _module: nn.Module, _args: Any, output: Any) -> Any:
-        tensors = [*primary_tensors(output).values()]
-        if not tensors or not all(tensor.is_floating_point() for tensor in tensors):
-            return None
-        # As an extractor does, hand on copies: what counts is whether the score depends on what is handed on.
-        # Behind a cut (`.detach()`) they start a graph of their own.
-        copies = [(t if t.requires_grad else t.detach().requires_grad_()).clone() for t in tensors]
-        outputs.pop(name, None)
-        outputs[name], others[name] = copies[0], copies[1:]
-        calls[name] += 1
-        return replace_tensors(output, [*zip(tensors, copies, strict=True)])
-
     generator = torch.Generator().manual_seed(0)
+
+    def filled(value: Tensor) -> Tensor:
+        if value.is_floating_point() and value.numel() and _is_zero(value):
+            return torch.randn(value.shape, generator=generator).mul_(0.02).to(value)
+        return value
+
     with replicated(model) as replica, torch.inference_mode(False), torch.enable_grad():
-        modules = {name: module for name, module in replica.named_modules() if name and _takes_hooks(module)}
-        for name, module in modules.items():
-            module.register_forward_hook(partial(inspect, name))
-        _fill_zeros(replica, generator)
+        modules = {n: m for n, m in replica.named_modules() if n and not isinstance(m, torch.jit.ScriptModule)}
+        outputs, calls = watch(modules)
+        freeze(replica, filled)
         result, signal = _call_probed(replica, call)
-        watched = [(name, t) for name, first in outputs.items() for t in (first, *others[name]) if t.requires_grad]
-        explained = _all_scores(result) if select is None else [select(result)]
-        singles = _single_scores(result) if select is None else explained[0].unbind(1) if explained[0].ndim > 1 else ()
-        gradients = _gradients(_random_sum(explained, generator), watched)
-        reach = _reach(singles, watched)
-    first = {name: g for name, parts in gradients.items() for g in parts if g.shape == outputs[name].shape}
-    scores = _dense_scores(result)
+        watched = [(name, t) for name, tensors in outputs.items() for t in tensors if t.requires_grad]
+        scores = _scores(result)
+        explained, singles = scores, _single_scores(result, scores)
+        if select is not None:
+            explained = select(result)
+            singles = iter(explained.unbind(1) if explained.ndim > 1 else ())
+        total = None
+        if explained is not None:
+            total = (torch.randn(explained.shape, generator=generator).to(explained) * explained).sum()
+        gradients = _gradients(total, watched)
+        reach = dependence(singles, watched)
+    shapes = {name: tuple(tensors[0].shape) for name, tensors in outputs.items()}
+    first = {name: g for name, parts in gradients.items() for g in parts if g.shape == shapes[name]}
+    classes = scores.shape[1] if _are_dense(scores) else None
     certainty = Certainty(model, call)
 
     def candidate(name: str, verdict: Verdict) -> Candidate | None:
@@ -241,7 +228,7 @@ def candidates_of(model: nn.Module, call: Call, select: Callable[[Any], Tensor] 
         if not possible:
             return None
         reading = possible[0]
-        num_channels = outputs[name].shape[reading.layout.channels]
+        num_channels = shapes[name][reading.layout.channels]
         return Candidate(
             name,
             type(modules[name]).__name__,
@@ -250,12 +237,11 @@ def candidates_of(model: nn.Module, call: Call, select: Callable[[Any], Tensor] 
             max(_share(one.layout, first.get(name)) for one in possible),
             calls[name],
             reading.fits,
-            not isinstance(modules[name], nn.Linear) and (scores is None or num_channels != scores.shape[1]),
+            not isinstance(modules[name], nn.Linear) and num_channels != classes,
             verdict.holds,
             reach.get(name, 1.0),
         )
 
-    shapes = {name: tuple(tensor.shape) for name, tensor in outputs.items()}
     verdicts = {name: certainty.certain(shape, name) for name, shape in shapes.items()}
     open_ = {name: Verdict(None, None, certainty.readings(shapes[name], name)) for name, v in verdicts.items() if not v}
     tried: set[str] = set()
@@ -283,7 +269,7 @@ def candidates_of(model: nn.Module, call: Call, select: Callable[[Any], Tensor] 
         if chosen is None or signal is None:
             break
         with torch.inference_mode(False), torch.enable_grad():
-            seen, axes = _seen(chosen.layout, outputs[chosen.name], signal)
+            seen, axes = _seen(chosen.layout, outputs[chosen.name][0], signal)
         if axes != chosen.layout.axes:
             found = Candidates(
                 replace(one, layout=replace(one.layout, axes=axes)) if one is chosen else one for one in found
@@ -310,8 +296,30 @@ def _seen(layout: Layout, output: Tensor, signal: Tensor) -> tuple[Seen | None, 
     return max(looks, key=lambda look: look[0] or Seen(-1.0, -1.0), default=(None, layout.axes))
 
 
-def _takes_hooks(module: nn.Module) -> bool:
-    return not isinstance(module, torch.jit.ScriptModule)
+def watch(modules: Mapping[str, nn.Module]) -> tuple[dict[str, list[Tensor]], Counter[str]]:
+    """Let modules of a replica hand on copies of what they return, for which gradients can be taken.
+
+    Returns:
+        the primary tensors that each has returned last, in the order in which they finish, and how often each ran
+    """
+    outputs: dict[str, list[Tensor]] = {}
+    calls: Counter[str] = Counter()
+
+    def keep(name: str, _module: nn.Module, _args: Any, output: Any) -> Any:
+        tensors = [*primary_tensors(output).values()]
+        if not tensors or not all(tensor.is_floating_point() for tensor in tensors):
+            return None
+        # As an extractor does, hand on copies: what counts is whether the score depends on what is handed on.
+        # Behind a cut (`.detach()`) they start a graph of their own.
+        copies = [(t if t.requires_grad else t.detach().requires_grad_()).clone() for t in tensors]
+        outputs.pop(name, None)
+        outputs[name] = copies
+        calls[name] += 1
+        return replace_tensors(output, [*zip(tensors, copies, strict=True)])
+
+    for name, module in modules.items():
+        module.register_forward_hook(partial(keep, name))
+    return outputs, calls
 
 
 def _call_probed(replica: nn.Module, call: Call) -> tuple[Any, Tensor | None]:
@@ -331,20 +339,6 @@ def _call_probed(replica: nn.Module, call: Call) -> tuple[Any, Tensor | None]:
     return replica(*args, **kwargs), found[0] if found else None
 
 
-def _fill_zeros(replica: nn.Module, generator: torch.Generator) -> None:
-    """Replace parameters of a replica that are all zero with random numbers, and turn off gradients for all."""
-    for module in replica.modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            continue
-        for name, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            value = parameter.detach()
-            if value.is_floating_point() and value.numel() and _is_zero(value):
-                value = torch.randn(value.shape, generator=generator).mul_(0.02).to(value)
-            module._parameters[name] = nn.Parameter(value, requires_grad=False)
-
-
 def _is_zero(value: Tensor) -> bool:
     """Check whether all values are zero; subclasses of tensors that cannot tell, as quantised ones, are not."""
     try:
@@ -353,24 +347,22 @@ def _is_zero(value: Tensor) -> bool:
         return False
 
 
-def _all_scores(result: Any) -> list[Tensor]:
-    """Return the scores in a model's output or, where nothing says which tensors they are, all that it holds."""
+def _scores(result: Any) -> Tensor | None:
+    """Return the scores in a model's output, None where it holds none."""
     try:
-        return [read_logits(result)]
+        return read_logits(result)
     except TypeError:
-        return list(tensors_in(result))
+        return None
 
 
-def _random_sum(scores: list[Tensor], generator: torch.Generator) -> Tensor | None:
-    """Return a random sum of scores that carry a graph; None if none does."""
-    terms = [(torch.randn(t.shape, generator=generator).to(t) * t).sum() for t in scores if t.requires_grad]
-    return torch.stack(terms).sum() if terms else None
+def _are_dense(scores: Tensor | None) -> TypeGuard[Tensor]:
+    """Check whether scores are class scores of every position, (N, C, *S), as in segmentation."""
+    return scores is not None and scores.ndim > 2
 
 
-def _single_scores(result: Any) -> Iterator[Tensor]:
+def _single_scores(result: Any, scores: Tensor | None) -> Iterator[Tensor]:
     """Yield some of the numbers in a dense output, of scores (N, C, *S) or a detector's boxes, spread over it."""
-    dense = _dense_scores(result)
-    parts = [] if dense is None else [dense.sum(0)]
+    parts = [scores.sum(0)] if _are_dense(scores) else []
     if isinstance(result, list) and result and isinstance(result[0], Mapping):
         parts = [part for part in tensors_in(result[0]) if part.is_floating_point()]
     parts = [part for part in parts if part.ndim and part.numel() and part.requires_grad]
@@ -391,24 +383,15 @@ def _gradients(score: Tensor | None, watched: list[tuple[str, Tensor]]) -> dict[
     return gradients
 
 
-def _reach(singles: Iterable[Tensor], watched: list[tuple[str, Tensor]]) -> dict[str, float]:
-    """Return the share of single scores that depend on each layer; none if there are no such scores.
+def dependence(scores: Iterable[Tensor], watched: list[tuple[str, Tensor]]) -> dict[str, float]:
+    """Return the share of scores that depend on each layer, by tensors with the names of their layers.
 
-    A number that depends on no layer, as that of a class, does not count.
+    A number that depends on no layer, as that of a class, does not count; none are returned if all are such numbers.
     """
-    found = [_gradients(score, watched) for score in singles]
+    found = [_gradients(score, watched) for score in scores]
     moved = [{name for name, parts in one.items() if any(bool(part.any()) for part in parts)} for one in found]
     moved = [names for names in moved if names]
     return {name: sum(name in names for names in moved) / len(moved) for name, _ in watched} if moved else {}
-
-
-def _dense_scores(result: Any) -> Tensor | None:
-    """Return the class scores of a model that has some for every position, as in segmentation."""
-    try:
-        scores = read_logits(result)
-    except TypeError:
-        return None
-    return scores if scores.ndim > 2 else None
 
 
 def _share(layout: Layout, gradient: Tensor | None) -> float:
@@ -436,7 +419,5 @@ def automatic_layer(model: nn.Module, input_shape: Sequence[int]) -> str | None:
 
 def probe(model: nn.Module, input_shape: Sequence[int]) -> Call:
     """Return a call of a model with one image of noise, of a shape without the batch dimension."""
-    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
-    dtype = torch.get_default_dtype() if parameter is None else parameter.dtype
     noise = torch.randn((1, *input_shape), generator=torch.Generator().manual_seed(0))
-    return Call((noise.to(model_device(model), dtype),), {})
+    return Call((to_model(model, noise),), {})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import html
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any
 
 from torch.export import ExportedProgram
 
-from torchcam._page import color_table, fill, script_json
+from torchcam._page import color_table
 from torchcam._pictures import base64_text
+from torchcam._templates import render
 
 from ._formats import Run, needs, onnx_model, onnx_runner
 
@@ -51,15 +51,16 @@ def write_page(program: ExportedProgram, metadata: Mapping[str, Any], runtime: P
         ("Layers", ", ".join(metadata["target_layers"])),
         ("Made by", f"torchcam {metadata['torchcam']}"),
     ]
-    parts = {
-        "TITLE": html.escape(f"{metadata['method']} of {metadata['model']}"),
-        "LICENCE": html.escape(_LICENCE),
-        "DATA": script_json({"about": metadata, "facts": facts, "colours": color_table(None, signed=False)}),
-        "WASM": _packed(wasm),
-        "MODEL": _packed(model),
-        "RUNTIME": script,
-    }
-    path.write_text(fill("torchcam.export", parts), encoding="utf-8")
+    page = render(
+        "export/_page.html",
+        title=f"{metadata['method']} of {metadata['model']}",
+        licence=_LICENCE,
+        data={"about": metadata, "facts": facts, "colours": color_table(None, signed=False)},
+        wasm=_packed(wasm),
+        model=_packed(model),
+        runtime=script,
+    )
+    path.write_text(page, encoding="utf-8")
     return onnx_runner(model)
 
 

@@ -16,7 +16,7 @@ from torchcam import __version__
 from torchcam._checks import torch_module
 from torchcam._choice import as_class_names
 from torchcam._recipes import as_recipes, extractors_on
-from torchcam._replica import replicated
+from torchcam._replica import freeze, replicated
 from torchcam._tensors import is_finite
 from torchcam.layers import TargetLayer
 from torchcam.methods import CAM, KPCACAM, EigenSmoothedCAM, FinerCAM, GradCAMpp, RandomCAM, RefineCAM, ShapleyCAM
@@ -29,7 +29,7 @@ from ._browser import write_page
 from ._formats import Run, write_files, write_onnx, write_package, write_program
 from ._preprocessing import read_preprocessing
 from ._proof import Case, Question, check, make_cases
-from ._trace import ExplainedModel, check_torch, freeze, trace
+from ._trace import ExplainedModel, check_torch, trace
 
 __all__ = ["EXPORTABLE", "Exported", "export"]
 
@@ -220,7 +220,7 @@ def export(
     kept = options.pop("relu", None)
     example = example.detach()
     with replicated(model) as replica:
-        freeze(replica)
+        freeze(replica, Tensor.clone)
         with extractors_on(replica, model, [recipe], tuple(example.shape[1:])) as (extractor,):
             for one in _bases(extractor):
                 _check_method(type(one))

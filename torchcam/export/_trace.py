@@ -18,7 +18,7 @@ from torchcam.targets import Selector, class_scores, read_logits
 
 from ._operations import KEPT, RULES, Rewritten, explicit_attention
 
-__all__ = ["ExplainedModel", "freeze", "fused_map", "trace"]
+__all__ = ["ExplainedModel", "fused_map", "trace"]
 
 OLDEST_TORCH = (2, 13)
 _LARGEST_BATCH = 65536
@@ -141,17 +141,6 @@ def _marked(tensor: Tensor, finite: Tensor) -> Tensor:
 def fused_map(extractor: _CAM, maps: list[Tensor]) -> Tensor:
     """Return the one map of all target layers."""
     return maps[0] if len(maps) == 1 else extractor.fuse_cams(maps)
-
-
-def freeze(replica: nn.Module) -> None:
-    """Replace the parameters of a replica with copies of their values that need no gradient."""
-    copies: dict[nn.Parameter, nn.Parameter] = {}
-    for module in replica.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                if parameter not in copies:
-                    copies[parameter] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
-                module._parameters[name] = copies[parameter]
 
 
 def trace(

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 
+from torchcam._detections import Detections
 from torchcam._detector_rows import corners
-from torchcam._inputs import Inputs, read_inputs, split_processor
+from torchcam._inputs import read_inputs, split_processor
 from torchcam._replica import replicated
 
-from ._found import Found, Looked, match_rows
+from ._found import Found, match_rows
 
 __all__ = ["find", "is_detector"]
 
@@ -30,30 +31,36 @@ def is_detector(model: nn.Module) -> bool:
     return is_one and type(model).__name__.endswith("ForObjectDetection") and not hasattr(config, "text_config")
 
 
-def find(model: Any, looked: Looked) -> Found:
+def find(
+    model: Any,
+    _given: Any,
+    picture: Image.Image,
+    threshold: float | None,
+    *,
+    processor: Any,
+    transform: Any = None,
+    weights: Any = None,
+) -> Found:
     """Ask a detector about a picture."""
-    processor: Any = (
-        looked.options.get("transform") if looked.processor is None else split_processor(looked.processor)[0]
-    )
+    processor = transform if processor is None else split_processor(processor)[0]
     if not callable(getattr(processor, "post_process_object_detection", None)):
         given = "is missing" if processor is None else f"is a {type(processor).__name__}, which makes no boxes"
         raise ValueError(  # noqa: TRY004 - most often it is missing
             f"`processor` {given}: {type(model).__name__} needs its own, "
             "`processor=AutoImageProcessor.from_pretrained(...)`"
         )
-    if looked.picture is None:
-        raise TypeError("`input_tensor` must be an image for `box`, a path, a PIL image or an array, got a tensor")
-    inputs = _without_full_mask(
-        read_inputs(model, looked.picture, **{**looked.options, "transform": processor}, image=looked.picture)
-    )
-    size = looked.picture.size
+    inputs = read_inputs(model, picture, processor, weights, image=picture)
+    kwargs = inputs.kwargs or {}
+    if set(kwargs) == {"pixel_values", "pixel_mask"} and bool(kwargs["pixel_mask"].all()):  # which leaves out nothing
+        inputs = replace(inputs, kwargs=None)
+    size = picture.size
     try:
         with replicated(model) as replica, torch.inference_mode(False), torch.no_grad():
             output = inputs.call(replica, slice(0, 1))
         (answer,) = processor.post_process_object_detection(
             output,
             target_sizes=[size[::-1]],
-            **({} if looked.threshold is None else {"threshold": looked.threshold}),
+            **({} if threshold is None else {"threshold": threshold}),
         )
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
@@ -71,41 +78,22 @@ def find(model: Any, looked: Looked) -> Found:
         scores.float(),
         f"`processor` {type(processor).__name__} may be that of another model than {type(model).__name__}",
     )
-    names = getattr(model.config, "id2label", None) or {}
+    names = {int(label): str(name) for label, name in (getattr(model.config, "id2label", None) or {}).items()}
+    # Queries that are chosen among positions have no place of their own.
+    chooses_queries = any(key.startswith(("enc_topk", "enc_outputs")) for key, one in output.items() if one is not None)
     return Found(
         model,
         inputs,
-        boxes,
-        labels,
-        scores,
+        Detections(boxes, labels, scores, size, MappingProxyType(names)),
         rows,
-        corners(places)[rows] if _chooses_queries(output) else None,
-        size,
-        MappingProxyType({int(label): str(name) for label, name in names.items()}),
+        corners(places)[rows] if chooses_queries else None,
         _entrances(model),
         least_stride=16,
     )
 
 
-def _without_full_mask(inputs: Inputs) -> Inputs:
-    """Leave out a mask of pixels that leaves out none: the model takes its input tensor alone then."""
-    kwargs = inputs.kwargs
-    if kwargs is None or set(kwargs) != {"pixel_values", "pixel_mask"} or not bool(kwargs["pixel_mask"].all()):
-        return inputs
-    return replace(inputs, kwargs=None)
-
-
-def _chooses_queries(output: Any) -> bool:
-    """Check whether a model chooses its queries among positions: then they have no place of their own."""
-    keys = output.keys() if isinstance(output, Mapping) else ()
-    return any(key.startswith(("enc_topk", "enc_outputs")) and output[key] is not None for key in keys)
-
-
 def _entrances(model: nn.Module) -> list[str]:
     """Return the layers through which the picture enters the transformer."""
     names = [name for name, _ in model.named_modules()]
-    for entrance in _ENTRANCES:
-        found = [name for name in names if re.search(rf"(^|\.){entrance}$", name)]
-        if found:
-            return found
-    return []
+    found = ([name for name in names if re.search(rf"(^|\.){one}$", name)] for one in _ENTRANCES)
+    return next(filter(None, found), [])

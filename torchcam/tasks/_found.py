@@ -1,37 +1,17 @@
-"""What the detectors of all libraries are asked, and what they answer."""
+"""What the detectors of all libraries answer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
+from torchcam._detections import Detections
 from torchcam._inputs import Inputs
 
-__all__ = ["Found", "Looked", "match_rows"]
-
-
-@dataclass(frozen=True)
-class Looked:
-    """How a detector is asked about a picture.
-
-    Attributes:
-        given: the picture, or what stands for it: a path, an array, or a tensor (1, C, H, W)
-        picture: the picture, RGB; None of a tensor
-        processor: of transformers, what makes inputs of pictures and boxes of outputs
-        threshold: the least score of a box; None for the detector's own
-        options: how `explain` reads inputs: ``transform`` and ``weights``
-    """
-
-    given: Any
-    picture: Image.Image | None
-    processor: Any
-    threshold: float | None
-    options: Mapping[str, Any]
+__all__ = ["Found", "match_rows"]
 
 
 @dataclass(frozen=True)
@@ -41,13 +21,9 @@ class Found:
     Attributes:
         model: the model that returns rows: it runs on ``inputs``
         inputs: its inputs, with the original picture and where the model's view lies on it
-        boxes: left, top, right and bottom in pixels of the picture, (D, 4)
-        labels: the class of each box, (D,)
-        scores: the score of each box, (D,)
+        detections: the boxes
         rows: the row of the model's output behind each box
         near: each box in the output's own units, (D, 4), where rows have no place of their own; None where they have
-        size: the width and height of the picture
-        class_names: the names of the classes, as far as they are known
         layers: the names of layers whose positions are those of the picture, the first one that all boxes depend on is
             explained
         least_stride: of the layers, first those whose positions span so many pixels of the input or more, the finest
@@ -56,13 +32,9 @@ class Found:
 
     model: nn.Module
     inputs: Inputs
-    boxes: Tensor
-    labels: Tensor
-    scores: Tensor
+    detections: Detections
     rows: Sequence[int]
     near: Tensor | None
-    size: tuple[int, int]
-    class_names: Mapping[int, str]
     layers: Sequence[str]
     least_stride: int | None = None
 

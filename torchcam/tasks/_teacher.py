@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from torchcam._passes import model_device
-from torchcam._tensors import map_tensors, to_float
+from torchcam._passes import to_model
+from torchcam._tensors import to_float
 
 __all__ = ["Answers", "check_logits", "encode", "force", "generate", "grown"]
 
@@ -65,13 +65,10 @@ def encode(
     options = {"padding": True, "padding_side": "left"} if len(texts) > 1 else {}
     with _named_errors(model, processor):
         made = processor(images=[list(own) for own in images], text=texts, return_tensors="pt", **options)
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    device = model_device(model)
     inputs = {name: value for name, value in made.items() if name != "labels"}
     if "input_ids" not in inputs:
         raise ValueError(f"`processor` must make `input_ids` of a prompt, {type(processor).__name__} made {list(made)}")
-    moved: dict[str, Any] = map_tensors(lambda t: t.to(device, dtype if t.is_floating_point() else None), inputs)
-    return moved, texts
+    return to_model(model, inputs), texts
 
 
 def _marks(processor: Any) -> list[str]:
@@ -116,10 +113,8 @@ def generate(model: Any, processor: Any, inputs: dict[str, Any], options: Mappin
     Raises:
         ValueError: if an answer is empty, or the model does not take the inputs or options
     """
-    start = inputs["input_ids"].shape[1]
-    with _named_errors(model, processor):
-        made = model.generate(**inputs, **options, output_logits=True, return_dict_in_generate=True)
-    ids = made.sequences[:, start:]
+    made = _generated(model, processor, inputs, options)
+    ids = made.sequences[:, inputs["input_ids"].shape[1] :]
     lengths = [_length(row, model) for row in ids.tolist()]
     if min(lengths) == 0:
         raise ValueError(
@@ -131,6 +126,11 @@ def generate(model: Any, processor: Any, inputs: dict[str, Any], options: Mappin
         ids = ids[:: len(ids) // len(inputs["input_ids"])]
         return force(model, processor, inputs, [row[:n] for row, n in zip(ids.tolist(), lengths, strict=False)])
     return Answers(ids, lengths, torch.stack(made.logits[: ids.shape[1]], 1))
+
+
+def _generated(model: Any, processor: Any, inputs: dict[str, Any], options: Mapping[str, Any]) -> Any:
+    with _named_errors(model, processor):
+        return model.generate(**inputs, **options, output_logits=True, return_dict_in_generate=True)
 
 
 def _length(ids: list[int], model: Any) -> int:
@@ -148,37 +148,15 @@ def force(model: Any, processor: Any, inputs: dict[str, Any], answers: Sequence[
     """
     lengths = [len(answer) for answer in answers]
     rows = [[*answer, *[answer[-1]] * (max(lengths) - len(answer))] for answer in answers]
-    ids = torch.tensor(rows, device=inputs["input_ids"].device)
+    start, ids = inputs["input_ids"].shape[1], torch.tensor(rows, device=inputs["input_ids"].device)
     steps = min(2, ids.shape[1])
-    with _named_errors(model, processor):
-        made = model.generate(
-            **inputs,
-            max_new_tokens=steps,
-            num_beams=1,
-            do_sample=False,
-            logits_processor=[_Forced(ids, inputs["input_ids"].shape[1])],
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
+
+    def forced(input_ids: Tensor, scores: Tensor) -> Tensor:
+        return torch.full_like(scores, -torch.inf).scatter(1, ids[:, input_ids.shape[1] - start, None], 0.0)
+
+    options = {"max_new_tokens": steps, "num_beams": 1, "do_sample": False, "logits_processor": [forced]}
+    made = _generated(model, processor, inputs, options)
     return Answers(ids, lengths, torch.stack(made.logits[:steps], 1))
-
-
-@dataclass(frozen=True)
-class _Forced:
-    """Lets a model generate given tokens.
-
-    Attributes:
-        ids: the tokens, (B, K)
-        start: the length of the prompts
-    """
-
-    ids: Tensor
-    start: int
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Change the scores of the next token, (B, V)."""
-        wanted = self.ids[:, input_ids.shape[1] - self.start, None]
-        return torch.full_like(scores, -torch.inf).scatter(1, wanted, 0.0)
 
 
 # One pass over both.

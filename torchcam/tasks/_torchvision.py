@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from torchcam._detections import Detections
 from torchcam._inputs import read_inputs
 from torchcam._replica import replicated
 from torchcam._views import View, Views
 
-from ._found import Found, Looked
+from ._found import Found
 
 __all__ = ["find", "is_detector"]
 
@@ -25,36 +26,39 @@ def is_detector(model: nn.Module) -> bool:
     return any(base.__module__.startswith("torchvision.models.detection.") for base in type(model).__mro__)
 
 
-def find(model: nn.Module, looked: Looked) -> Found:
-    """Ask a detector about a picture."""
-    if looked.processor is not None:
-        raise ValueError(f"`processor` is for transformers: {type(model).__name__} makes boxes by itself")
-    options = {**looked.options, "transform": looked.options.get("transform") or _unit_tensor}
-    if looked.picture is None:
-        options.pop("transform")
-    inputs = read_inputs(model, looked.given if looked.picture is None else looked.picture, **options)
+def find(
+    model: nn.Module,
+    given: Any,
+    picture: Image.Image | None,
+    threshold: float | None,
+    *,
+    transform: Any = None,
+    weights: Any = None,
+    **_others: Any,
+) -> Found:
+    """Ask a detector about a picture, or a tensor (1, C, H, W) in place of one."""
+    is_tensor = picture is None
+    inputs = read_inputs(
+        model, given if is_tensor else picture, None if is_tensor else transform or _unit_tensor, weights
+    )
     with replicated(model) as replica, torch.inference_mode(False), torch.no_grad():
         (answer,) = replica(inputs.tensor)
         view = _padded(replica, inputs.tensor)
     height, width = inputs.tensor.shape[2:]
-    size = (width, height) if looked.picture is None else looked.picture.size
+    picture = inputs.pictures[0] if picture is None else picture
+    size = (width, height) if is_tensor else picture.size
     kept = torch.arange(len(answer["scores"]))
-    if looked.threshold is not None:
-        kept = kept[(answer["scores"] >= looked.threshold).cpu()]
+    if threshold is not None:
+        kept = kept[(answer["scores"] >= threshold).cpu()]
     boxes, labels, scores = (answer[name].cpu()[kept] for name in ("boxes", "labels", "scores"))
-    picture = inputs.pictures[0] if looked.picture is None else looked.picture
     known = Views((width, height), size, None, {size: view, (width, height): view})
-    names = dict(enumerate(inputs.class_names or ()))
+    names = MappingProxyType(dict(enumerate(inputs.class_names or ())))
     return Found(
         model,
         replace(inputs, pictures=(picture,), shown=(view,), views=(known,)),
-        boxes * torch.tensor([size[0] / width, size[1] / height] * 2),
-        labels,
-        scores,
+        Detections(boxes * torch.tensor([size[0] / width, size[1] / height] * 2), labels, scores, size, names),
         kept.tolist(),
         boxes,
-        size,
-        MappingProxyType(names),
         _layers(model),
     )
 

@@ -6,7 +6,6 @@ import copy
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,14 +15,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from torchcam._detections import Detections
 from torchcam._detector_rows import Rows, read_rows
 from torchcam._inputs import Inputs
-from torchcam._passes import model_device
+from torchcam._passes import to_model
 from torchcam._replica import replicated
-from torchcam._views import View, Views
+from torchcam._views import FULL, View, Views
 from torchcam.targets import sample_of
 
-from ._found import Found, Looked, match_rows
+from ._found import Found, match_rows
 
 __all__ = ["find", "is_detector"]
 
@@ -39,16 +39,13 @@ def is_detector(model: nn.Module) -> bool:
     return any(base.__module__ == "ultralytics.engine.model" for base in type(model).__mro__)
 
 
-def find(wrapper: Any, looked: Looked) -> Found:
+def find(wrapper: Any, given: Any, picture: Image.Image, threshold: float | None, **_others: Any) -> Found:
     """Ask a wrapper about a picture: it predicts as it does for its user, and the model inside is what is explained."""
-    if looked.processor is not None:
-        raise ValueError(f"`processor` is for transformers: {type(wrapper).__name__} prepares images by itself")
-    if looked.picture is None:
-        raise TypeError("`input_tensor` must be an image for `box`, a path, a PIL image or an array, got a tensor")
     model = wrapper.model
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` runs {model!r}, which is not PyTorch: load the .pt file that it was exported from")
-    result, prepared, stretched = _predicted(wrapper, looked)
+    is_file = isinstance(given, (str, Path)) and Path(given).suffix.lower() in _FILES
+    result, prepared, stretched = _predicted(wrapper, str(given) if is_file else picture, threshold)
     size = (result.orig_shape[1], result.orig_shape[0])
     if result.boxes is None:
         raise ValueError(
@@ -57,30 +54,28 @@ def find(wrapper: Any, looked: Looked) -> Found:
         )
     answers = result.boxes.data.detach().float().cpu()
     boxes, scores, labels = answers[:, :4], answers[:, 4], answers[:, 5].long()
-    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    tensor = prepared.detach().clone().to(model_device(model), dtype)
+    tensor = to_model(model, prepared.detach().clone())
     with replicated(model) as replica, torch.inference_mode(False), torch.no_grad():
         read = read_rows(sample_of(replica(tensor), 0, 1))
-    frame = _Letterbox.of(size, (tensor.shape[3], tensor.shape[2]), stretched)
-    rows, places = _rows_of(read, frame, boxes, labels, scores)
+    seen = (tensor.shape[3], tensor.shape[2])
+    view = FULL if stretched else _letterbox(size, seen)
+    names = {int(label): str(name) for label, name in dict(result.names).items()}
+    detections = Detections(boxes, labels, scores, size, MappingProxyType(names))
+    rows, places = _rows_of(read, detections, view, seen)
     picture = Image.fromarray(np.ascontiguousarray(result.orig_img[..., ::-1]))
-    views = Views((tensor.shape[3], tensor.shape[2]), size, None, {size: frame.view})
+    views = Views(seen, size, None, {size: view})
     return Found(
         model,
-        Inputs(tensor, None, False, (picture,), (frame.view,), (views,), None, None),
-        boxes,
-        labels,
-        scores,
+        Inputs(tensor, None, False, (picture,), (view,), (views,), None, None),
+        detections,
         rows,
         places,
-        size,
-        MappingProxyType({int(label): str(name) for label, name in dict(result.names).items()}),
         _stages(model),
         least_stride=8,
     )
 
 
-def _predicted(wrapper: Any, looked: Looked) -> tuple[Any, Tensor, bool]:
+def _predicted(wrapper: Any, source: Any, threshold: float | None) -> tuple[Any, Tensor, bool]:
     """Predict as the wrapper's user does, without the user's predictor and callbacks.
 
     Returns:
@@ -91,10 +86,8 @@ def _predicted(wrapper: Any, looked: Looked) -> tuple[Any, Tensor, bool]:
     twin.callbacks = defaultdict(list)
     last = getattr(wrapper.predictor, "args", None)
     asked = {name: getattr(last, name) for name in _ASKED if hasattr(last, name)}
-    if looked.threshold is not None:
-        asked["conf"] = looked.threshold
-    is_file = isinstance(looked.given, (str, Path)) and Path(looked.given).suffix.lower() in _FILES
-    source = str(looked.given) if is_file else looked.picture
+    if threshold is not None:
+        asked["conf"] = threshold
     with _threads_kept():
         (result,) = twin.predict(source, verbose=False, save=False, show=False, stream=False, **asked)
         prepared = twin.predictor.preprocess([result.orig_img])
@@ -112,75 +105,45 @@ def _threads_kept() -> Iterator[None]:
             torch.set_num_threads(count)
 
 
-@dataclass(frozen=True)
-class _Letterbox:
-    """Where a picture lies on the model's input, which holds all of it.
-
-    Attributes:
-        size: the width and height of the picture
-        seen: those of the input
-        inner: those of the picture on the input
-        offset: the padding at the left and the top
-    """
-
-    size: tuple[int, int]
-    seen: tuple[int, int]
-    inner: tuple[int, int]
-    offset: tuple[int, int]
-
-    @classmethod
-    def of(cls, size: tuple[int, int], seen: tuple[int, int], stretched: bool) -> _Letterbox:
-        """Return how a picture became an input: scaled alike in both directions, or stretched."""
-        if stretched:
-            return cls(size, seen, seen, (0, 0))
-        gain = min(seen[0] / size[0], seen[1] / size[1])
-        inner = max(round(size[0] * gain), 1), max(round(size[1] * gain), 1)
-        left, top = (round((whole - part) / 2 - 0.1) for whole, part in zip(seen, inner, strict=True))
-        return cls(size, seen, inner, (left, top))
-
-    @property
-    def view(self) -> View:
-        """Where the input lies on the picture."""
-        (left, top), (width, height) = self.offset, self.inner
-        return -top / height, -left / width, (self.seen[1] - top) / height, (self.seen[0] - left) / width
-
-    def to_input(self, boxes: Tensor) -> Tensor:
-        """Return boxes (R, 4) in pixels of the picture as pixels of the input."""
-        scale = [part / whole for part, whole in zip(self.inner, self.size, strict=True)]
-        return boxes * torch.tensor([*scale, *scale]) + torch.tensor([*self.offset, *self.offset])
-
-    def cut(self, boxes: Tensor) -> Tensor:
-        """Return boxes (R, 4) in pixels of the input, cut where the picture ends, as predicted ones are."""
-        low = torch.tensor([*self.offset, *self.offset])
-        return torch.minimum(torch.maximum(boxes, low), low + torch.tensor([*self.inner, *self.inner]))
+def _letterbox(size: tuple[int, int], seen: tuple[int, int]) -> View:
+    """Return where an input (width, height) lies on the picture that it holds, scaled alike in both directions."""
+    gain = min(seen[0] / size[0], seen[1] / size[1])
+    width, height = (max(round(side * gain), 1) for side in size)
+    left, top = (round((whole - part) / 2 - 0.1) for whole, part in zip(seen, (width, height), strict=True))
+    return -top / height, -left / width, (seen[1] - top) / height, (seen[0] - left) / width
 
 
-def _rows_of(
-    read: Rows, frame: _Letterbox, boxes: Tensor, labels: Tensor, scores: Tensor
-) -> tuple[list[int], Tensor | None]:
+def _rows_of(read: Rows, found: Detections, view: View, seen: tuple[int, int]) -> tuple[list[int], Tensor | None]:
     """Return the row of each predicted box, and, where rows have no place of their own, its box in their units."""
-    missing = "the prediction cannot be followed into the model"
-    wanted = frame.to_input(boxes), labels, scores, missing
+    top, left, bottom, right = view
+    scale = torch.tensor([seen[0] / (right - left), seen[1] / (bottom - top)] * 2)  # of the picture on the input
+    low = scale * torch.tensor([-left, -top] * 2)
+    labels, missing = found.labels, "the prediction cannot be followed into the model"
+    wanted = found.boxes / torch.tensor(2 * found.size) * scale + low, labels, found.scores, missing
+
+    def cut(boxes: Tensor) -> Tensor:  # where the picture ends, as predicted ones are
+        return torch.minimum(torch.maximum(boxes.float().cpu(), low), low + scale)
+
     if read.labels is not None and read.boxes is not None:  # RT-DETR: shares of the picture, a row for each class
         places = read.boxes.float().cpu()
         shares = torch.zeros(len(places), int(read.labels.amax()) + 1)
         shares[torch.arange(len(places)), read.labels.cpu()] = read.scores[:, 0].float().cpu().sigmoid()
-        rows = match_rows(places * torch.tensor([*frame.seen, *frame.seen]), shares, *wanted)
+        rows = match_rows(places * torch.tensor(2 * seen), shares, *wanted)
         return rows, places[rows]
     shares = read.scores.float().cpu().sigmoid()
     if read.boxes is not None:
-        return match_rows(frame.cut(read.boxes.float().cpu()), shares, *wanted), None
+        return match_rows(cut(read.boxes), shares, *wanted), None
     assert read.ranked is not None  # noqa: S101 - for the type checker: one of both is there
     ranked = read.ranked.float().cpu()
     best = torch.zeros(len(ranked), shares.shape[1])
     best[torch.arange(len(ranked)), ranked[:, 5].long()] = ranked[:, 4]
-    among = match_rows(frame.cut(ranked[:, :4]), best, *wanted)
-    found: list[int] = []
+    among = match_rows(cut(ranked[:, :4]), best, *wanted)
+    chosen: list[int] = []
     for place, label in zip(among, labels.tolist(), strict=True):
         miss = (shares[:, label] - ranked[place, 4]).abs()
-        miss[[row for row, other in zip(found, labels.tolist(), strict=False) if other == label]] = torch.inf
-        found.append(int(miss.argmin()))
-    return found, None
+        miss[[row for row, other in zip(chosen, labels.tolist(), strict=False) if other == label]] = torch.inf
+        chosen.append(int(miss.argmin()))
+    return chosen, None
 
 
 def _stages(model: Any) -> list[str]:

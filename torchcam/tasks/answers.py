@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchcam._checks import one_of, torch_module
 from torchcam._inputs import as_rgb, read_picture
 from torchcam._numbers import versions
-from torchcam._replica import random_states_kept, replicated
+from torchcam._replica import freeze, random_states_kept, replicated
 from torchcam.layout import Cells
 from torchcam.methods._gradients import with_graph
 from torchcam.targets import token_scores
@@ -124,7 +124,7 @@ def explain_answer(
     given = None if answer is None else _given(processor, answer, len(prompts) if is_batch else None)
 
     with random_states_kept(), with_graph(), replicated(model) as replica:
-        _freeze(replica)
+        freeze(replica)
         inputs, texts = encode(replica, processor, pictures, prompts)
         if given is None:
             answers = generate(replica, processor, inputs, generation)
@@ -209,14 +209,6 @@ def _given(processor: Any, answer: Any, prompts: int | None) -> list[list[int]]:
             raise ValueError(f"`answer` must be a text, or token ids in [0, {size}), got {one!r}")
         found.append(ids)
     return found
-
-
-def _freeze(replica: nn.Module) -> None:
-    """Replace the parameters of a replica that want gradients with others of the same values that do not."""
-    for module in replica.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.requires_grad:
-                module._parameters[name] = nn.Parameter(parameter.detach(), requires_grad=False)
 
 
 def _grown_positions(positions: Any, ids: Tensor, more: int) -> Tensor | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -17,12 +16,11 @@ from torchcam._detections import Detections
 from torchcam._inputs import Inputs, as_rgb, read_picture
 from torchcam._passes import Call
 from torchcam._replica import replicated
-from torchcam.layers import candidates_of
-from torchcam.layout import first_tensor, replace_tensors
+from torchcam.layers import candidates_of, dependence, watch
 from torchcam.targets import Box, Selector
 
 from . import _detr, _torchvision, _yolo
-from ._found import Found, Looked
+from ._found import Found
 
 __all__ = ["Boxes", "as_boxes", "is_detector"]
 
@@ -93,21 +91,23 @@ def as_boxes(
     picture = None if isinstance(given, Tensor) else as_rgb(read_picture(given))
     if isinstance(given, Tensor) and (given.ndim != 4 or len(given) != 1):
         raise ValueError(f"`input_tensor` must be one image, (1, C, H, W), for `box`, got shape {tuple(given.shape)}")
-    found = library.find(model, Looked(given, picture, processor, threshold, options))
-    asked = _asked(box, found)
-    names: Mapping[int, str] = found.class_names if class_names is None else dict(enumerate(class_names))
+    if isinstance(given, Tensor) and library is not _torchvision:
+        raise TypeError("`input_tensor` must be an image for `box`, a path, a PIL image or an array, got a tensor")
+    if processor is not None and library is not _detr:
+        raise ValueError(f"`processor` is for transformers: {type(model).__name__} makes boxes by itself")
+    found = library.find(model, given, picture, threshold, processor=processor, **options)
+    asked = _asked(box, found.detections)
+    names = found.detections.class_names if class_names is None else MappingProxyType(dict(enumerate(class_names)))
     targets = {_name(one): _target(found, one) for one in asked}
-    explained = {_name(one): one.index for one in asked}
-    detections = Detections(
-        found.boxes, found.labels, found.scores, found.size, MappingProxyType(dict(names)), MappingProxyType(explained)
-    )
+    explained = MappingProxyType({_name(one): one.index for one in asked})
+    detections = replace(found.detections, class_names=names, explained=explained)
     layer = _layer(found, list(targets.values())) if needs_layer else None
     return Boxes(found.model, found.inputs, MappingProxyType(targets), detections, layer)
 
 
-def _asked(box: Any, found: Found) -> list[Box]:
+def _asked(box: Any, found: Detections) -> list[Box]:
     """Read which boxes are asked about; their index is that of the box among those that were found."""
-    count = len(found.boxes)
+    count = len(found)
     if not count:
         raise ValueError("`box`: the detector found no box in the picture; a lower `threshold` shows less certain ones")
     if box is None:
@@ -136,7 +136,7 @@ def _name(box: Box) -> str:
 
 def _target(found: Found, box: Box) -> Box:
     """Return the target of a box that was found: of its row, and of its class."""
-    label = int(found.labels[box.index]) if box.label is None else box.label
+    label = int(found.detections.labels[box.index]) if box.label is None else box.label
     near = None if found.near is None else found.near[box.index]
     return replace(box, index=found.rows[box.index], label=label, near=near)
 
@@ -147,33 +147,21 @@ def _layer(found: Found, targets: Sequence[Box]) -> str:
     Raises:
         ValueError: if there is none
     """
-    outputs: dict[str, Tensor] = {}
-
-    def note(name: str, _module: nn.Module, _args: Any, output: Any) -> Any:
-        tensor = first_tensor(output)
-        if tensor is None or not tensor.is_floating_point() or tensor.ndim < 3:
-            return None
-        outputs[name] = copied = (tensor if tensor.requires_grad else tensor.detach().requires_grad_()).clone()
-        return replace_tensors(output, [(tensor, copied)])
-
     inputs = found.inputs
     with replicated(found.model) as replica, torch.inference_mode(False), torch.enable_grad():
-        for name in found.layers:
-            replica.get_submodule(name).register_forward_hook(partial(note, name))
+        outputs, _ = watch({name: replica.get_submodule(name) for name in found.layers})
         output = inputs.call(replica, slice(0, 1))
         scores = [Selector(None, target, 1)(output).sum() for target in targets]
-        pixels = inputs.tensor.shape[2] * inputs.tensor.shape[3]
-        strides = {name: (pixels / (one.shape[-2] * one.shape[-1])) ** 0.5 for name, one in outputs.items()}
-        names = [name for name in found.layers if name in outputs]
-        least = found.least_stride
-        if least is not None:
-            # Grids are rounded up: a stride of 16 may count less.
-            names.sort(key=lambda name: (strides[name] < 0.75 * least, abs(strides[name] - least)))
-        depends = {name: [_has_gradient(score, outputs[name]) for score in scores] for name in names}
-    asked = [place for place in range(len(targets)) if any(found_on[place] for found_on in depends.values())]
-    for name, found_on in depends.items():  # a target that no layer moves, say an empty mask, decides nothing
-        if asked and all(found_on[place] for place in asked):
-            return name
+        shares = dependence(scores, [(name, tensors[0]) for name, tensors in outputs.items()])
+    names = [name for name in found.layers if shares.get(name) == 1]
+    least = found.least_stride
+    if least is not None:
+        pixels = inputs.tensor.shape[2:].numel()
+        strides = {name: (pixels / outputs[name][0].shape[-2:].numel()) ** 0.5 for name in names}
+        # Grids are rounded up: a stride of 16 may count less.
+        names.sort(key=lambda name: (strides[name] < 0.75 * least, abs(strides[name] - least)))
+    if names:
+        return names[0]
     args, kwargs = ((inputs.tensor,), {}) if inputs.kwargs is None else ((), dict(inputs.kwargs))
     choice = candidates_of(found.model, Call(args, kwargs), Selector(None, targets[0], 1)).choice
     if choice is None:
@@ -181,11 +169,3 @@ def _layer(found: Found, targets: Sequence[Box]) -> str:
             f"no layer of {type(found.model).__name__} is known to show the picture: name a `target_layer`"
         )
     return choice
-
-
-def _has_gradient(score: Tensor, output: Tensor) -> bool:
-    """Check whether a score depends on the output of a layer."""
-    if not score.requires_grad:
-        return False
-    (gradient,) = torch.autograd.grad(score, output, retain_graph=True, allow_unused=True)
-    return gradient is not None and bool(gradient.any())

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import html
 import math
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from torchcam._files import atomic_write
 from torchcam._names import listed
 from torchcam._numbers import finite, to_json, versions
 from torchcam._pictures import data_uri, fitted
+from torchcam._templates import render
 from torchcam.utils import overlay_map
 
 from ._verdicts import RELIABILITY, THRESHOLDS, Check, Outcome, Verdict, combined_verdict, reasons_of, verdict_of
@@ -35,7 +34,6 @@ _COUNTED: dict[Verdict, str] = {
     "with care": "should be taken with care",
     "do not believe": "should not be believed",
 }
-_CSS_CLASSES: dict[Verdict, str] = {"believe": "believe", "with care": "care", "do not believe": "not"}
 _MARKS: dict[Outcome, str] = {"passed": "✓", "doubtful": "?", "failed": "✗", "left out": "–"}
 _MEASURES = {
     "evidence": "by how much the probability falls when the input is blurred or painted over, at least",
@@ -196,7 +194,7 @@ class TrustReport(Sequence[PredictionTrust]):
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return f'<div class="torchcam-trust"><style>{_style("report")}</style>{self._body(256)}</div>'
+        return self._render("_notebook", 256)
 
     def to_html(self, path: str | Path | None = None) -> str:
         """Write a page that needs no other file, no network and no script.
@@ -207,15 +205,7 @@ class TrustReport(Sequence[PredictionTrust]):
         Returns:
             the page
         """
-        policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-        page = (
-            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-            f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
-            f"<title>{html.escape(self._title)}</title><style>{_style('page')}{_style('report')}</style></head>"
-            f'<body><main class="torchcam-trust">{self._body(512)}</main></body></html>\n'
-        )
+        page = self._render("_page", 512)
         if path is not None:
             _write(Path(path), page)
         return page
@@ -253,68 +243,28 @@ class TrustReport(Sequence[PredictionTrust]):
     def _title(self) -> str:
         return f"{self.method} on {self.model}"
 
-    def _body(self, edge: int) -> str:
+    def _render(self, template: str, edge: int) -> str:
         made_by = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        return (
-            f"<h1>{html.escape(self._title)}</h1>"
-            + _verdict_as_html(self.verdict, self.headline)
-            + _remarks_as_html(self.remarks)
-            + "".join(_section(item, edge, alone=len(self) == 1) for item in self)
-            + f"<details><summary>How this was judged</summary>{_explanations()}"
-            f"<p>Compared with {html.escape(listed(self.others) or 'no other method')}. {html.escape(made_by)}</p>"
-            "</details>"
+        return render(
+            f"trust/{template}.html",
+            title=self._title,
+            report=self,
+            words=_WORDS,
+            marks=_MARKS,
+            measures=_MEASURES,
+            thresholds=THRESHOLDS,
+            compared=listed(self.others) or "no other method",
+            made_by=made_by,
+            pictures=lambda item: [data_uri(fitted(picture, edge)) for picture in _pictures(item)],
         )
 
 
-def _section(item: PredictionTrust, edge: int, *, alone: bool) -> str:
-    rows = "".join(
-        f'<tr><td class="outcome {check.outcome.replace(" ", "-")}">{_MARKS[check.outcome]} {check.outcome}</td>'
-        f"<th>{html.escape(check.name)}</th><td>{html.escape(check.message)}</td></tr>"
-        for check in item.checks
-    )
-    verdict = "" if alone else _verdict_as_html(item.verdict, _WORDS[item.verdict])
-    return (
-        f"<section><h2>{html.escape(item.title)}</h2>{verdict}{_remarks_as_html(item.remarks)}"
-        f'<div class="row">{_pictures(item, edge)}<div class="text"><table>{rows}</table>'
-        f"<p>{html.escape(item.accounted)}</p></div></div></section>"
-    )
-
-
-def _verdict_as_html(verdict: Verdict, text: str) -> str:
-    return f'<p class="verdict {_CSS_CLASSES[verdict]}">{html.escape(text)}</p>'
-
-
-def _remarks_as_html(remarks: Sequence[str]) -> str:
-    return "".join(f'<p class="remark">{html.escape(remark)}</p>' for remark in remarks)
-
-
-def _pictures(item: PredictionTrust, edge: int) -> str:
+def _pictures(item: PredictionTrust) -> list[Image.Image]:
+    """Return the input and the map over it; nothing where they are no pictures."""
     if item.picture is None or item.cam.ndim != 2:
-        return ""
+        return []
     picture, cam = item.picture.convert("RGB"), item.cam.float()
-    overlay = overlay_map(picture, cam.numpy(), signed=bool((cam < 0).any()))
-    figures = "".join(
-        f'<figure><img src="{data_uri(fitted(shown, edge))}" alt="{caption}">'
-        f"<figcaption>{caption}</figcaption></figure>"
-        for shown, caption in ((picture, "input"), (overlay, "map"))
-    )
-    return f'<div class="pictures">{figures}</div>'
-
-
-def _explanations() -> str:
-    rows = "".join(
-        f"<tr><th>{name}</th><td>{_MEASURES[name]}</td><td>{passed:g}</td><td>{failed:g}</td></tr>"
-        for name, (passed, failed) in THRESHOLDS.items()
-    )
-    return (
-        "<p>A map is not believed if a check has failed, and taken with care if one is doubtful; weak points that the "
-        "diagnosis finds do not count. Of the evidence, the better of its two outcomes counts.</p>"
-        f"<table><tr><th></th><td>what is measured</td><td>passed</td><td>failed beyond</td></tr>{rows}</table>"
-    )
-
-
-def _style(name: str) -> str:
-    return "\n" + files("torchcam").joinpath("trust", f"{name}.css").read_text(encoding="utf-8")
+    return [picture, overlay_map(picture, cam.numpy(), signed=bool((cam < 0).any()))]
 
 
 def _write(path: Path, text: str) -> None:

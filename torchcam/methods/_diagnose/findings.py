@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import html
-import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from torch import Tensor
+
+from torchcam._numbers import finite
+from torchcam._templates import render
 
 __all__ = ["CODES", "Diagnosis", "Finding", "Severity", "finding", "listed", "numbers", "of_samples"]
 
@@ -127,10 +128,7 @@ class Diagnosis(Sequence[Finding]):
             "method": self.subject,
             "model": self.model,
             "class_idx": None if self.class_idx is None else list(self.class_idx),
-            "completeness": {
-                layer: [share if math.isfinite(share) else None for share in shares]
-                for layer, shares in self.completeness.items()
-            },
+            "completeness": finite(self.completeness),
             "findings": [finding.to_dict() for finding in self],
         }
 
@@ -156,14 +154,7 @@ class Diagnosis(Sequence[Finding]):
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><td>{finding.severity}</td><td><code>{finding.code}</code></td>"
-            f"<td>{html.escape(finding.message)}</td><td>{html.escape(finding.advice)}</td></tr>"
-            for finding in self
-        )
-        head = "<tr><th></th><th></th><th>found</th><th>what to do</th></tr>"
-        table = f"<table><thead>{head}</thead><tbody>{rows}</tbody></table>" if rows else ""
-        return f"<p>{html.escape(self._headline())}</p>{table}"
+        return render("methods/_diagnose/_report.html", headline=self._headline(), findings=self.findings)
 
 
 def finding(
