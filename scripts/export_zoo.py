@@ -78,7 +78,11 @@ def torchvision_models() -> dict[str, Model]:
     from torchvision.models.efficientnet import MBConvConfig
     from torchvision.models.regnet import BlockParams
     from torchvision.models.resnet import Bottleneck
-    from torchvision.models.vgg import cfgs, make_layers
+
+    def narrow_vgg() -> nn.Module:
+        model = models.vgg11(num_classes=10, init_weights=False)
+        model.classifier = nn.Sequential(nn.Linear(25088, 64), nn.ReLU(), nn.Dropout(), nn.Linear(64, 10))
+        return model
 
     expanding = [MBConvConfig(1, 3, 1, 32, 16, 1), MBConvConfig(6, 5, 2, 16, 24, 2), MBConvConfig(6, 3, 2, 24, 40, 1)]
     stages = BlockParams([1, 2], [32, 64], [16, 16], [1.0, 1.0], [2, 2], 0.25)
@@ -87,10 +91,10 @@ def torchvision_models() -> dict[str, Model]:
     return {
         "alexnet": Model(lambda: models.alexnet(num_classes=10), 96, ("features", "features.7")),
         "vgg11": Model(
-            lambda: models.VGG(make_layers([*cfgs["A"][:-3], 64, "M"]), num_classes=10),
+            narrow_vgg,
             64,
-            ("features", "features.12"),
-            "one convolution less, its last has 64 channels",
+            ("features", "features.13"),
+            "64 numbers in the head",
         ),
         "resnet18": Model(lambda: models.resnet18(num_classes=10), 64, ("layer4", "layer3.0.conv1")),
         "resnet50": Model(
@@ -232,12 +236,12 @@ def models() -> dict[str, Model]:
 
 
 def cases(name: str, model: Model) -> Iterator[tuple[str, str]]:
-    """Yield the layers, joined by spaces, and the methods to try a model with."""
-    for method in ALL_METHODS if name in OF_ALL_METHODS else METHODS:
-        if method == "RefineCAM":
-            yield " ".join(reversed(model.layers)), method
-        else:
-            yield from ((layer, method) for layer in model.layers)
+    """Yield layers, several of them joined by a space, and the methods to try a model with."""
+    deep, middle = model.layers
+    yield from ((layer, method) for method in METHODS for layer in model.layers)
+    if name in OF_ALL_METHODS:
+        layers = {"CAM": deep, "RefineCAM": f"{middle} {deep}"}
+        yield from ((layers.get(method, middle), method) for method in ALL_METHODS if method not in METHODS)
 
 
 @contextmanager
@@ -298,19 +302,19 @@ def page(rows: Sequence[dict[str, Any]], known: dict[str, Model]) -> str:
             for layer in model.layers
         ),
     )
-    lines += ["", "All methods, on models of three kinds:"]
-    columns = [(name, layer) for name in OF_ALL_METHODS for layer in known[name].layers]
+    lines += [
+        "",
+        "All methods, in the middle of models of three kinds (CAM in the deep layer, RefineCAM of both layers):",
+    ]
+    by_method = {(name, method): layer for name in OF_ALL_METHODS for layer, method in cases(name, known[name])}
     lines += table(
-        ("method", *(f"{name} `{layer}`" for name, layer in columns)),
+        ("method", *OF_ALL_METHODS),
         *(
-            (method, *(cell(name, layer, method) for name, layer in columns))
+            (method, *(cell(name, by_method[name, method], method) for name in OF_ALL_METHODS))
             for method in ALL_METHODS
-            if method != "RefineCAM"
         ),
     )
-    joint = {name: " ".join(reversed(known[name].layers)) for name in OF_ALL_METHODS}
-    of_several = [f"{cell(name, layer, 'RefineCAM')} of {name}" for name, layer in joint.items()]
-    lines += ["", f"RefineCAM of both layers at once: {', '.join(of_several)}.", ""]
+    lines.append("")
     lines += [f"[^{number}]: {reason}" for number, reason in enumerate(reasons, 1)]
     return "\n".join(lines).rstrip() + "\n"
 

@@ -181,6 +181,31 @@ class TestMaps:
         with pytest.raises(ValueError, match="`classes` is missing"):
             exported(IMAGES)
 
+    def test_output_that_a_hook_hands_on(self) -> None:
+        """As models of transformers do, whose decoders read what hooks have collected."""
+        seen: list[Tensor] = []
+
+        class Collecting(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.first, self.second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+                self.head = nn.Linear(4, 5)
+
+            def forward(self, x: Tensor) -> Tensor:
+                seen.clear()
+                deep = self.second(self.first(x).tanh())
+                return self.head((deep + seen[0]).square().mean((2, 3)))
+
+        model = shuffled(Collecting())
+        model.first.register_forward_hook(lambda _layer, _args, output: seen.append(output))
+        exported = export(model, "LayerCAM", "first", example=IMAGES[:1])
+        wanted = expected(model, "LayerCAM", "first", IMAGES, CLASSES)
+        torch.testing.assert_close(exported(IMAGES, CLASSES)[1], wanted, rtol=0, atol=2e-5)
+        model.first.register_forward_hook(lambda _layer, _args, output: output * 2)
+        doubled = export(model, "LayerCAM", "first", example=IMAGES[:1], normalized=False)
+        wanted = expected(model, "LayerCAM", "first", IMAGES, CLASSES, normalized=False)
+        torch.testing.assert_close(doubled(IMAGES, CLASSES)[1], wanted, rtol=1e-4, atol=1e-6)
+
     def test_users_own_method(self) -> None:
         class SignCAM(methods.gradient._GradientCAM):
             @staticmethod
@@ -522,6 +547,22 @@ class TestOperations:
         left = [str(node.target) for node in graph.graph.nodes if "backward" in str(node.target)]
         assert not left
         torch.testing.assert_close(graph(x, gradient), backward(x, gradient), rtol=1e-12, atol=1e-12)
+
+    def test_sizes_that_are_not_known(self, tmp_path: Path) -> None:
+        """Strides that skip positions become ranges of sizes that ONNX does not infer: they have no name in common."""
+
+        class Skipping(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.features, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, 5)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.head(self.features(x)[..., ::2, ::2].square()[..., 1::2, :].mean((2, 3)))
+
+        model = shuffled(Skipping())
+        file = export(model, "LayerCAM", "features", example=IMAGES[:1]).save(tmp_path / "model.onnx")
+        _, cam = run(file, IMAGES, CLASSES)
+        torch.testing.assert_close(cam, expected(model, "LayerCAM", "features", IMAGES, CLASSES), rtol=0, atol=2e-5)
 
     def test_sums_in_float16(self) -> None:
         rule = RULES[aten.scatter_add.default]
