@@ -16,6 +16,10 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)  # the tensors are small: more threads only wait for each other
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # so that what extensions hold is let go of, as they would complain otherwise
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _quick_collections() -> None:
     """Leave what is there, imported libraries above all, out of the garbage collections of a module's tests."""

@@ -11,6 +11,8 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.linalg import spsolve
 from torch import Tensor, nn
 
+from tests.snapshots import own_attributes
+
 SOFTMAX = partial(torch.softmax, dim=-1)
 
 
@@ -94,7 +96,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
         "grad": [(id(p.grad), None if p.grad is None else p.grad.clone()) for p in model.parameters()],
         "requires_grad": [p.requires_grad for p in model.parameters()],
         "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in modules],
-        "attributes": [sorted(vars(module)) for module in modules],
+        "attributes": [own_attributes(module) for module in modules],
         "rng": torch.get_rng_state(),
         "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
     }

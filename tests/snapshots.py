@@ -49,6 +49,14 @@ def random_state() -> int:
     return hash((torch.get_rng_state().numpy().tobytes(), random.getstate()))
 
 
+def own_attributes(module: nn.Module) -> list[str]:
+    """Return the names of what a module holds, but for a wrapper without an extractor: it stays while threads live."""
+    names = set(vars(module))
+    if not getattr(module._compiled_call_impl, "members", True):
+        names.remove("_compiled_call_impl")
+    return sorted(names)
+
+
 def attributes(model: nn.Module, *, identity: bool) -> dict[str, Any]:
     """Return what every module holds, by its name: type, flags, tensors, containers; hooks are left out.
 

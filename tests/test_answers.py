@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import torchcam
 from tests import vision_language as vl
 from tests.browsers import chromium
+from tests.snapshots import own_attributes
 from torchcam._replica import replicate
 from torchcam.layout import Cells
 from torchcam.targets import Token
@@ -314,7 +315,7 @@ class TestMaps:
                 assert torch.equal(own.boxes[:, 1:].nan_to_num(), one.cells[0].boxes[:, 1:].nan_to_num())
             for number in range(2):
                 drawn = found.overlay("cat", number)
-                assert drawn.size == torchcam._pictures.enlarged(pictures[number], 256).size
+                assert drawn.size == torchcam._pictures.enlarged(pictures[number]).size
             values = [found.map("cat", number) for number in range(2)]
             assert max(float(np.nanmax(one)) for one in values) == pytest.approx(1, abs=1e-6)
 
@@ -626,7 +627,7 @@ class TestTraces:
                     if isinstance(value, (bool, int, float, str, type(None))):
                         found[f"{path}.{key}"] = value
                 found[f"{path}.hooks"] = len(module._forward_hooks) + len(module._forward_pre_hooks)
-                found[f"{path}.own"] = sorted(vars(module))
+                found[f"{path}.own"] = own_attributes(module)
             for path, tensor in (*model.named_parameters(), *model.named_buffers()):
                 found[path] = (tensor.requires_grad, tensor.grad, tensor._version)
             found["random"] = torch.get_rng_state().tolist()

@@ -444,11 +444,11 @@ class TestCommand:
             assert process.stdout is not None
             assert process.stdout.readline() == f"the demo model: http://127.0.0.1:{port}/\n"
             assert (status(port), status(port, Host="evil.example")) == (200, 403)
-            (folder,) = tmp_path.glob("torchcam-app-*")
+            (folder,) = tmp_path.glob("gradio/torchcam-*")
             assert stat.S_IMODE(folder.stat().st_mode) == 0o700
             process.send_signal(signal.SIGTERM)
             assert process.wait(30) == 0
-        assert not list(tmp_path.glob("torchcam-app-*"))
+        assert not list(tmp_path.glob("gradio/torchcam-*"))
 
     def test_weights_of_no_model(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["app", "--weights", "none"]) == 2

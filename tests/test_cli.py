@@ -130,7 +130,7 @@ class TestTopLevel:
         assert named <= set(methods.__all__)
         parser = cli.make_parser()
         texts = [cli.EPILOG, *(getattr(command, "EXAMPLES", "") for command in cli.COMMANDS)]
-        examples = re.findall(r"^  torchcam (.*)$", "".join(texts), flags=re.MULTILINE)
+        examples = re.findall(r"^  torchcam (.*)$", "".join(texts).replace("\\\n", ""), flags=re.MULTILINE)
         assert len(examples) >= 15
         for example in examples:
             assert parser.parse_args(example.split()).run is not None
@@ -398,15 +398,15 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["missing.png"], "IMAGE 'missing.png' does not exist"),
+            (["missing.png"], "IMAGE: there is no file 'missing.png' to read an image from"),
             (["empty"], "IMAGE 'empty' is a folder that holds no images"),
-            (["*.jpg"], "IMAGE '*.jpg' matches no image"),
+            (["*.jpg"], "IMAGE '*.jpg' matches no images"),
             (["https://some.where/dog.jpg"], "nothing is fetched: download it first, and name the file"),
-            (["n" * 5000], "nnn' does not exist"),
-            (["text.png"], "IMAGE 'text.png' is not an image that Pillow can read (UnidentifiedImageError"),
-            (["cut.png"], "IMAGE 'cut.png' is not an image that Pillow can read"),
-            (["float.tiff"], "IMAGE 'float.tiff' has floating-point pixels"),
-            (["photo.png", "missing.png"], "IMAGE 'missing.png' does not exist"),
+            (["n" * 5000], "nnn' to read an image from"),
+            (["text.png"], "IMAGE: 'text.png' is not an image that Pillow can read (UnidentifiedImageError"),
+            (["cut.png"], "IMAGE: 'cut.png' is not an image that Pillow can read"),
+            (["float.tiff"], "IMAGE: an image as an array of floats must lie in [0, 1], got [2, 2]"),
+            (["photo.png", "missing.png"], "IMAGE: there is no file 'missing.png' to read an image from"),
             (
                 ["photo.png", "--arch", "resnet19"],
                 "--arch 'resnet19' is not a classification model of torchvision; did you mean 'resnet1",
@@ -432,13 +432,19 @@ class TestRefusals:
             (["photo.png", "--class-idx", "dog"], "--class-idx is 'dog', and no class has that name"),
             (["photo.png", "--top-k", "0"], "--top-k must be at least 1 without --class-idx, got 0"),
             (["photo.png", "--top-k", "1001"], "--top-k must lie between 1 and 1000"),
-            (["photo.png", "--method", "LeGrad"], "name them with --target-layer"),
+            (
+                ["photo.png", "--method", "LeGrad"],
+                "--target-layer must name the transformer block(s) that LeGrad reads",
+            ),
             (["photo.png", "--method", "LeGrad", "--target-layer", "features"], "MobileNetV3 is not read out as"),
             (
                 ["photo.png", "--method", "RefineCAM", "--target-layer", "features"],
-                "name two or more with --target-layer",
+                "--target-layer must list two layers or more",
             ),
-            (["photo.png", "--method", "CAM", "--target-layer", "features.0,features.1"], "--target-layer names 2"),
+            (
+                ["photo.png", "--method", "CAM", "--target-layer", "features.0,features.1"],
+                "--target-layer of CAM must be one layer",
+            ),
             (["photo.png", "--alpha", "1"], "--alpha must be a number in [0, 1), got 1.0"),
             (
                 ["photo.png", "--colormap", "virids"],
@@ -472,7 +478,7 @@ class TestRefusals:
     ) -> None:
         (place / "text.png").write_text("no image")
         (place / "cut.png").write_bytes(photo.read_bytes()[:500])
-        Image.new("F", (4, 4)).save(place / "float.tiff")
+        Image.new("F", (4, 4), 2).save(place / "float.tiff")
         (place / "taken").mkdir()
         (place / "empty").mkdir()
         for name in (RESULT, "photo.png"):
@@ -489,7 +495,7 @@ class TestRefusals:
     def test_in_a_process_of_its_own(self, place: Path) -> None:
         done = run("explain", "missing.png", "--output", "maps", cwd=place)
         assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr == "torchcam: error: IMAGE 'missing.png' does not exist\n"
+        assert done.stderr == "torchcam: error: IMAGE: there is no file 'missing.png' to read an image from\n"
         assert files(place) == set()
 
     def test_folder_that_cannot_be_written(

@@ -190,7 +190,7 @@ class TestFolders:
         (first.parent / "zzz.png").write_text("no image")
         for workers in ("0", "1"):
             message = fails(capsys, "data", "--model-factory", f"{mine}:named", *QUICK, "--workers", workers)
-            assert message.startswith(f"torchcam: error: IMAGE 'data/{first.parent.name}/zzz.png' is not an image")
+            assert message.startswith(f"torchcam: error: IMAGE: 'data/{first.parent.name}/zzz.png' is not an image")
 
     def test_a_subfolder_without_images(self, place: Path, mine: str, capsys: pytest.CaptureFixture[str]) -> None:
         (place / "data" / "zero").mkdir()
@@ -236,12 +236,12 @@ class TestClasses:
             (
                 ["cat", "cows", "sheep"],
                 ["cat", "dog", "cow"],
-                r"'cows' \(and 1 more\) is not the name of a class",
+                "'cows' is not the name of one of the 3 classes of net",
             ),
-            (["crane"], ["crane", "crane", "cow"], "'crane' is the name of several classes of net"),
+            (["crane"], ["crane", "crane", "cow"], "'crane' is the name of several of the 3 classes of net"),
             (["n00000001"], ["cat", "dog", "cow"], "'n00000001' is not the name"),
             (["3"], ["cat", "dog", "cow"], "'3' is not the name"),
-            (["a", "b"], None, "2 folders for the 3 classes of net, whose names are not known"),
+            (["a", "b"], None, "'a' is not the name of one of the 3 classes of net, whose names are not known"),
         ],
     )
     def test_not_found(self, folders: list[str], names: list[str] | None, message: str) -> None:
@@ -260,18 +260,21 @@ class TestRefusals:
                 ["--demo", "--methods", "GardCAM"],
                 "'GardCAM' is not a method of torchcam; did you mean 'GradCAM'",
             ),
-            (["--demo", "--metrics", "ROAR"], "--metrics 'ROAR' is not a metric of torchcam; did you mean 'ROAD'"),
-            (["--demo", "--methods", "LeGrad"], "name them with --target-layer"),
+            (
+                ["--demo", "--metrics", "ROAR"],
+                "--metrics names 'ROAR', which is not in torchcam.metrics; did you mean 'ROAD'",
+            ),
+            (["--demo", "--methods", "LeGrad"], "--target-layer must name the transformer block(s) that LeGrad reads"),
             (["--demo", "--target-layer", "layer9"], "--target-layer 'layer9' is not a module of DemoNet"),
             (["--demo", "--limit", "0"], "--limit must be at least 1, got 0"),
             (["--demo", "--batch-size", "0"], "--batch-size must be at least 1"),
             (["--demo", "--timeout", "0"], "--timeout must be positive, got 0"),
             (["--demo", "--device", "tpu"], "--device 'tpu' cannot be used here"),
-            (["--demo", "--output", "x.png"], "--output 'x.png' has no suffix that says what to write"),
+            (["--demo", "--output", "x.png"], "--output 'x.png' must end in .json, .csv, .md, .txt"),
             (["--demo", "--output", "there.csv"], "'there.csv' exists: pass --overwrite"),
             (["--demo", "--scores", "log"], "argument --scores: invalid choice: 'log'"),
             (["--demo", "--checkpoint", "there.csv"], "--checkpoint 'there.csv' is not a folder"),
-            (["nowhere"], "DIR 'nowhere' does not exist"),
+            (["nowhere"], "DIR 'nowhere' is not a folder"),
             (["there.csv"], "DIR 'there.csv' is not a folder"),
             (
                 ["empty", "--arch", "resnet18", "--weights", "none"],
@@ -302,7 +305,7 @@ class TestRefusals:
 
 class TestInterruptions:
     def test_ctrl_c(self, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        arguments = ["--demo", "--limit", "12", "--batch-size", "1", "--methods", "GradCAM", "--metrics"]
+        arguments = ["--demo", "--limit", "4", "--batch-size", "1", "--methods", "GradCAM", "--metrics"]
         arguments += ["deletion-insertion,road", "--output", "table.json"]
         code = (  # the second batch takes for ever, and says so; a background job would inherit an ignored Ctrl-C
             "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
@@ -324,7 +327,7 @@ class TestInterruptions:
         _, message = process.communicate(timeout=100)
         assert process.returncode == 130
         found = re.fullmatch(
-            r"torchcam: interrupted; (\d+) of 12 batches were finished, and are kept in 'table.json.partial'; the same "
+            r"torchcam: interrupted; (\d+) of 4 batches were finished, and are kept in 'table.json.partial'; the same "
             r"command goes on from there \(--restart begins anew\)\n",
             message,
         )
@@ -333,8 +336,8 @@ class TestInterruptions:
         assert torch.load(io.BytesIO(payload), weights_only=True)["finished"] == int(found[1]) == 1
         assert not (place / "table.json").exists()
 
-        other = fails(capsys, *arguments, "--limit", "11")
-        assert "settings.demo was 12, is 11" in other
+        other = fails(capsys, *arguments, "--limit", "3")
+        assert "settings.demo was 4, is 3" in other
         assert "pass --restart to begin anew" in other
         assert cli.main(["evaluate", *arguments]) == 0
         assert not state.parent.exists()

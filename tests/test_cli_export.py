@@ -52,7 +52,7 @@ def test_export(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--output", "m.txt"], "--output 'm.txt' must end with one of .onnx, .pt2, .aoti.pt2, .html"),
+        (["--output", "m.txt"], "--output 'm.txt' must end in .onnx, .pt2, .aoti.pt2, .html"),
         (["--output", "m.html"], "a page needs --runtime"),
         (["--output", "m.onnx", "--method", "ScoreCAM"], "ScoreCAM cannot be exported"),
         (["--output", "m.onnx", "--target-layer", "layer9"], "--target-layer 'layer9' is not a module"),

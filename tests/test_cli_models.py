@@ -194,11 +194,20 @@ class TestBoxes:
     @pytest.mark.parametrize(
         ("arguments", "says"),
         [
-            (["--box", "0"], "--box needs a detector"),
-            (["--model-factory", "lamps:lamps", "--box", "first"], "--box must be the number of a box, or all"),
-            (["--model-factory", "lamps:lamps", "--box", "99"], "`box` must lie between 0 and "),
-            (["--model-factory", "lamps:lamps", "--box", "0", "--class-idx", "1"], "--box takes the place"),
-            (["--model-factory", "lamps:lamps", "--threshold", "0.5"], "--threshold is the least score"),
+            (["--arch", "alexnet", "--weights", "none", "--box", "0"], "--box asks about the boxes of a detector"),
+            (
+                ["--model-factory", "lamps:lamps", "--box", "first"],
+                "--box must be the number of a box, a list of them, or 'all', got 'first'",
+            ),
+            (["--model-factory", "lamps:lamps", "--box", "99"], "--box must lie between 0 and "),
+            (
+                ["--model-factory", "lamps:lamps", "--box", "0", "--class-idx", "1"],
+                "give --box or --class-idx, not both",
+            ),
+            (
+                ["--model-factory", "lamps:lamps", "--threshold", "0.5"],
+                "--threshold is the least score",
+            ),
         ],
     )
     def test_bad_input(self, arguments: list[str], says: str, lamps: Path, capsys: pytest.CaptureFixture[str]) -> None:

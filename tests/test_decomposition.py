@@ -369,7 +369,7 @@ def test_arguments_of_the_factorisation() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             DeepFeatureFactorization(net, *arguments)
-    with pytest.raises(TypeError, match="`classifier` must be callable, got 'fc'"):
+    with pytest.raises(TypeError, match="`classifier` must be callable or None, got 'fc'"):
         DeepFeatureFactorization(net, "first", 3, "fc")
     assert count_hooks(net) == 0
     assert repr(DeepFeatureFactorization(net, "first", 3)) == (

@@ -481,7 +481,7 @@ class TestGoingOn:
         with pytest.raises(ValueError, match="is not a folder"):
             run(checkpoint=path)
         path.rename(tmp_path / "process-1-of-3.pt")
-        with pytest.raises(ValueError, match="by 3 processes, this one is by one process"):
+        with pytest.raises(ValueError, match="by 3 processes, this one is by 1:"):
             run(checkpoint=tmp_path)
 
     def test_every_flipped_bit_and_every_cut_is_noticed(self, tmp_path: Path) -> None:

@@ -66,6 +66,16 @@ def exported_net(**options: Any) -> Exported:
     return export(net(), "GradCAM", "second", example=IMAGES[:1], **options)
 
 
+@pytest.fixture(scope="module")
+def exported() -> Exported:
+    return exported_net(class_names=["a", "b", "c", "d", "é"])
+
+
+@pytest.fixture(scope="module")
+def file(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return exported.save(tmp_path_factory.mktemp("exported") / "new" / "model.onnx")
+
+
 class TestMaps:
     @pytest.mark.parametrize("method", EXPORTABLE)
     def test_methods(self, method: str, tmp_path: Path) -> None:
@@ -145,13 +155,12 @@ class TestMaps:
         assert torch.equal(scores, model(IMAGES))
         torch.testing.assert_close(cam, expected(model, "HiResCAM", "1", IMAGES, CLASSES), rtol=0, atol=2e-5)
 
-    def test_sample_that_is_not_finite(self, tmp_path: Path) -> None:
+    def test_sample_that_is_not_finite(self, exported: Exported, file: Path) -> None:
         images = IMAGES.clone()
         images[1, 0, 2, 3] = torch.nan
         images[2, 1, 0, 0] = torch.inf
-        exported = exported_net()
         wanted = exported(IMAGES, CLASSES)[1][0]
-        for scores, cam in (exported(images, CLASSES), run(exported.save(tmp_path / "m.onnx"), images, CLASSES)):
+        for scores, cam in (exported(images, CLASSES), run(file, images, CLASSES)):
             torch.testing.assert_close(cam[0], wanted, rtol=0, atol=2e-5)
             assert cam[1:].isnan().all()
             assert scores[1].isnan().all()
@@ -172,9 +181,8 @@ class TestMaps:
         wanted = expected(model, "GradCAM", "net.second", images, CLASSES)
         torch.testing.assert_close(exported(images, CLASSES)[1], wanted, rtol=0, atol=2e-5)
 
-    def test_class_that_does_not_exist(self, tmp_path: Path) -> None:
-        exported = exported_net()
-        _, cam = run(exported.save(tmp_path / "model.onnx"), IMAGES, torch.tensor([5, 1, -1]))
+    def test_class_that_does_not_exist(self, exported: Exported, file: Path) -> None:
+        _, cam = run(file, IMAGES, torch.tensor([5, 1, -1]))
         assert cam.isnan().flatten(1).all(1).tolist() == [True, False, True]
         with pytest.raises(ValueError, match="between 0 and 4"):
             exported(IMAGES, 5)
@@ -231,9 +239,7 @@ class TestMaps:
 
 
 class TestFiles:
-    def test_opens_without_torch_and_torchcam(self, tmp_path: Path) -> None:
-        exported = exported_net(class_names=["a", "b", "c", "d", "é"])
-        file = exported.save(tmp_path / "new" / "model.onnx")
+    def test_opens_without_torch_and_torchcam(self, exported: Exported, file: Path, tmp_path: Path) -> None:
         np.save(tmp_path / "images.npy", IMAGES.numpy())
         code = f"""
 import sys
@@ -256,17 +262,16 @@ print(json.dumps([about, cam.tolist(), [value.shape for value in session.get_inp
         assert about["torchcam"] == torchcam.__version__
         assert shapes == [["batch", 3, 9, 11], ["batch"]]
 
-    def test_exporting_twice_gives_the_same_bytes(self, tmp_path: Path) -> None:
-        first, second = exported_net(), exported_net()
+    def test_exporting_twice_gives_the_same_bytes(self, exported: Exported, tmp_path: Path) -> None:
+        second = exported_net(class_names=exported.metadata["class_names"])
         for suffix in (".onnx", ".pt2"):
-            data = first.save(tmp_path / "a" / f"model{suffix}").read_bytes()
+            data = exported.save(tmp_path / "a" / f"model{suffix}").read_bytes()
             assert data == second.save(tmp_path / "b" / f"model{suffix}").read_bytes()
             for place in (str(Path(torchcam.__file__).parent), str(Path(torch.__file__).parent), str(tmp_path)):
                 assert place.encode() not in data
             assert b".py" not in data
 
-    def test_program_of_torch(self, tmp_path: Path) -> None:
-        exported = exported_net()
+    def test_program_of_torch(self, exported: Exported, tmp_path: Path) -> None:
         file = exported.save(tmp_path / "model.pt2")
         extra = {"torchcam.json": ""}
         loaded = torch.export.load(file, extra_files=extra)
@@ -276,9 +281,8 @@ print(json.dumps([about, cam.tolist(), [value.shape for value in session.get_inp
         assert torch.equal(scores, exported(IMAGES, CLASSES)[0])
         assert loaded.example_inputs is None
 
-    def test_weights_beside_the_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_weights_beside_the_file(self, exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("torchcam.export._formats._LARGEST_FILE", 100)
-        exported = exported_net()
         file = exported.save(tmp_path / "model.onnx")
         assert sorted(entry.name for entry in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
         torch.testing.assert_close(run(file, IMAGES, CLASSES)[1], exported(IMAGES, CLASSES)[1], rtol=0, atol=2e-5)
@@ -382,8 +386,9 @@ class TestPromises:
         with pytest.raises(ValueError, match=r"the graph is not right: its (scores|maps) differ .* by \d\.\de-0\d"):
             export(Deceptive().eval(), "GradCAM", "net.second", example=IMAGES[:1])
 
-    def test_wrong_file_is_not_written(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        exported = exported_net()
+    def test_wrong_file_is_not_written(
+        self, exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         old = tmp_path / "old.onnx"
         old.write_text("kept")
 
@@ -396,13 +401,15 @@ class TestPromises:
         assert [entry.name for entry in tmp_path.iterdir()] == ["old.onnx"]
         assert old.read_text() == "kept"
 
-    def test_interrupt_leaves_no_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_interrupt_leaves_no_file(
+        self, exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         def interrupted(*_: Any) -> Any:
             raise KeyboardInterrupt
 
         monkeypatch.setattr("torchcam.export._formats.onnx_runner", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            exported_net().save(tmp_path / "folder" / "model.onnx")
+            exported.save(tmp_path / "folder" / "model.onnx")
         assert not list(tmp_path.iterdir())
 
 
@@ -461,7 +468,7 @@ class TestRefusals:
         wanted = expected(model, "GradCAM", "features", IMAGES, CLASSES)
         torch.testing.assert_close(fixed(IMAGES, CLASSES)[1], wanted, rtol=0, atol=2e-5)
 
-    def test_arguments(self, tmp_path: Path) -> None:
+    def test_arguments(self, exported: Exported, tmp_path: Path) -> None:
         model = net()
         with pytest.raises(TypeError, match="`example` must be a tensor"):
             export(model, example=[1])  # type: ignore[arg-type]
@@ -471,12 +478,10 @@ class TestRefusals:
             export("resnet18", example=IMAGES)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="'layer9' is not a module"):
             export(model, "GradCAM", "layer9", example=IMAGES)
-        exported = exported_net()
         with pytest.raises(ValueError, match=r"must end with one of \.onnx, \.aoti\.pt2, \.pt2"):
             exported.save(tmp_path / "model.pb")
 
-    def test_extra_and_version(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        exported = exported_net()
+    def test_extra_and_version(self, exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnxscript" else object())
         with pytest.raises(ImportError, match=r"onnxscript not installed: pip install 'torchcam\[export\]'"):
             exported.save(tmp_path / "model.onnx")

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from tests.snapshots import own_attributes
 from tests.test_files import full_disk
 from torchcam import methods
 from torchcam import monitor as monitor_module
@@ -76,7 +77,7 @@ def everything(model: nn.Module, *others: Any) -> dict[str, Any]:
             "gradients": {name: parameter.grad for name, parameter in model.named_parameters()},
             "buffers": dict(model.named_buffers()),
             "modes": {name: module.training for name, module in model.named_modules()},
-            "attributes": {name: sorted(vars(module)) for name, module in model.named_modules()},
+            "attributes": {name: own_attributes(module) for name, module in model.named_modules()},
             "others": [other.state_dict() for other in others],
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],

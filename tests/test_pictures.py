@@ -81,8 +81,8 @@ def test_sizes() -> None:
     assert fitted(image, 30) is image
     assert fitted(image, 15).size == (15, 5)
     assert fitted(Image.new("L", (1000, 1)), 10).size == (10, 1)
-    assert enlarged(image, 30).size == (30, 10)
-    assert enlarged(image, 31).size == (90, 30)
+    assert enlarged(Image.new("RGB", (256, 10))).size == (256, 10)
+    assert enlarged(Image.new("RGB", (255, 85))).size == (765, 255)
 
 
 @pytest.mark.parametrize(("size", "kind"), [((128, 128), "PNG"), ((129, 128), "JPEG")])

@@ -315,6 +315,31 @@ def test_edited_takes_layers_that_return_tuples(device: torch.device) -> None:
                 torch.testing.assert_close(edited[n, k], model.fc(changed.square().mean(0))[n + 1])
 
 
+@pytest.mark.parametrize("batch_size", [2, 8])
+def test_edited_takes_sparse_tensors_before_the_layer(batch_size: int, device: torch.device) -> None:
+    class Sparse(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(1)[:, :5].to_sparse()
+
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sparse = Sparse()
+            self.features = nn.Conv2d(3, 5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            beside = self.sparse(x).to_dense()
+            return self.features(x).square().mean((2, 3)) * beside
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Beside().to(device).double().eval()
+    x = images(device, 3, 6).double()
+    found = replay_of(model, x, batch_size).edited("features", without_channels, 5)
+    expected = by_full_passes(model, model.features, x, lambda y, n: y[n + 1], 5, 1)
+    torch.testing.assert_close(found, expected)
+
+
 # Chunks and memory
 
 

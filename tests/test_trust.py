@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from tests.snapshots import own_attributes
 from tests.test_promises import Snapshot, count_hooks
 from torchcam.demo import CLASS_NAMES, DemoNet, load_model, sample_images
 from torchcam.methods import DeepFeatureFactorization, EigenCAM, GradCAM, GuidedBackprop, LayerCAM, RandomCAM
@@ -659,7 +660,7 @@ class TestNoTrace:
         image = sample_images()[0].to_tensor()
 
         def state() -> list[Any]:
-            modules = [(module, module.training, sorted(vars(module))) for module in model.modules()]
+            modules = [(module, module.training, own_attributes(module)) for module in model.modules()]
             tensors = [*model.parameters(), *model.buffers()]
             return [modules, [(id(tensor), tensor._version) for tensor in tensors], count_hooks(model)]
 

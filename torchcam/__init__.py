@@ -26,42 +26,7 @@ if TYPE_CHECKING:
     )
     from torchcam.evaluation import evaluate
     from torchcam.explain import ExplainFunction
-    from torchcam.methods import (
-        CAM,
-        FEM,
-        ISCAM,
-        KPCACAM,
-        SESS,
-        SSCAM,
-        AblationCAM,
-        AttentionRollout,
-        AugmentedCAM,
-        DeepFeatureFactorization,
-        EigenCAM,
-        EigenGradCAM,
-        EigenSmoothedCAM,
-        FinerCAM,
-        FullGrad,
-        GradCAM,
-        GradCAMElementWise,
-        GradCAMpp,
-        GroupCAM,
-        GuidedBackprop,
-        GuidedGradCAM,
-        HiResCAM,
-        LayerCAM,
-        LeGrad,
-        MeanActivation,
-        RandomCAM,
-        ReciproCAM,
-        RefineCAM,
-        ScoreCAM,
-        SegEigenCAM,
-        ShapleyCAM,
-        SmoothGradCAMpp,
-        TransformerAttribution,
-        XGradCAM,
-    )
+    from torchcam.methods import *
     from torchcam.tasks.answers import explain_answer
     from torchcam.trust import trust as _trust
     from torchcam.utils import overlay_map, overlay_mask

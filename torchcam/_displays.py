@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import _figures, _page
+from ._checks import fraction
 from ._files import atomic_write
 from ._templates import render
 from .utils import ALPHA
@@ -95,8 +96,7 @@ class Pictures:
         items = self._checked_items()
         if names is not None and len(names) != len(items):
             raise ValueError(f"`names` must hold one name for each of the {len(items)} inputs, got {len(names)}")
-        if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 <= alpha < 1:
-            raise ValueError(f"`alpha` must be a number in [0, 1), got {alpha!r}")
+        fraction("alpha", alpha)
         told = [f"{number}: {item.title}" for number, item in enumerate(items)] if names is None else names
         pages = [item._page_item(name) for name, item in zip(told, items, strict=True)]
         heading = self.title if title is None else title
@@ -116,7 +116,7 @@ class Pictures:
         if not all(item._drawable() for item in shown):
             return render("_scores.html", items=shown)
         more = len(self._items) - len(shown)
-        return _figures.to_html([item._sheet() for item in shown], self.title, None, more=more)
+        return _figures.to_html([item._sheet() for item in shown], self.title, more)
 
     def _repr_png_(self) -> bytes | None:
         shown = self._shown

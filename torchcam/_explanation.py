@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,11 +20,13 @@ from ._displays import Pictures
 from ._figures import Cell, Column, Row, Sheet
 from ._files import atomic_write, free_directory
 from ._inputs import as_rgb, read_picture
-from ._method_maps import MethodMaps, fuse_layers, save_maps
+from ._method_maps import MethodMaps, draw_over, save_maps
 from ._names import closest
-from ._pictures import SMALLEST, enlarged, fitted, fitted_size
+from ._numbers import to_json
+from ._pictures import enlarged, fitted, fitted_size
 from ._views import FULL, View, Views
 from .layout import Cells
+from .methods.core import _CAM
 from .utils import ALPHA, on_picture
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class PredictionExplanation(Pictures):
 
     def __post_init__(self) -> None:
         if not self.results:
-            fused = {key: fuse_layers(maps) for key, maps in self.cams.items()}
+            fused = {key: _CAM.fuse_cams([cam[None] for cam in maps])[0] for key, maps in self.cams.items()}
             only = MethodMaps(self.method, self.target_layers, self.method_kwargs, self.cams, MappingProxyType(fused))
             object.__setattr__(self, "results", MappingProxyType({self.method: only}))
 
@@ -111,8 +111,9 @@ class PredictionExplanation(Pictures):
     def name_of(self, key: int | str) -> str:
         """Return the name of a class (or of a target, or of the class of a box), with its index."""
         if isinstance(key, str):
-            index = None if self.detections is None else self.detections.explained.get(key)
-            return key if index is None or self.detections is None else f"{self.detections.label(index)}, {key}"
+            if self.detections is None or key not in self.detections.explained:
+                return key
+            return f"{self.detections.label(self.detections.explained[key])}, {key}"
         if self.class_names is None:
             return f"class {key}"
         name = self.class_names[key]
@@ -211,7 +212,8 @@ class PredictionExplanation(Pictures):
         base, view = self._picture(values), self.view
         if image is not None:
             base, view = self._on_other(as_rgb(read_picture(image)))
-        return self._boxed(_drawn(base, result, key, view, colormap, alpha, grey), key, view)
+        drawn = draw_over(base, values, colormap, alpha, grey=grey, signed=result.signed, view=view)
+        return self._boxed(drawn, key, view)
 
     def _boxed(self, picture: Image.Image, key: Any = None, view: View | None = None) -> Image.Image:
         """Draw the box behind a target, or all that are explained, over a picture that shows the model's view there."""
@@ -221,10 +223,7 @@ class PredictionExplanation(Pictures):
 
     def _drawable(self) -> bool:
         """Check whether all maps have height and width."""
-        try:
-            return all(result.values(key).ndim == 2 for result in self.results.values() for key in result.cams)
-        except ValueError:
-            return False
+        return all(cam.ndim == 2 for result in self.results.values() for cam in result.fused.values())
 
     def _result(self, method: str | None) -> MethodMaps:
         if method is None:
@@ -235,7 +234,7 @@ class PredictionExplanation(Pictures):
 
     def _picture(self, values: NDArray[np.float32]) -> Image.Image:
         """Return the image below a map, or else plain grey."""
-        return enlarged(Image.new("RGB", values.shape[::-1], "grey") if self.image is None else self.image, SMALLEST)
+        return enlarged(Image.new("RGB", values.shape[::-1], "grey") if self.image is None else self.image)
 
     def _on_other(self, picture: Image.Image) -> tuple[Image.Image, View]:
         """Return a picture to draw over in place of one's own, and where the model's view lies on it."""
@@ -264,24 +263,21 @@ class PredictionExplanation(Pictures):
         for key in self.cams:
             cells = []
             for result in self.results.values():
-                base = fitted(self._picture(result.values(key)), 512)
-                drawn = self._boxed(_drawn(base, result, key, self.view, colormap, alpha, grey), key)
-                cells.append(Cell(drawn, result.note(key)))
+                values, signed = result.values(key), result.signed
+                base = fitted(self._picture(values), 512)
+                drawn = draw_over(base, values, colormap, alpha, grey=grey, signed=signed, view=self.view)
+                cells.append(Cell(self._boxed(drawn, key), result.note(key)))
             rows.append(Row(self.name_of(key), self.value_of(key), cells))
-        image = None if self.image is None else self._boxed(fitted(enlarged(self.image, SMALLEST), 512))
+        image = None if self.image is None else self._boxed(fitted(enlarged(self.image), 512))
         return Sheet(image, columns, rows)
 
-    def _page_item(self, name: str) -> _page.PageItem:
-        methods = [
-            _page.PageMethod(
-                label,
-                ", ".join(result.target_layers),
-                result.signed,
-                [_in_place(result.values(key), self.view, self.image) for key in result.cams],
-                [result.note(key) for key in result.cams],
-            )
-            for label, result in self.results.items()
-        ]
+    def _page_item(self, name: str) -> dict[str, Any]:
+        methods = []
+        for label, result in self.results.items():
+            maps = [_in_place(result.values(key), self.view, self.image) for key in self.cams]
+            notes = [result.note(key) for key in self.cams]
+            layers = ", ".join(result.target_layers)
+            methods.append(_page.method_entry(label, layers, maps, notes, signed=result.signed))
         roles = {self.predicted_class_idx: "predicted", self.expected_class_idx: "expected"}
         if self.predicted_class_idx == self.expected_class_idx:
             roles = {self.predicted_class_idx: "predicted, as expected"}
@@ -291,8 +287,8 @@ class PredictionExplanation(Pictures):
             tags = [roles[key]] if not isinstance(key, str) and key in roles else []
             names = {"name": self.name_of(key), "value": self.value_of(key)}
             classes.append({**names, "share": share, "tags": tags, "trust": self._verdict(key)})
-        image = self._boxed(self.image if self.image is not None else self._picture(methods[0].maps[0]))
-        return _page.PageItem(name, image, classes, methods)
+        image = self._boxed(self.image if self.image is not None else self._picture(maps[0]))
+        return _page.item_entry(name, image, classes, methods)
 
     def _verdict(self, key: int | str) -> dict[str, Any] | None:
         """Return what trust said of a class or target, if it was asked."""
@@ -345,21 +341,20 @@ class PredictionExplanation(Pictures):
         if not isinstance(given, Image.Image):
             raise TypeError(f"`image` must be a PIL image, got {type(given).__name__}")
         picture, view = (given, self.view) if image is None else self._on_other(given)
-        shapes = {tuple(cam.shape) for result in self.results.values() for maps in result.cams.values() for cam in maps}
-        if any(len(shape) != 2 for shape in shapes):
-            raise ValueError(
-                f"only maps (height, width) can be drawn over an image, these have shapes {sorted(shapes)}"
-            )
+        for result in self.results.values():
+            for key in result.cams:
+                result.values(key)  # raises where they are no pictures
 
         with atomic_write(directory) as folder:
             folder.mkdir()
             name_of_picture = "image.tiff" if picture.mode == "F" else "image.png"  # PNG has no floating-point pixels
             picture.save(folder / name_of_picture)
-            below = enlarged(picture, SMALLEST)
 
             def draw(result: MethodMaps, key: int | str, values: NDArray[np.float32]) -> Image.Image:
                 colours = None if result.signed else colormap
-                return self._boxed(result.over(below, values, view, colours, alpha), key, view)
+                return self._boxed(
+                    draw_over(picture, values, colours, alpha, signed=result.signed, view=view), key, view
+                )
 
             methods = {}
             for number, (name, result) in enumerate(self.results.items()):
@@ -383,7 +378,7 @@ class PredictionExplanation(Pictures):
                 "prediction": None if self.predicted_class_idx is None else self._reference(self.predicted_class_idx),
                 "expected": None if self.expected_class_idx is None else self._reference(self.expected_class_idx),
                 "classes": first["classes"],
-                "logits": [_json_number(logit) for logit in self.logits[0].tolist()],
+                "logits": self.logits[0].tolist(),
                 "method": self.method,
                 "method_kwargs": dict(self.method_kwargs),
                 "target_layers": list(self.target_layers),
@@ -396,8 +391,7 @@ class PredictionExplanation(Pictures):
                 "alpha": alpha,
                 "methods": methods,
             }
-            text = json.dumps(manifest, indent=2, allow_nan=False, ensure_ascii=False)
-            (folder / "manifest.json").write_text(text + "\n", encoding="utf-8")
+            (folder / "manifest.json").write_text(to_json(manifest) + "\n", encoding="utf-8")
         return directory
 
     def _class_entry(self, key: int | str, artifacts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -405,10 +399,9 @@ class PredictionExplanation(Pictures):
         entry = self._reference(key)
         if isinstance(key, str):
             found = {} if self.detections is None else self.detections.entry(key)
-            return {**entry, "score": _json_number(self.scores.get(key, math.nan)), **found, "artifacts": artifacts}
-        probability = None if self.probabilities is None else _json_number(self.probabilities[0, key].item())
-        logit = _json_number(self.logits[0, key].item())
-        return {**entry, "logit": logit, "probability": probability, "artifacts": artifacts}
+            return {**entry, "score": self.scores.get(key), **found, "artifacts": artifacts}
+        probability = None if self.probabilities is None else self.probabilities[0, key].item()
+        return {**entry, "logit": self.logits[0, key].item(), "probability": probability, "artifacts": artifacts}
 
     def _reference(self, key: int | str) -> dict[str, Any]:
         if isinstance(key, str):
@@ -486,27 +479,8 @@ class Explanations(Pictures, Sequence[PredictionExplanation]):
         return directory
 
 
-def _drawn(
-    base: Image.Image,
-    result: MethodMaps,
-    key: int | str,
-    view: View,
-    colormap: str | Colormap | None,
-    alpha: float,
-    grey: bool,
-) -> Image.Image:
-    """Draw one map over a picture."""
-    base = enlarged(base.convert("L") if grey else base, SMALLEST)
-    return result.over(base, result.values(key), view, colormap, alpha)
-
-
 def _in_place(values: NDArray[np.float32], view: View, picture: Image.Image | None) -> NDArray[np.float32]:
     """Return a map that covers the whole picture: undefined where the model saw nothing of it."""
     if picture is None or view == FULL:
         return values
     return on_picture(values, Cells.of_grid(values.shape, view), fitted_size(picture.size, 512))
-
-
-def _json_number(number: float) -> float | None:
-    """Return a number, or None for NaN and infinity, which JSON lacks."""
-    return number if math.isfinite(number) else None

@@ -83,25 +83,6 @@ class Sheet:
 # A figure.
 
 
-@dataclass(frozen=True)
-class _Panel:
-    """A picture in a figure and its place, in inches from the left and the top."""
-
-    cell: Cell
-    left: float
-    top: float
-
-
-@dataclass(frozen=True)
-class _Label:
-    """A text in a figure: where it begins or has its middle, in inches from the left, and its lower edge."""
-
-    text: str
-    left: float
-    bottom: float
-    ha: str
-
-
 def draw(sheets: Sequence[Sheet], title: str, colormap: str | Colormap | None, dark: bool | None) -> Figure:
     """Draw the maps of one or several inputs into a figure that is not registered with pyplot.
 
@@ -123,25 +104,25 @@ def draw(sheets: Sequence[Sheet], title: str, colormap: str | Colormap | None, d
     signs = sorted({column.signed for sheet in sheets for column in sheet.columns})
     size = (CELL, CELL / _aspect(sheets))
     panels, labels = _places(sheets, size)
-    width = max(4.6, *(panel.left + size[0] + MARGIN for panel in panels))
+    width = max(4.6, *(left + size[0] + MARGIN for _, left, _ in panels))
     heading = _wrapped(title, int(12.5 * width))
     head = MARGIN + 0.2 * (heading.count("\n") + 1)
-    body = max(panel.top + size[1] + (NOTE if panel.cell.note else 0) for panel in panels)
+    body = max(top + size[1] + NOTE * bool(cell.note) for cell, _, top in panels)
     height = head + body + BAR * len(signs)
     figure = Figure(figsize=(width, height), dpi=120, facecolor=paper)
     text: dict[str, Any] = {"color": ink, "parse_math": False}
     figure.text(0.5, 1 - MARGIN / height, heading, fontsize=11, ha="center", va="top", **text)
-    for panel in panels:
-        bottom = height - head - panel.top - size[1]
-        axes = figure.add_axes((panel.left / width, bottom / height, size[0] / width, size[1] / height))
-        sharp = max(panel.cell.picture.size) < 64
-        axes.imshow(np.asarray(panel.cell.picture), interpolation="nearest" if sharp else "antialiased")
+    for cell, left, top in panels:
+        bottom = height - head - top - size[1]
+        axes = figure.add_axes((left / width, bottom / height, size[0] / width, size[1] / height))
+        sharp = max(cell.picture.size) < 64
+        axes.imshow(np.asarray(cell.picture), interpolation="nearest" if sharp else "antialiased")
         axes.set_axis_off()
-        middle = (panel.left + size[0] / 2) / width
-        figure.text(middle, (bottom - 0.04) / height, panel.cell.note, fontsize=8, ha="center", va="top", **text)
-    for label in labels:
-        place = (label.left / width, (height - head - label.bottom) / height)
-        figure.text(*place, label.text, fontsize=9, ha=label.ha, va="bottom", **text)
+        middle = (left + size[0] / 2) / width
+        figure.text(middle, (bottom - 0.04) / height, cell.note, fontsize=8, ha="center", va="top", **text)
+    for label, left, bottom, ha in labels:
+        place = left / width, (height - head - bottom) / height
+        figure.text(*place, label, fontsize=9, ha=ha, va="bottom", **text)
     for number, signed in enumerate(signs):
         _draw_bar(figure, colormap, signed, ink, BAR * (len(signs) - number))
     # Notebooks show only figures of pyplot by themselves.
@@ -154,8 +135,19 @@ def _aspect(sheets: Sequence[Sheet]) -> float:
     return min(max(0.5, *(width / height for width, height in sizes)), 2.5)
 
 
-def _places(sheets: Sequence[Sheet], size: tuple[float, float]) -> tuple[list[_Panel], list[_Label]]:
-    """Place the pictures and texts of all inputs: the methods' names above, and above each row what is asked."""
+def _places(
+    sheets: Sequence[Sheet], size: tuple[float, float]
+) -> tuple[list[tuple[Cell, float, float]], list[tuple[str, float, float, str]]]:
+    """Place the pictures and texts of all inputs: the methods' names above, and above each row what is asked.
+
+    Args:
+        sheets: the image and maps of each input
+        size: the width and height of a picture, in inches
+
+    Returns:
+        the pictures, with their places in inches from the left and the top; and the texts, with where they begin or
+        have their middle, their lower edge, and which of the two it is, ``"left"`` or ``"center"``
+    """
     columns, panels, labels = sheets[0].columns, [], []
     left = MARGIN + (size[0] + GAP) * any(sheet.image is not None for sheet in sheets)
     lefts = [left + number * (size[0] + GAP) for number in range(len(columns))]
@@ -163,18 +155,18 @@ def _places(sheets: Sequence[Sheet], size: tuple[float, float]) -> tuple[list[_P
     heads = ["\n".join(filter(None, (_wrapped(c.name, 26), _short(c.layers)))) for c in columns]
     top = _height(heads)
     for head, start in zip(heads, lefts, strict=True):
-        labels.append(_Label(head, start + size[0] / 2, top, "center"))
+        labels.append((head, start + size[0] / 2, top, "center"))
     for number, sheet in enumerate(sheets):
         for row in sheet.rows:
             heading = _wrapped(row.heading, int(11.5 * room))
             top += _height([heading])
-            labels.append(_Label(heading, left, top - 0.04, "left"))
+            labels.append((heading, left, top - 0.04, "left"))
             if sheet.image is not None and row is sheet.rows[0]:
                 name = f"input {number}" if len(sheets) > 1 else "input"
-                labels.append(_Label(name, MARGIN, top - 0.04, "left"))
-                panels.append(_Panel(Cell(sheet.image), MARGIN, top))
-            panels += [_Panel(cell, start, top) for cell, start in zip(row.cells, lefts, strict=False)]
-            top += size[1] + (NOTE if any(cell.note for cell in row.cells) else 0)
+                labels.append((name, MARGIN, top - 0.04, "left"))
+                panels.append((Cell(sheet.image), MARGIN, top))
+            panels += [(cell, start, top) for cell, start in zip(row.cells, lefts, strict=False)]
+            top += size[1] + NOTE * any(cell.note for cell in row.cells)
     return panels, labels
 
 
@@ -209,14 +201,14 @@ def _short(text: str) -> str:
     return textwrap.shorten(text, 34, placeholder=" …") if len(text) > 34 else text
 
 
-def png(figure: Figure, max_pixels: int = MAX_PIXELS) -> bytes:
-    """Encode a figure as a PNG of at most ``max_pixels``."""
+def png(figure: Figure) -> bytes:
+    """Encode a figure as a PNG of at most ``MAX_PIXELS``."""
     width, height = figure.get_size_inches()
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         # Matplotlib's font has no Chinese letters, for example, and draws boxes instead; the HTML has the letters.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.savefig(buffer, format="png", dpi=min(120.0, math.sqrt(max_pixels / (width * height))))
+        figure.savefig(buffer, format="png", dpi=min(120.0, math.sqrt(MAX_PIXELS / (width * height))))
     return buffer.getvalue()
 
 
@@ -228,7 +220,7 @@ def fitting(panels: Sequence[int]) -> int:
     return max(sum(total <= MAX_PANELS for total in accumulate(panels)), 1)
 
 
-def to_html(sheets: Sequence[Sheet], title: str, colormap: str | Colormap | None, more: int = 0) -> str:
+def to_html(sheets: Sequence[Sheet], title: str, more: int = 0) -> str:
     """Return the maps of one or several inputs as HTML without scripts, in the colours of the notebook.
 
     What is wider or higher than its place scrolls; the pictures and the names of the methods stay in sight.
@@ -236,7 +228,6 @@ def to_html(sheets: Sequence[Sheet], title: str, colormap: str | Colormap | None
     Args:
         sheets: the image and maps of each input, all by the same methods
         title: a heading
-        colormap: the colormap of all maps; None for the defaults
         more: the number of inputs that are left out
     """
     columns = sheets[0].columns if sheets else ()
@@ -254,13 +245,13 @@ def to_html(sheets: Sequence[Sheet], title: str, colormap: str | Colormap | None
         width=max(min(edge // 2, 256), 168),  # on the screen; screens of high resolution show all pixels
         short=_short,
         uri=lambda picture: data_uri(fitted(picture, edge)),
-        bars=[(*SCALES[signed], _stops(colormap, signed)) for signed in sorted({one.signed for one in columns})],
+        bars=[(*SCALES[signed], _stops(signed)) for signed in sorted({one.signed for one in columns})],
         omitted=" and ".join(omissions),
     )
 
 
-def _stops(colormap: str | Colormap | None, signed: bool) -> list[str]:
+def _stops(signed: bool) -> list[str]:
     """Return colours of a colour bar over white, equally spaced."""
-    colors = colormap_of(colormap, signed)(np.linspace(0, 1, 17))
+    colors = colormap_of(None, signed)(np.linspace(0, 1, 17))
     colors[:, :3] = colors[:, :3] * colors[:, 3:] + 1 - colors[:, 3:]
     return ["#" + "".join(f"{round(255 * part):02x}" for part in color[:3]) for color in colors.tolist()]

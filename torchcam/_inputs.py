@@ -280,7 +280,7 @@ def read_picture(given: Any) -> Image.Image:
     except (OSError, ValueError) as error:  # a name may be too long, or hold what no name may hold
         raise FileNotFoundError(f"there is no file {str(given)[:200]!r} to read an image from") from error
     if not stat.S_ISREG(mode):  # a pipe or a device may have no end
-        raise FileNotFoundError(f"{str(given)!r} is no regular file to read an image from")
+        raise FileNotFoundError(f"{str(given)!r} is no regular file to read an image from: name the image itself")
     try:
         with Image.open(given) as opened:
             image = ImageOps.exif_transpose(opened)

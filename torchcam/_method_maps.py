@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
-from ._tensors import resize
-from ._views import View
+from ._pictures import enlarged
+from ._views import FULL, View
 from .layout import Cells
 from .utils import overlay_map
 
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from numpy.typing import NDArray
 
-__all__ = ["MethodMaps", "fuse_layers", "save_maps"]
+__all__ = ["MethodMaps", "draw_over", "save_maps"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,24 +57,28 @@ class MethodMaps:
             raise ValueError(f"only maps (height, width) can be drawn over an image, these have shapes {shapes}")
         return np.asarray(cam.cpu().numpy(), dtype=np.float32)
 
-    def over(
-        self,
-        picture: Image.Image,
-        values: NDArray[np.float32],
-        view: View,
-        colormap: str | Colormap | None,
-        alpha: float,
-    ) -> Image.Image:
-        """Draw a map over the part of a picture that is the model's view."""
-        cells = Cells.of_grid((values.shape[0], values.shape[1]), view)
-        return overlay_map(picture, values, colormap, alpha, signed=self.signed, cells=cells)
-
     def note(self, key: int | str) -> str:
         """Return a remark on a map whose picture looks empty: it is blank, or undefined."""
         cam = self.fused[key]
         if not bool(cam.isfinite().all()):
             return "undefined (NaN)"
         return "blank: nothing above 0" if not bool(cam.any()) else ""
+
+
+def draw_over(
+    picture: Image.Image,
+    values: NDArray[np.float32],
+    colormap: str | Colormap | None,
+    alpha: float,
+    *,
+    grey: bool = False,
+    signed: bool = False,
+    view: View = FULL,
+) -> Image.Image:
+    """Draw a map over the part of a picture that is the model's view; small pictures are enlarged."""
+    base = enlarged(picture.convert("L") if grey else picture)
+    cells = Cells.of_grid((values.shape[0], values.shape[1]), view)
+    return overlay_map(base, values, colormap, alpha, signed=signed, cells=cells)
 
 
 def save_maps(
@@ -105,9 +108,3 @@ def save_maps(
             }
         )
     return entries
-
-
-def fuse_layers(maps: Sequence[Tensor]) -> Tensor:
-    """Fuse maps (*spatial) of several layers into one: the largest value at each position."""
-    shape = [max(sides) for sides in zip(*(cam.shape for cam in maps), strict=True)]
-    return torch.stack([resize(cam[None, None], shape)[0, 0] if len(maps) > 1 else cam for cam in maps]).amax(0)

@@ -48,15 +48,17 @@ def method_names() -> list[str]:
     return [name for name in methods.__all__ if _is_method(getattr(methods, name))]
 
 
-def by_method(argument: str, given: Mapping[Any, Any], labels: Sequence[str]) -> dict[str, Any]:
+def by_method(argument: str, given: Mapping[Any, Any] | None, labels: Sequence[str]) -> dict[str, Any]:
     """Sort a mapping from methods, by their classes or their names, to one from labels.
 
     Raises:
-        TypeError: if the arguments of a method are not a mapping
+        TypeError: if it is no mapping, or the arguments of a method are none
         ValueError: if a method is none of the labels
     """
+    if not isinstance(given, Mapping | None):
+        raise TypeError(f"`{argument}` must be a mapping from methods to arguments, got {type(given).__name__}")
     sorted_by = {}
-    for key, value in given.items():
+    for key, value in (given or {}).items():
         name = key.__name__ if isinstance(key, type) else str(key)
         label = match_name(name, labels)
         if label is None:

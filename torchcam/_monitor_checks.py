@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,15 @@ from ._checks import torch_module
 from ._pictures import to_picture
 from .targets import ClassIndex, check_one_of, class_columns
 
-__all__ = ["check_explained", "check_images", "check_labels", "check_masks", "check_model", "check_pictures"]
+__all__ = [
+    "check_explained",
+    "check_images",
+    "check_interval",
+    "check_labels",
+    "check_masks",
+    "check_model",
+    "check_pictures",
+]
 
 
 def check_model(model: Any) -> nn.Module:
@@ -37,14 +44,8 @@ def check_images(images: Any) -> Tensor:
     return images
 
 
-def check_explained(
-    class_idx: ClassIndex | None, targets: Any, num_images: int, method: Any
-) -> tuple[ClassIndex | None, Any]:
-    is_method = isinstance(method, type) and hasattr(method, "fuse_cams")
-    if not is_method or "class_idx" not in inspect.signature(method.__call__).parameters:
-        raise TypeError(f"`method` must be a CAM class such as GradCAM, got {method!r}")
-    if class_idx is not None or targets is not None or not getattr(method, "class_agnostic", False):
-        check_one_of(class_idx, targets)
+def check_explained(class_idx: ClassIndex | None, targets: Any, num_images: int) -> tuple[ClassIndex | None, Any]:
+    check_one_of(class_idx, targets)
     several = class_columns(class_idx, targets) is not None
     given: Any = class_idx if targets is None else targets
     if several or (hasattr(given, "__len__") and getattr(given, "shape", None) != () and len(given) != num_images):
@@ -73,6 +74,14 @@ def check_masks(masks: Any, images: Tensor) -> dict[str, Tensor]:
 def _check_count(name: str, entries: Sequence[Any], num_images: int) -> None:
     if len(entries) != num_images:
         raise ValueError(f"`{name}` has {len(entries)} entries for {num_images} images")
+
+
+def check_interval(every_n_steps: int | None, every_n_epochs: int | None) -> None:
+    if every_n_steps is not None and every_n_epochs is not None:
+        raise ValueError(
+            f"pass `every_n_steps` ({every_n_steps}) or `every_n_epochs` ({every_n_epochs}), not both: only "
+            "one of them is counted"
+        )
 
 
 def check_labels(labels: Any, num_images: int) -> list[str] | None:

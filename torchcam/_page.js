@@ -100,35 +100,26 @@
   };
 
   // A map has two bytes for each position: 0 to 65534 for its range, 65535 where it is undefined. In between, [0, 1].
-  const known = new Map();
-  const cellsOf = (map) => {
-    if (!known.has(map)) known.set(map, { raw: new Uint16Array(bytes(map.values).buffer) });
-    return known.get(map).raw;
-  };
+  const cellsOf = (map) => (map.raw ??= new Uint16Array(bytes(map.values).buffer));
   const valuesOf = (map, size) => {
-    const raw = cellsOf(map), cache = known.get(map), key = size.join();
-    if (!cache[key]) {
+    const raw = cellsOf(map), key = size.join();
+    if (!map[key]) {
       const defined = Float32Array.from(raw, (level) => level < 65535);
       const values = resize(Float32Array.from(raw, (level) => (level < 65535 ? level / 65534 : 0)), map.shape, size);
       if (defined.includes(0)) {
         const share = resize(defined, map.shape, size);
         for (let i = 0; i < values.length; i++) values[i] = share[i] >= 0.5 ? values[i] / share[i] : NaN;
       }
-      cache[key] = values;
+      map[key] = values;
     }
-    return cache[key];
+    return map[key];
   };
   const numberOf = (share, signed) => (signed ? 2 * clamp(share, 0, 1) - 1 : clamp(share, 0, 1));
   const tableOf = (method) => (method.signed && signedTable !== null ? signedTable : tables[state.colormap].table);
 
   // Pictures.
 
-  const pictures = new Map();
-  const pixelsOf = (entry, [height, width]) => {
-    const key = `${data.items.indexOf(entry)} ${height}`;
-    if (!pictures.has(key)) pictures.set(key, load(entry, height, width));
-    return pictures.get(key);
-  };
+  const pixelsOf = (entry, size) => (entry[size.join()] ??= load(entry, ...size));
   const load = async (entry, height, width) => {
     const image = new Image();
     image.src = entry.image;

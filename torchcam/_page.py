@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,58 +10,21 @@ from PIL import Image
 
 from . import _templates
 from ._figures import SCALES
-from ._pictures import SMALLEST, TINY, base64_text, data_uri, enlarged_size, fitted, fitted_size
+from ._pictures import TINY, base64_text, data_uri, enlarged_size, fitted, fitted_size
 from .utils import COLORMAP, colormap_of, resize_map
 
 if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from numpy.typing import NDArray
 
-__all__ = ["PageItem", "PageMethod", "color_table", "render"]
+__all__ = ["color_table", "item_entry", "method_entry", "render"]
 
 COLORMAPS = (COLORMAP, "plasma", "inferno", "cividis", "gray", "jet")
 EDGE = 768  # the longest side of a picture in the page
 
 
-@dataclass(frozen=True)
-class PageMethod:
-    """The maps of one method.
-
-    Attributes:
-        name: the name of the method
-        layers: its target layers
-        signed: whether the maps are in [-1, 1], not in [0, 1]
-        maps: a map (height, width) for each class
-        notes: a remark about each map
-    """
-
-    name: str
-    layers: str
-    signed: bool
-    maps: Sequence[NDArray[np.float32]]
-    notes: Sequence[str]
-
-
-@dataclass(frozen=True)
-class PageItem:
-    """One input and its maps.
-
-    Attributes:
-        name: the name of the input, unique in the page
-        image: the image below the maps
-        classes: for each class its name, and further entries for the page: value, share, tags, and the verdict of trust
-            on the first method's map
-        methods: the maps
-    """
-
-    name: str
-    image: Image.Image
-    classes: Sequence[Mapping[str, Any]]
-    methods: Sequence[PageMethod]
-
-
 def render(
-    items: Sequence[PageItem],
+    items: Sequence[Mapping[str, Any]],
     title: str,
     about: Sequence[tuple[str, str]],
     colormap: str | Colormap | None = None,
@@ -72,7 +34,7 @@ def render(
     """Return the page as HTML.
 
     Args:
-        items: the inputs and their maps
+        items: the inputs and their maps, by :func:`item_entry`
         title: the heading
         about: terms and their explanations: how the maps were made
         colormap: the colormap of all maps; by default the reader can choose
@@ -82,7 +44,7 @@ def render(
     """
     choice = COLORMAPS if colormap is None else (colormap,)
     data = {
-        "items": [_item(item) for item in items],
+        "items": items,
         "about": about,
         "sentence": [{"text": piece, "class": number} for piece, number in sentence],
         "opacity": round(100 * (1 - alpha)),
@@ -96,27 +58,39 @@ def render(
     return _templates.render("_page.html", title=title, data=data)
 
 
-def _item(item: PageItem) -> dict[str, Any]:
-    image = fitted(item.image, EDGE)
-    width, height = enlarged_size(image.size, SMALLEST)
-    return {
-        "name": item.name,
-        "image": data_uri(image),
-        "tiny": max(image.size) < TINY,
-        "size": [height, width],
-        "classes": [dict(entry) for entry in item.classes],
-        "methods": [
-            {
-                "name": method.name,
-                "layers": method.layers,
-                "signed": method.signed,
-                "maps": [
-                    _map(values, method.signed, note) for values, note in zip(method.maps, method.notes, strict=True)
-                ],
-            }
-            for method in item.methods
-        ],
-    }
+def item_entry(
+    name: str, image: Image.Image, classes: Sequence[Mapping[str, Any]], methods: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return one input and its maps as the page holds them.
+
+    Args:
+        name: the name of the input, unique in the page
+        image: the image below the maps
+        classes: for each class its name, and further entries for the page: value, share, tags, and the verdict of trust
+            on the first method's map
+        methods: the maps of each method, by :func:`method_entry`
+    """
+    image = fitted(image, EDGE)
+    width, height = enlarged_size(image.size)
+    tiny = max(image.size) < TINY
+    entry = {"name": name, "image": data_uri(image), "tiny": tiny, "size": [height, width]}
+    return {**entry, "classes": classes, "methods": methods}
+
+
+def method_entry(
+    name: str, layers: str, maps: Sequence[NDArray[np.float32]], notes: Sequence[str], *, signed: bool = False
+) -> dict[str, Any]:
+    """Return the maps of one method as the page holds them.
+
+    Args:
+        name: the name of the method
+        layers: its target layers
+        maps: a map (height, width) for each class
+        notes: a remark about each map
+        signed: whether the maps are in [-1, 1], not in [0, 1]
+    """
+    entries = [_map(values, signed, note) for values, note in zip(maps, notes, strict=True)]
+    return {"name": name, "layers": layers, "signed": signed, "maps": entries}
 
 
 def _map(values: NDArray[np.float32], signed: bool, note: str) -> dict[str, Any]:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
 __all__ = [
-    "SMALLEST",
     "TINY",
     "as_plane",
     "base64_text",
@@ -93,17 +92,17 @@ def fitted(picture: Image.Image, edge: int) -> Image.Image:
     return picture if size == picture.size else picture.resize(size, Image.Resampling.LANCZOS)
 
 
-def enlarged_size(size: tuple[int, int], edge: int) -> tuple[int, int]:
-    """Multiply (width, height) by an integer so that one is ``2 * edge`` or more, if both are less than ``edge``."""
-    times = -(-2 * edge // max(size)) if max(size) < edge else 1
+def enlarged_size(size: tuple[int, int]) -> tuple[int, int]:
+    """Multiply (width, height) by an integer so that one is twice `SMALLEST` or more, if both are below it."""
+    times = -(-2 * SMALLEST // max(size)) if max(size) < SMALLEST else 1
     return size[0] * times, size[1] * times
 
 
-def enlarged(picture: Image.Image, edge: int) -> Image.Image:
+def enlarged(picture: Image.Image) -> Image.Image:
     """Enlarge a picture by an integer if its longer side is shorter than ``edge``: tiny ones pixel by pixel."""
     is_tiny = max(picture.size) < TINY or picture.mode not in {"L", "RGB"}
     resample = Image.Resampling.NEAREST if is_tiny else Image.Resampling.BICUBIC
-    size = enlarged_size(picture.size, edge)
+    size = enlarged_size(picture.size)
     return picture if size == picture.size else picture.resize(size, resample)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from types import MethodType
@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ._methods import CALL_OPTIONS, by_method, find_method, takes
-from .methods.core import plain_tensors
+from ._passes import Call
+from .methods.core import _CAM, plain_tensors
 
 __all__ = ["Recipe", "as_recipes", "extractors_on", "named_errors", "plain_value"]
 
@@ -50,7 +51,7 @@ class Recipe:
     @property
     def searches_layer(self) -> bool:
         """Whether the method looks for a layer with positions by itself: none is named, and it looks at one."""
-        return self.target_layer is None and getattr(self.method, "_looks_at_a_layer", True)
+        return self.target_layer is None and bool(self.method.looks_at_a_layer)
 
     def at(self, layer: str | None) -> Recipe:
         """Return this recipe with a layer in the place of the one that it would look for."""
@@ -82,7 +83,7 @@ def as_recipes(method: Any, target_layer: Any, method_kwargs: Any, relu: Any) ->
         layers = by_method("target_layer", target_layer, labels)
     else:
         layers = dict.fromkeys(labels, target_layer)
-    options = by_method("method_kwargs", method_kwargs or {}, labels) if several else {labels[0]: method_kwargs}
+    options = by_method("method_kwargs", method_kwargs, labels) if several else {labels[0]: method_kwargs}
     recipes = []
     for label, one in zip(labels, classes, strict=True):
         arguments = dict(options.get(label) or {})
@@ -97,11 +98,22 @@ def as_recipes(method: Any, target_layer: Any, method_kwargs: Any, relu: Any) ->
 
 @contextmanager
 def extractors_on(
-    replica: nn.Module, model: nn.Module, recipes: Sequence[Recipe], input_shape: tuple[int, ...]
+    replica: nn.Module,
+    model: nn.Module,
+    recipes: Sequence[Recipe],
+    input_shape: tuple[int, ...],
+    scores: tuple[Call, Callable[[Any], Tensor]] | None = None,
 ) -> Iterator[list[Any]]:
     """Return an extractor for each recipe, which watches a replica inside the block.
 
     Modules of ``model`` among the arguments, and their bound methods, are replaced by those of ``replica``.
+
+    Args:
+        replica: the replica
+        model: what it is a replica of
+        recipes: the methods
+        input_shape: the shape of an input without its batch
+        scores: a call of the model, and a function from its output to the scores that default layers must count for
     """
     names = {module: name for name, module in model.named_modules()}
 
@@ -121,7 +133,9 @@ def extractors_on(
                 options.setdefault("input_shape", input_shape)
             with named_errors(recipe, recipes):
                 extractor = recipe.method(replica, target_layer=on_replica(recipe.target_layer), **options)
-            made.append(stack.enter_context(extractor))
+                made.append(stack.enter_context(extractor))
+                if scores is not None and isinstance(extractor, _CAM):
+                    extractor.inner.choose_layer_for(*scores)
         yield made
 
 

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ._architecture import is_composed
 from .layers import Candidate, Candidates, candidates
 
-__all__ = ["COMPARED", "Recommended", "recommended"]
+__all__ = ["COMPARED", "Recommended", "compared", "recommended", "recommended_of"]
 
 COMPARED = ("GradCAM", "LayerCAM", "ReciproCAM")
 """The methods that a map is compared with in a trust report, beside what is recommended for the model."""
@@ -61,17 +61,42 @@ def recommended(model: nn.Module, *inputs: Any, **kwargs: Any) -> Recommended:
         >>> recommended(vit_b_16(image_size=32), torch.rand(1, 3, 32, 32)).target_layer
         ['conv_proj']
     """
-    if not _is_transformer(model):
-        return GRAD_CAM
-    found = candidates(model, *inputs, **kwargs)
+    return recommended_of(model, candidates(model, *inputs, **kwargs)) if _is_transformer(model) else GRAD_CAM
+
+
+def recommended_of(model: nn.Module, found: Candidates) -> Recommended:
+    """Return what is recommended for a model whose layers are known."""
     last = next((one for one in found if one.name == found.choice), None)
     first = _first_tokens(model, found)
-    if last is None or first is None:
+    if last is None or first is None or not _is_transformer(model):
         return GRAD_CAM
     balanced = {"gradients": "balanced"}
     if last.layout.prefix:
         return Recommended("HiResCAM", [first.name], balanced, "a transformer with a class token")
     return Recommended("HiResCAM", [first.name, last.name], balanced, "a transformer without a class token")
+
+
+def compared(
+    model: nn.Module, image: Tensor, method: str = "GradCAM", layer: Any = None, *, searched: bool = True
+) -> dict[str, Recommended]:
+    """Return how the method of a map is run, and those that it is compared with, by their names.
+
+    Args:
+        model: the model
+        image: an input, (1, C, *spatial)
+        method: the name of the method
+        layer: its layers, and those of the others; None for their defaults
+        searched: whether the method has found its layers by itself; then what is recommended is one of the others
+    """
+    best = recommended(model, image)
+    if not searched and layer == best.target_layer:  # these suit what is recommended, not the others
+        layer = None
+    found = {method: Recommended(method, layer)}
+    if searched and best.target_layer is not None:
+        found.setdefault(best.method, best)
+    for name in COMPARED:
+        found.setdefault(name, Recommended(name, layer))
+    return found
 
 
 def _is_transformer(model: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -58,26 +58,34 @@ class Timeline:
     Args:
         pictures: the image below each map
         unit: what is counted, ``"step"`` or ``"epoch"``
-        max_columns: the largest number of results to keep
+        max_columns: the largest number of results to keep, two or more
         thumbnail: the longer side of a thumbnail, in pixels
         colormap: a matplotlib colormap, or the name of one
+        captions: the scalars to write below each thumbnail, with their short names
 
     Attributes:
         results: the results that are kept, the first and the newest among them
+        names: the name of each picture
 
     Raises:
-        ValueError: if ``max_columns`` or ``thumbnail`` is too small, or no colormap has that name
+        ValueError: if no colormap has that name
     """
 
-    def __init__(self, pictures: list[Image.Image], unit: str, max_columns: int, thumbnail: int, colormap: Any) -> None:
-        if max_columns < 2:
-            raise ValueError(f"`max_columns` must be at least 2, for the first and newest result: got {max_columns}")
-        if thumbnail < 32:
-            raise ValueError(f"`thumbnail` must be at least 32 pixels, got {thumbnail}")
+    def __init__(
+        self,
+        pictures: list[Image.Image],
+        unit: str,
+        max_columns: int,
+        thumbnail: int,
+        colormap: Any,
+        captions: Mapping[str, str],
+    ) -> None:
         self.results: list[ProbeResult] = []
         self._indices: list[int] = []  # their numbers among all results
         self._seen, self._stride = 0, 1
-        self._unit, self._max_columns, self._colormap = unit, max_columns, colormap
+        self._film: dict[ProbeResult, Image.Image] = {}
+        self._unit, self._max_columns, self._colormap, self._captions = unit, max_columns, colormap, captions
+        self.names = [f"image {index}" for index in range(len(pictures))]
         scale = thumbnail / max(max(picture.size) for picture in pictures)
         self.pictures = [
             picture.resize(
@@ -119,36 +127,41 @@ class Timeline:
             self.results = [self.results[k] for k in kept]
         self._seen += 1
 
-    def strip(self, names: list[str], captions: Mapping[str, str]) -> Image.Image:
+    def strip(self) -> Image.Image:
         """Draw one row per picture and one column per result, the picture itself first.
-
-        Args:
-            names: the name of each picture
-            captions: the scalars to write below each thumbnail, with their short names
 
         Raises:
             RuntimeError: if there is no result
         """
         self.check_started()
         rows = []
-        for index, (picture, name) in enumerate(zip(self.pictures, names, strict=True)):
-            tiles = [(r.thumbnails[index], _lines(r, index, captions)) for r in self.results]
+        for index, (picture, name) in enumerate(zip(self.pictures, self.names, strict=True)):
+            tiles = [(r.thumbnails[index], self._lines(r, index)) for r in self.results]
             rows.append([(picture, [(name, _INK)]), *tiles])
-        paper = self._grid(rows, captions)
+        paper = self._grid(rows)
         for column, result in enumerate(self.results, start=1):
             self._write(paper, column, _GAP, f"{self._unit} {result.at}", _INK)
         return paper
 
-    def frame(self, result: ProbeResult, names: list[str], captions: Mapping[str, str]) -> Image.Image:
-        """Draw all pictures of one result, with about as many columns as rows; arguments as for :meth:`strip`."""
+    def frame(self, result: ProbeResult) -> Image.Image:
+        """Draw all pictures of one result, with about as many columns as rows."""
         tiles: list[_Tile] = [
-            (thumbnail, [(name, _INK), *_lines(result, index, captions)])
-            for index, (thumbnail, name) in enumerate(zip(result.thumbnails, names, strict=True))
+            (thumbnail, [(name, _INK), *self._lines(result, index)])
+            for index, (thumbnail, name) in enumerate(zip(result.thumbnails, self.names, strict=True))
         ]
         columns = max(min(len(tiles), 3), math.ceil(math.sqrt(len(tiles))))
-        paper = self._grid([tiles[start : start + columns] for start in range(0, len(tiles), columns)], captions)
+        paper = self._grid([tiles[start : start + columns] for start in range(0, len(tiles), columns)])
         ImageDraw.Draw(paper).text((_GAP, _GAP), f"{self._unit} {result.at}", _INK, _font(self._text + 1))
         return paper
+
+    def save_film(self, file: BinaryIO) -> None:
+        """Write the pictures of all results as an endless GIF that pauses on its last one."""
+        # Choosing the colours of a frame takes longer than all else, so it is done once for each.
+        fast = Image.Quantize.FASTOCTREE
+        self._film = {one: self._film.get(one) or self.frame(one).quantize(method=fast) for one in self.results}
+        first, *others = self._film.values()
+        durations = [500] * len(others) + [2000] if others else 2000
+        first.save(file, format="GIF", save_all=True, append_images=others, duration=durations, loop=0)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the results that are kept, and how many there were."""
@@ -188,9 +201,9 @@ class Timeline:
         if not self.results:
             raise RuntimeError("nothing was explained yet: call `probe()`, or train on")
 
-    def _grid(self, rows: Sequence[Sequence[_Tile]], captions: Mapping[str, str]) -> Image.Image:
+    def _grid(self, rows: Sequence[Sequence[_Tile]]) -> Image.Image:
         """Draw rows of pictures with their text between a free line at the top and the legend."""
-        legend = self._legend(captions)
+        legend = self._legend()
         lines = max(len(texts) for row in rows for _, texts in row)
         step, top = self._height + lines * self._line + 2 * _GAP, self._line + 2 * _GAP
         width = max(max(map(len, rows)) * (self._width + _GAP) + _GAP, legend.width)
@@ -216,11 +229,11 @@ class Timeline:
             text = f"{text}…"
         ImageDraw.Draw(paper).text((self._left(column) + self._width / 2, y), text, colour, font, anchor="ma")
 
-    def _legend(self, captions: Mapping[str, str]) -> Image.Image:
+    def _legend(self) -> Image.Image:
         """Draw the colour bar, the same for all maps as each is scaled to its own peak, and explain the numbers."""
         texts = ["p: probability of the class"] if "probability" in self.results[-1].values else []
-        if captions:
-            texts.append(f"{', '.join(captions.values())}: share of the map in the mask")
+        if self._captions:
+            texts.append(f"{', '.join(self._captions.values())}: share of the map in the mask")
         font, key = _font(self._text), "    ".join(texts)
         scale = self._bar.width + font.getlength(_LOW) + font.getlength(_HIGH) + 3 * _GAP
         width = round(max(scale, font.getlength(key)) + 2 * _GAP)
@@ -233,16 +246,15 @@ class Timeline:
         pen.text((_GAP, self._line), key, _FAINT, font)
         return legend
 
-
-def _lines(result: ProbeResult, index: int, captions: Mapping[str, str]) -> list[tuple[str, tuple[int, int, int]]]:
-    """Return the lines below the thumbnail of an image."""
-    values, texts = result.values, []
-    if "probability" in values:
-        texts.append(f"p {_percent(values['probability'][index])}")
-    elif "score" in values:
-        texts.append(f"score {values['score'][index]:.3g}")
-    texts += [f"{short} {_percent(values[name][index])}" for name, short in captions.items()]
-    return [(text, _FAINT) for text in texts]
+    def _lines(self, result: ProbeResult, index: int) -> list[tuple[str, tuple[int, int, int]]]:
+        """Return the lines below the thumbnail of an image."""
+        values, texts = result.values, []
+        if "probability" in values:
+            texts.append(f"p {_percent(values['probability'][index])}")
+        elif "score" in values:
+            texts.append(f"score {values['score'][index]:.3g}")
+        texts += [f"{short} {_percent(values[name][index])}" for name, short in self._captions.items()]
+        return [(text, _FAINT) for text in texts]
 
 
 def _percent(share: float) -> str:

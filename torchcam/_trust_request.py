@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ._methods import find_method
 from ._recipes import Recipe
-from ._recommended import COMPARED, recommended
+from ._recommended import compared
 from .targets import OutputTarget
 
 if TYPE_CHECKING:
@@ -74,39 +74,30 @@ class TrustRequest:
         model = model if self.view is None else self.view(model)
         from .trust import trust  # its metrics take long to import
 
-        asked = options.pop("methods", None)
-        layers, shared = dict(self.layers), self._shared_layers
-        arguments = {name: dict(recipe.options) for name, recipe in self.recipes.items()}
-        if asked is None:
-            asked = [recipe.method for recipe in self.recipes.values()]
-            if len(asked) == 1:
-                best = recommended(model, self.image)
-                if best.target_layer is not None and next(iter(self.recipes.values())).target_layer is None:
-                    asked.append(best.method)
-                    layers.setdefault(best.method, best.target_layer)
-                    arguments.setdefault(best.method, dict(best.method_kwargs))
-                elif best.target_layer == shared:  # these suit what is recommended, not the others
-                    shared = None
-                asked += COMPARED
-        asked = [asked] if isinstance(asked, (str, type)) else asked
-        methods = list(dict.fromkeys(find_method(method, "methods") for method in asked))
-        names = [method.__name__ for method in methods]
+        methods = options.pop("methods", None)
+        name, first = next(iter(self.recipes.items()))
+        # A default of several layers (the attention blocks, for one) suits that method alone.
+        shared = self.layers[name] if first.target_layer is not None or len(self.layers[name] or ()) == 1 else None
+        layers = dict(self.layers)
+        arguments = {key: dict(recipe.options) for key, recipe in self.recipes.items()}
+        if methods is None:
+            methods = [recipe.method for recipe in self.recipes.values()]
+            if len(methods) == 1:
+                found = compared(model, self.image, name, shared, searched=first.target_layer is None)
+                methods += [key for key in found if key != name]
+                layers = {key: one.target_layer for key, one in found.items()} | layers
+                arguments = {key: dict(one.method_kwargs) for key, one in found.items()} | arguments
+        methods = [methods] if isinstance(methods, (str, type)) else methods
+        names = [find_method(method, "methods").__name__ for method in methods]
         by_method = {
-            "target_layer": {name: layers.get(name, shared) for name in names},
-            "method_kwargs": {name: arguments[name] for name in names if name in arguments},
-            "call_kwargs": {name: dict(self.recipes[name].call_options) for name in names if name in self.recipes},
+            "target_layer": {key: layers.get(key, shared) for key in names},
+            "method_kwargs": {key: arguments[key] for key in names if key in arguments},
+            "call_kwargs": {key: dict(self.recipes[key].call_options) for key in names if key in self.recipes},
         }
         question: dict[str, Any] = {"class_idx": asked_about}
         if isinstance(asked_about, str):
             question = {"targets": self.targets[asked_about]}
         return trust(model, self.image, **{"methods": methods, **question, **by_method, **self.settings, **options})
-
-    @property
-    def _shared_layers(self) -> Any:
-        """The layers for methods that are not of the explanation: those of its first, or None for their defaults."""
-        name, recipe = next(iter(self.recipes.items()))
-        # A default of several layers (the attention blocks, for one) suits that method alone.
-        return self.layers[name] if recipe.target_layer is not None or len(self.layers[name] or ()) == 1 else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TrustRequest:
         return self

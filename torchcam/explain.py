@@ -30,7 +30,7 @@ from torchcam._trust_request import TrustRequest
 from torchcam._views import FULL
 from torchcam.layers import TargetLayer
 from torchcam.methods import GradCAM, HiResCAM
-from torchcam.methods.core import _CAM, plain_tensors
+from torchcam.methods.core import plain_tensors
 from torchcam.targets import Selector, read_logits
 from torchcam.tasks._pipelines import opened
 from torchcam.tasks.boxes import as_boxes, is_detector
@@ -247,10 +247,9 @@ def explain(
     input_shape = tuple(inputs.tensor.shape[1:])
     made_by = versions()
     explanations: list[PredictionExplanation] = []
-    with replicated(model) as replica, extractors_on(replica, model, recipes, input_shape) as extractors:
-        step = batch_size if inputs.kwargs is None else count
-        if choice.targets is not None:
-            _choose_layers(inputs, slice(0, min(step, count)), choice.targets, recipes, extractors)
+    step = batch_size if inputs.kwargs is None else count
+    scores = _first_scores(inputs, min(step, count), choice.targets)
+    with replicated(model) as replica, extractors_on(replica, model, recipes, input_shape, scores) as extractors:
         for start in range(0, count, step):
             samples = slice(start, min(start + step, count))
             answers = _explain_samples(replica, inputs, samples, choice, recipes, extractors)
@@ -362,14 +361,11 @@ def _asks_about_boxes(model: nn.Module, box: Any, threshold: float | None, other
 def _original(model: object) -> nn.Module:
     """Return the model, or what `torch.compile` was given: compiled code runs no hooks."""
     if not isinstance(model, nn.Module):
-        hint = ": its layers are gone, pass the model it was made from" if _is_exported(model) else ""
+        is_exported = type(model).__name__ == "ExportedProgram"
+        hint = ": its layers are gone, pass the model it was made from" if is_exported else ""
         raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}{hint}")
     original: nn.Module = getattr(model, "_orig_mod", model)
     return original
-
-
-def _is_exported(model: object) -> bool:
-    return type(model).__name__ == "ExportedProgram"
 
 
 @dataclass(frozen=True)
@@ -381,24 +377,15 @@ class _Answer:
     scores: Mapping[str, float]
 
 
-def _choose_layers(
-    inputs: Inputs,
-    samples: slice,
-    targets: Sequence[Mapping[str, Any]],
-    recipes: Sequence[Recipe],
-    extractors: Sequence[Any],
-) -> None:
-    """Make sure that default layers count for the targets."""
-    columns = _columns([list(named.values()) for named in targets[samples]])
-    call = Call((inputs.tensor[samples],), {}) if inputs.kwargs is None else Call((), dict(inputs.kwargs))
-
-    def select(output: Any) -> Tensor:
-        return torch.stack([Selector(None, column, len(column))(output) for column in columns], 1)
-
-    for recipe, extractor in zip(recipes, extractors, strict=True):
-        if isinstance(extractor, _CAM):
-            with named_errors(recipe, recipes):
-                extractor.inner.choose_layer_for(call, select)
+def _first_scores(
+    inputs: Inputs, count: int, targets: Sequence[Mapping[str, Any]] | None
+) -> tuple[Call, Callable[[Any], Tensor]] | None:
+    """Return the call of the model for the first inputs, and a function from its output to the scores of targets."""
+    if targets is None:
+        return None
+    columns = _columns([list(named.values()) for named in targets[:count]])
+    call = Call((inputs.tensor[:count],), {}) if inputs.kwargs is None else Call((), dict(inputs.kwargs))
+    return call, lambda output: torch.stack([Selector(None, column, len(column))(output) for column in columns], 1)
 
 
 def _explain_samples(

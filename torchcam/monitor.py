@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO, Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -21,25 +21,27 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from torchcam._checks import callable_object, one_of, positive_integer
+from torchcam._checks import callable_object, integer, one_of, positive_integer
 from torchcam._chunks import run_chunks
 from torchcam._files import append_lines, atomic_write
+from torchcam._methods import find_method
 from torchcam._monitor_checks import (
     check_explained,
     check_images,
+    check_interval,
     check_labels,
     check_masks,
     check_model,
     check_pictures,
 )
-from torchcam._passes import model_device
+from torchcam._passes import model_device, to_model
+from torchcam._recipes import Recipe, extractors_on
 from torchcam._replica import random_states_kept, replicated
 from torchcam._tables import as_csv
 from torchcam._tensors import is_finite, min_max, over_positions, resize, to_float
 from torchcam._timeline import ProbeResult, Timeline
 from torchcam.layers import TargetLayer, layer_names
 from torchcam.methods import GradCAM
-from torchcam.methods.core import plain_tensors
 from torchcam.targets import ClassIndex, OutputTarget, Selector, read_logits
 
 __all__ = ["CAMMonitor", "ProbeResult", "check_options"]
@@ -172,18 +174,18 @@ class CAMMonitor:
         self.model = check_model(model)
         self._images = check_images(images).detach().clone()
         num_images = len(self._images)
-        self._class_idx, self._targets = check_explained(class_idx, targets, num_images, method)
-        _check_interval(every_n_steps, every_n_epochs)
+        self.method = find_method(method)
+        if class_idx is not None or targets is not None or not getattr(method, "class_agnostic", False):
+            class_idx, targets = check_explained(class_idx, targets, num_images)
+        self._class_idx, self._targets = class_idx, targets
+        check_interval(every_n_steps, every_n_epochs)
         self.unit: Literal["step", "epoch"] = "step" if every_n_epochs is None else "epoch"
         every = every_n_steps if every_n_epochs is None else every_n_epochs
         self.every = None if every is None else positive_integer(f"every_n_{self.unit}s", every)
 
-        self.method = method
         self._method_kwargs = dict(method_kwargs or {})
         if "target_layer" in self._method_kwargs:
             raise ValueError("`method_kwargs` holds 'target_layer': pass `target_layer` itself")
-        if "input_shape" in inspect.signature(method).parameters:
-            self._method_kwargs.setdefault("input_shape", tuple(images.shape[1:]))
         self._layers = None if target_layer is None else layer_names(_unwrapped(model), target_layer)
         self._forward = callable_object("forward", forward, optional=True)
         self._activation = one_of("activation", activation, ("softmax", "sigmoid"))
@@ -194,14 +196,16 @@ class CAMMonitor:
         self.on_error = one_of("on_error", on_error, ("raise", "warn"))
 
         self._masks = check_masks(masks, self._images)
-        self._labels = check_labels(labels, num_images)
         self._timeline = Timeline(
             check_pictures(self._images, pictures),
             self.unit,
-            positive_integer("max_columns", max_columns),
-            positive_integer("thumbnail", thumbnail),
+            integer("max_columns", max_columns, lowest=2),  # the first and the newest result
+            integer("thumbnail", thumbnail, lowest=32),
             colormap,
+            {name: name.removeprefix("energy_").removeprefix("inside_") for name in self._masks},
         )
+        self._labels = check_labels(labels, num_images)
+        self._timeline.names = self._labels or self._timeline.names
         if directory is not None and not isinstance(directory, (str, os.PathLike)):
             raise TypeError(f"`directory` must be a path, got {directory!r} of type {type(directory).__name__}")
         self.directory = None if directory is None else Path(directory)
@@ -215,7 +219,6 @@ class CAMMonitor:
         self._last: int | None = None
         self._previous: Tensor | None = None
         self._closed = False
-        self._gif_frames: dict[ProbeResult, Image.Image] = {}
 
     # When to explain.
 
@@ -297,7 +300,7 @@ class CAMMonitor:
         values = {name: tuple(column.tolist()) for name, column in scalars.items()}
         means = {name: column.double().nanmean().item() for name, column in scalars.items()}
         if self._labels is None and self._classes is not None:
-            self._labels = [f"class {index}" for index in self._classes]
+            self._labels = self._timeline.names = [f"class {index}" for index in self._classes]
         stamps = ["NaN" if n else "blank" if b else "" for n, b in zip(nan.tolist(), blank.tolist(), strict=True)]
         thumbnails = self._timeline.draw_thumbnails(cams.numpy(), stamps)
         result = ProbeResult(at, MappingProxyType(values), MappingProxyType(means), thumbnails)
@@ -308,14 +311,35 @@ class CAMMonitor:
     def _explain(self) -> tuple[Tensor, dict[str, Tensor], list[int] | None]:
         """Return the maps (N, *spatial) in [0, 1], the scores (N,) by name, and the classes; on the CPU."""
         original = _unwrapped(self.model)
+        recipe = Recipe(self.method.__name__, self.method, self._layers, self._method_kwargs, {})
+        input_shape = tuple(self._images.shape[1:])
         with (
             random_states_kept(),
-            plain_tensors(),
             replicated(original) as model,
             _precision(model_device(model).type, self._autocast),
-            self.method(model, target_layer=self._layers, **self._options_for(original, model)) as extractor,
+            extractors_on(model, original, [recipe], input_shape) as (extractor,),
         ):
-            explain = self._chunk_explainer(model, extractor)
+            agnostic = self._class_idx is None and self._targets is None
+            select = None if agnostic else Selector(self._class_idx, self._targets, len(self._images))
+
+            def explain(chunk: slice) -> tuple[Tensor, ...]:
+                images = to_model(model, self._images[chunk])
+                samples = torch.arange(len(self._images), device=images.device)[chunk]
+                output = model(images) if self._forward is None else self._forward(model, images)
+                asked = {} if select is None else select.arguments(output, samples)
+                cams = over_positions(extractor.fuse_cams(extractor(scores=output, **asked)), images)
+                if cams.ndim != images.ndim - 1:
+                    raise ValueError(
+                        f"`method` {self.method.__name__} gives maps of shape {tuple(cams.shape)} for images of shape "
+                        f"{tuple(images.shape)}: one map (N, *spatial) is needed"
+                    )
+                found = [min_max(to_float(cams)).float()]
+                if select is not None:
+                    found.append(to_float(select(output, samples)).float())
+                if "class_idx" in asked:
+                    found += [self._probability(read_logits(output), asked["class_idx"]), asked["class_idx"]]
+                return tuple(tensor.detach().cpu() for tensor in found)
+
             chunks = run_chunks(explain, len(self._images), self._batch_size)
             names = set(extractor.target_names)
             if self._layers is None and names and names <= set(extractor.submodule_dict) - _NO_LAYERS:
@@ -323,41 +347,6 @@ class CAMMonitor:
         cams, *scores = (torch.cat(parts) for parts in zip(*chunks, strict=True))
         scalars = dict(zip(("score", "probability"), scores, strict=False))
         return cams, scalars, scores[2].tolist() if len(scores) > 2 else None
-
-    def _options_for(self, original: nn.Module, replica: nn.Module) -> dict[str, Any]:
-        """Return the arguments of the method, with modules of the model replaced by those of its replica."""
-        names: dict[Any, str] = {module: name for name, module in original.named_modules()}
-        return {
-            option: replica.get_submodule(names[value]) if isinstance(value, nn.Module) and value in names else value
-            for option, value in self._method_kwargs.items()
-        }
-
-    def _chunk_explainer(self, model: nn.Module, extractor: Any) -> Callable[[slice], tuple[Tensor, ...]]:
-        """Return a function from a slice of the images to their maps, and where there is one, score and class."""
-        device = model_device(model)
-        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), self._images.dtype)
-        agnostic = self._class_idx is None and self._targets is None
-        select = None if agnostic else Selector(self._class_idx, self._targets, len(self._images))
-
-        def explain(chunk: slice) -> tuple[Tensor, ...]:
-            samples = torch.arange(len(self._images), device=device)[chunk]
-            images = self._images[chunk].to(device=device, dtype=dtype)
-            output = model(images) if self._forward is None else self._forward(model, images)
-            asked = {} if select is None else select.arguments(output, samples)
-            cams = over_positions(extractor.fuse_cams(extractor(scores=output, **asked)), images)
-            if cams.ndim != images.ndim - 1:
-                raise ValueError(
-                    f"`method` {self.method.__name__} gives maps of shape {tuple(cams.shape)} for images of shape "
-                    f"{tuple(images.shape)}: one map (N, *spatial) is needed"
-                )
-            found = [min_max(to_float(cams)).float()]
-            if select is not None:
-                found.append(to_float(select(output, samples)).float())
-            if "class_idx" in asked:
-                found += [self._probability(read_logits(output), asked["class_idx"]), asked["class_idx"]]
-            return tuple(tensor.detach().cpu() for tensor in found)
-
-        return explain
 
     def _probability(self, logits: Tensor, classes: Tensor) -> Tensor:
         """Return the probability of each row's class, (N,); for scores (N, K, *S) the mean over positions."""
@@ -375,7 +364,7 @@ class CAMMonitor:
         Raises:
             RuntimeError: if nothing was explained yet
         """
-        return self._timeline.strip(self._names(), self._captions())
+        return self._timeline.strip()
 
     def film(self) -> list[Image.Image]:
         """Draw one picture of all images for each probe.
@@ -384,7 +373,7 @@ class CAMMonitor:
             RuntimeError: if nothing was explained yet
         """
         self._timeline.check_started()
-        return [self._frame(result) for result in self._timeline.results]
+        return [self._timeline.frame(result) for result in self._timeline.results]
 
     def close(self) -> None:
         """Send the strip to the writers, and leave them open. May be called more than once."""
@@ -399,16 +388,6 @@ class CAMMonitor:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _names(self) -> list[str]:
-        return self._labels or [f"image {index}" for index in range(len(self._images))]
-
-    def _captions(self) -> dict[str, str]:
-        """Return the scalars to write below each thumbnail, with their short names."""
-        return {name: name.removeprefix("energy_").removeprefix("inside_") for name in self._masks}
-
-    def _frame(self, result: ProbeResult) -> Image.Image:
-        return self._timeline.frame(result, self._names(), self._captions())
-
     def _write(self, result: ProbeResult) -> None:
         self._closed = False
         if self.directory is not None:
@@ -416,30 +395,18 @@ class CAMMonitor:
             # Encoded in memory: Pillow does not say that a disk is full.
             strip, film = io.BytesIO(), io.BytesIO()
             self.strip().save(strip, format="PNG", compress_level=1)  # the training waits
-            self._save_gif(film)
+            self._timeline.save_film(film)
             for name, picture in (("strip.png", strip), ("film.gif", film)):
                 with atomic_write(self.directory / name) as path:
                     path.write_bytes(picture.getvalue())
         if self._writers:
-            frame = self._frame(result)
+            frame = self._timeline.frame(result)
             for writer in self._writers:
                 writer.send(result.at, result.means, "maps", frame)
 
-    def _save_gif(self, file: BinaryIO) -> None:
-        """Write an endless film that pauses on its last picture."""
-        # Choosing the colours of a frame takes longer than all else, so it is done once for each.
-        old = self._gif_frames
-        self._gif_frames = {
-            result: old[result] if result in old else self._frame(result).quantize(method=Image.Quantize.FASTOCTREE)
-            for result in self._timeline.results
-        }
-        first, *others = self._gif_frames.values()
-        durations = [500] * len(others) + [2000] if others else 2000
-        first.save(file, format="GIF", save_all=True, append_images=others, duration=durations, loop=0)
-
     def _add_to_table(self, path: Path, result: ProbeResult) -> None:
         classes: Sequence[Any] = self._classes or [""] * len(self._images)
-        images = enumerate(zip(self._names(), classes, *result.values.values(), strict=True))
+        images = enumerate(zip(self._timeline.names, classes, *result.values.values(), strict=True))
         rows = [
             [result.at, image, label, class_idx, *(f"{value:.6g}" for value in values)]
             for image, (label, class_idx, *values) in images
@@ -479,6 +446,7 @@ class CAMMonitor:
         self._timeline.load_state_dict(state["film"])
         self._count, self._last, self._layers = state["count"], state["last"], state["layers"]
         self._previous, self._labels = state["previous"], state["labels"]
+        self._timeline.names = self._labels or self._timeline.names
         self.history = deque(state["history"], maxlen=_HISTORY)
         if self._last is not None:
             self._continue_table(self._last)
@@ -517,9 +485,6 @@ class CAMMonitor:
         return f"CAMMonitor({self.method.__name__}, {len(self._images)} images, {when})"
 
 
-# Checks of the arguments.
-
-
 def check_options(
     images: Tensor,
     class_idx: ClassIndex | None,
@@ -536,19 +501,11 @@ def check_options(
     unknown = sorted(set(options) - set(inspect.signature(CAMMonitor).parameters))
     if unknown or "model" in options:
         raise TypeError(f"{unknown or ['model']} are not options of a callback: see torchcam.monitor.CAMMonitor")
-    _check_interval(every_n_steps, every_n_epochs)
+    check_interval(every_n_steps, every_n_epochs)
     if every_n_steps is None and every_n_epochs is None:
         every_n_epochs = 1
     interval = {"every_n_steps": every_n_steps, "every_n_epochs": every_n_epochs}
     return {"images": images, "class_idx": class_idx, **interval, **options}
-
-
-def _check_interval(every_n_steps: int | None, every_n_epochs: int | None) -> None:
-    if every_n_steps is not None and every_n_epochs is not None:
-        raise ValueError(
-            f"pass `every_n_steps` ({every_n_steps}) or `every_n_epochs` ({every_n_epochs}), not both: only "
-            "one of them is counted"
-        )
 
 
 def as_writers(writer: Any) -> list[Any]:

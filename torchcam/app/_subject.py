@@ -12,19 +12,16 @@ from torch import Tensor, nn
 
 from torchcam._explanation import PredictionExplanation
 from torchcam._inputs import read_inputs
-from torchcam._methods import method_names
+from torchcam._methods import find_method, method_names
 from torchcam._passes import Call
-from torchcam._recommended import Recommended, recommended
+from torchcam._recommended import Recommended, recommended_of
 from torchcam.explain import explain
 from torchcam.layers import Candidates, candidates_of
-from torchcam.methods import attention, pixel
 
 __all__ = ["METHODS", "Question", "Subject", "as_code", "bundled"]
 
 # RefineCAM multiplies the maps of several layers, and one is chosen here.
 METHODS = tuple(name for name in method_names() if name != "RefineCAM")
-# These find their layers by themselves: the attention of every block, or the input.
-OWN_LAYERS = {*attention.__all__, *pixel.__all__}
 
 BUNDLED = """\
 import torch
@@ -81,10 +78,11 @@ class Subject:
         """Return the layers that a map can be made from, by passes over a picture, and note what is recommended."""
         inputs = read_inputs(self.model, picture, self._given.get("transform"))
         call = Call((inputs.tensor,), {}) if inputs.kwargs is None else Call((), dict(inputs.kwargs))
-        best = recommended(self.model, *call.args, **call.kwargs)
+        found = candidates_of(self.model, call)
+        best = recommended_of(self.model, found)
         if best.target_layer is not None:
             self.best = {f"{best.method}, {BEST}": best}
-        usable = candidates_of(self.model, call).usable
+        usable = found.usable
         return Candidates([one for one in usable if one.is_stage] or usable)
 
     @property
@@ -119,7 +117,7 @@ class Subject:
     def _options(self, question: Question) -> dict[str, Any]:
         """Return the arguments of `explain` that a question decides."""
         best = {name: self.best[name] for name in question.methods if name in self.best}
-        placed = [name for name in question.methods if name not in OWN_LAYERS and name not in best]
+        placed = [name for name in question.methods if name not in best and find_method(name).looks_at_a_layer]
         options: dict[str, Any] = {"method": list(question.methods)}
         layers: dict[str, Any] = {name: one.target_layer for name, one in best.items()}
         if question.layer is not None:

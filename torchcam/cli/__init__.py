@@ -6,32 +6,40 @@ No module imports more than the standard library at its top, so that `--help` is
 from __future__ import annotations
 
 import sys
+from argparse import RawDescriptionHelpFormatter as HelpFormatter
 from collections.abc import Sequence
 
 from torchcam import __version__
 
-from . import app, compare, demo, diagnose, evaluate, explain, export, layers, trust
+from . import _options, app, compare, demo, diagnose, evaluate, explain, export, layers, trust
 from ._completion import complete
-from ._messages import HelpFormatter, Parser, UserError, one_line, plain_messages
+from ._messages import Parser, UserError, one_line, plain_messages
 
 __all__ = ["main"]
 
 COMMANDS = (demo, app, explain, compare, diagnose, trust, evaluate, layers, export)
 
-DESCRIPTION = "Class activation maps for PyTorch: see which regions of an image made a model's score."
+DESCRIPTION = """\
+Class activation maps for PyTorch: see which regions of an image made a model's
+score.
+"""
 
 EPILOG = """\
 start here:
   torchcam demo
-      explain a picture of two digits with a model that ships with the package; needs no network
+      explain a picture of two digits with a model that ships with the package;
+      needs no network
   torchcam explain photo.jpg
-      what does a resnet50 see in a photo, and where? (downloads its weights, once)
+      what does a resnet50 see in a photo, and where? (downloads its weights,
+      once)
   torchcam evaluate --demo
-      which method's maps are the most faithful? (on pictures that are made for it; needs no network)
+      which method's maps are the most faithful? (on pictures that are made for
+      it; needs no network)
 
-`torchcam COMMAND --help` describes a command. With `pip install 'torchcam[completion]'` and the line
-`eval "$(register-python-argcomplete torchcam)"` in its settings, a shell completes commands, options, methods, models
-and layers.
+`torchcam COMMAND --help` describes a command. With the package installed by
+`pip install 'torchcam[completion]'` and the line
+`eval "$(register-python-argcomplete torchcam)"` in its settings, a shell
+completes commands, options, methods, models and layers.
 """
 
 
@@ -64,16 +72,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> Parser:
-    """Make the parser of all commands. Each command sets `run`, the function that takes the parsed arguments."""
-    parser = Parser(
-        prog="torchcam",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=HelpFormatter,
-    )
+    """Make the parser of all commands. `run` is the function that takes the parsed arguments."""
+    parser = Parser(prog="torchcam", description=DESCRIPTION, epilog=EPILOG, formatter_class=HelpFormatter)
     parser.add_argument("--version", action="version", version=f"torchcam {__version__}")
-    parser.set_defaults(run=None)
+    parser.set_defaults(run=None, **_options.DEFAULTS)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for command in COMMANDS:
-        command.add_to(commands)
+        added = commands.add_parser(
+            command.__name__.rpartition(".")[2],
+            help=command.SHORT,
+            description=command.HELP,
+            epilog=getattr(command, "EXAMPLES", None),
+            formatter_class=HelpFormatter,
+        )
+        added.set_defaults(run=command.run)
+        command.add_options(added)
     return parser

@@ -94,35 +94,28 @@ def match_classes(folders: Sequence[str], classifier: Classifier) -> tuple[dict[
         the number of each folder's class, and how they were found
     """
     categories = classifier.categories
-    num_classes = len(categories) if categories is not None else _num_outputs(classifier)
-    if categories is not None:
-        by_name: dict[str, list[int]] = {}
-        for index, category in enumerate(categories):
-            by_name.setdefault(_plain(category), []).append(index)
-        found = {name: by_name.get(_plain(name), []) for name in folders}
-        if all(len(indices) == 1 for indices in found.values()):
-            return {name: indices[0] for name, indices in found.items()}, "classes by the folders' names"
-    if all(re.fullmatch(r"\d+", name) and int(name) < num_classes for name in folders):
+    count = _num_outputs(classifier) if categories is None else len(categories)
+    by_name: dict[str, list[int]] = {}
+    for index, category in enumerate(categories or ()):
+        by_name.setdefault(_plain(category), []).append(index)
+    found = {name: by_name.get(_plain(name), []) for name in folders}
+    wrong = next((name for name, indices in found.items() if len(indices) != 1), None)
+    if wrong is None:
+        return {name: indices[0] for name, indices in found.items()}, "classes by the folders' names"
+    if all(re.fullmatch(r"\d+", name) and int(name) < count for name in folders):
         return {name: int(name) for name in folders}, "classes by the folders' numbers"
     in_order = {name: index for index, name in enumerate(folders)}
-    if len(folders) == num_classes and all(re.fullmatch(r"n\d{8}", name) for name in folders):
+    if len(folders) == count and all(re.fullmatch(r"n\d{8}", name) for name in folders):
         return in_order, "classes in the order of the folders' WordNet names"
-    if len(folders) == num_classes and categories is None:
+    if len(folders) == count and categories is None:
         return in_order, "classes in the order of the folders' names"
-    ways = (
-        'pass --class-map FILE with the number of each folder\'s class, as in {"dog": 207}, or --class-source '
-        "predicted to explain what the model predicts"
+    why = "is the name of several" if found[wrong] else "is not the name of one"
+    known = "" if categories else ", whose names are not known"
+    raise UserError(
+        f"the folder '{wrong}' {why} of the {count} classes of {classifier.name}{known}: pass --class-map FILE with "
+        'the number of each folder\'s class, as in {"dog": 207}, or --class-source predicted to explain what the model '
+        "predicts"
     )
-    if categories is None:
-        raise UserError(
-            f"there are {len(folders)} folders for the {num_classes} classes of {classifier.name}, whose names are not "
-            f"known: {ways}"
-        )
-    unknown = [name for name, indices in found.items() if len(indices) != 1]
-    twice = [name for name in unknown if found[name]]
-    why = "is the name of several classes" if unknown == twice else "is not the name of a class"
-    example = f"'{unknown[0]}'" + (f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else "")
-    raise UserError(f"the folder {example} {why} of {classifier.name}: {ways}")
 
 
 def _plain(name: str) -> str:
@@ -148,7 +141,7 @@ def _read_class_map(path: Path, folders: Sequence[str]) -> dict[str, int]:
         raise UserError(f"--class-map '{path}' cannot be read as JSON: {one_line(error)}") from error
     if not isinstance(found, dict) or not all(type(index) is int and index >= 0 for index in found.values()):
         raise UserError(f"--class-map '{path}' must hold the numbers of classes by folder, as in {{\"dog\": 207}}")
-    missing = [name for name in folders if name not in found]
-    if missing:
-        raise UserError(f"--class-map '{path}' does not name the class of the folder '{missing[0]}'")
+    missing = next((name for name in folders if name not in found), None)
+    if missing is not None:
+        raise UserError(f"--class-map '{path}' does not name the class of the folder '{missing}'")
     return {name: found[name] for name in folders}

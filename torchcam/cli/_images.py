@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._messages import UserError, library_errors
-from ._models import Classifier, check_model, find_device, load_model
+from ._models import Classifier, load_model
 from ._paths import SOFTWARE, check_output
 
 if TYPE_CHECKING:
     import argparse
 
-    from matplotlib.figure import Figure
     from PIL import Image
-    from torch import nn
 
+    from torchcam._explanation import PredictionExplanation
     from torchcam._recommended import Recommended
 
 __all__ = [
-    "check_layers",
     "file_errors",
     "prepare",
     "read_image",
@@ -30,44 +27,34 @@ __all__ = [
     "save_array",
     "save_figure",
     "save_reports",
-    "target_layer",
 ]
 
 
 def prepare(
-    arguments: argparse.Namespace,
-    methods: Sequence[type[Any]],
-    outputs: Sequence[Path] = (),
-    images: Sequence[Path] | None = None,
-) -> tuple[Classifier, str | list[str] | None]:
+    arguments: argparse.Namespace, outputs: Sequence[Path] = (), images: Sequence[Path] | None = None
+) -> Classifier:
     """Check the options of a command about images, and load its model.
 
     Args:
         arguments: the parsed arguments
-        methods: the methods that they name
         outputs: the files that the command writes
         images: the images that must be there; by default all that the arguments name
-
-    Returns:
-        the model on its device, and the target layers as a method takes them
     """
-    from torchcam._choice import named
+    from PIL import Image
 
-    layers = check_layers(arguments, methods)
+    from torchcam._choice import named
+    from torchcam.utils import overlay_map
+
     images = arguments.images if images is None else images
     for path in images:
         read_image(path)
-    check_model(arguments)
-    if outputs:
-        check_output(outputs, images, arguments.overwrite)
-    if hasattr(arguments, "colormap"):
-        _check_colours(arguments.alpha, arguments.colormap)
-    device = find_device(arguments.device)
+    with library_errors():
+        overlay_map(Image.new("L", (1, 1)), [[0.0]], arguments.colormap, arguments.alpha)
     classifier = load_model(arguments)
-    if arguments.class_idx:
-        with library_errors():
-            arguments.class_idx = named(arguments.class_idx, classifier.categories)
-    return classifier, target_layer(classifier.model.to(device), layers)
+    check_output(outputs, images, arguments.overwrite)
+    with library_errors():
+        arguments.class_idx = named(arguments.class_idx, classifier.categories)
+    return classifier
 
 
 def recommend(arguments: argparse.Namespace, classifier: Classifier, image: Image.Image) -> Recommended | None:
@@ -81,63 +68,24 @@ def recommend(arguments: argparse.Namespace, classifier: Classifier, image: Imag
     return None if found.target_layer is None else found
 
 
-def check_layers(arguments: argparse.Namespace, methods: Sequence[type[Any]]) -> list[str]:
-    """Check that the methods get as many layers as they need, and return the names of the layers, each once."""
-    layers = list(dict.fromkeys(arguments.target_layer))
-    taken = {method.__name__ for method in methods}
-    if "LeGrad" in taken and not layers:
-        raise UserError("LeGrad reads the blocks of a vision transformer: name them with --target-layer")
-    if "RefineCAM" in taken and len(layers) < 2:
-        raise UserError("RefineCAM multiplies the maps of layers: name two or more with --target-layer")
-    if "CAM" in taken and len(layers) > 1:
-        raise UserError(f"CAM explains one layer, the one before the pooling: --target-layer names {len(layers)}")
-    return layers
-
-
-def target_layer(model: nn.Module, layers: Sequence[str]) -> str | list[str] | None:
-    """Return the target layers as methods take them: one name for one layer, None for the default of each method."""
-    from torchcam.layers import layer_names
-
-    if not layers:
-        return None
-    with library_errors():
-        found = layer_names(model, list(layers))
-    return found if len(found) > 1 else found[0]
-
-
 def read_image(path: str | Path) -> Image.Image:
     """Read an image file as RGB, upright."""
     from torchcam._inputs import as_rgb, read_picture
 
-    if os.path.isdir(path):  # noqa: PTH112 - unlike `Path.is_dir`, it takes names of any length
-        raise UserError(f"IMAGE '{path}' is a directory: name the images in it")
     try:
-        image = read_picture(path)
-    except FileNotFoundError as error:
-        missing = "there is no file" in str(error)
-        raise UserError(f"IMAGE '{path}' does not exist" if missing else f"IMAGE {error}") from error
+        return as_rgb(read_picture(path))
     except (OSError, ValueError) as error:
-        raise UserError(f"IMAGE {error}") from error
-    if image.mode == "F":
-        raise UserError(f"IMAGE '{path}' has floating-point pixels of unknown range: save it with 8 or 16 bits")
-    return as_rgb(image)
+        raise UserError(f"IMAGE: {error}") from error
 
 
-def _check_colours(alpha: float, colormap: str | None) -> None:
-    from PIL import Image
-
-    from torchcam.utils import overlay_map
-
-    with library_errors():
-        overlay_map(Image.new("L", (1, 1)), [[0.0]], colormap, alpha)
-
-
-def save_figure(figure: Figure, path: Path, dpi: int = 150) -> None:
-    """Write a picture completely or not at all."""
+def save_figure(arguments: argparse.Namespace, explanation: PredictionExplanation, title: str, path: Path) -> None:
+    """Draw an explanation, and write the picture completely or not at all."""
     from torchcam._files import atomic_write
 
+    with library_errors():
+        figure = explanation.plot(colormap=arguments.colormap, alpha=arguments.alpha, dark=False, title=title)
     with file_errors(path), atomic_write(path) as part:
-        figure.savefig(part, format="png", dpi=dpi, metadata={"Software": SOFTWARE})
+        figure.savefig(part, format="png", dpi=150, metadata={"Software": SOFTWARE})
 
 
 def save_array(values: Any, path: Path) -> None:

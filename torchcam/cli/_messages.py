@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import logging
 import re
 import sys
-import textwrap
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +16,6 @@ from torchcam._tables import printable
 
 __all__ = [
     "BEST",
-    "HelpFormatter",
     "Parser",
     "UserError",
     "count_of",
@@ -42,36 +39,11 @@ ADVICE = {
     r"pass `reshape_transform`.*, or another": "name another",
     r"remove it to begin anew": "pass --restart to begin anew",
 }
-OPTIONS = re.compile(r"`(alpha|checkpoint|class_idx|colormap|target_layer|top_k)`")
+OPTIONS = re.compile(r"`(against|alpha|box|checkpoint|class_idx|colormap|metrics|target_layer|texts|threshold|top_k)`")
 
 
 class UserError(Exception):
     """An error that the user can correct, printed in one line."""
-
-
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Wraps what is too wide for the terminal between words: lines of one indentation together, but for commands."""
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        found = []
-        for (depth, is_text), block in itertools.groupby(text.splitlines(), _depth):
-            lines = list(block)
-            if not is_text or max(map(len, lines)) <= width:
-                found += lines
-                continue
-            is_commands = any(line.lstrip().startswith("torchcam ") for line in lines)
-            for part in lines if is_commands else [" ".join(line.strip() for line in lines)]:
-                start, more = " " * depth, " " * (depth + (4 if is_commands else 0))
-                found.append(
-                    textwrap.fill(
-                        part.strip(), width, initial_indent=start, subsequent_indent=more, break_on_hyphens=False
-                    )
-                )
-        return "\n".join(indent + line for line in found)
-
-
-def _depth(line: str) -> tuple[int, bool]:
-    return len(line) - len(line.lstrip()), bool(line.strip())
 
 
 class Parser(argparse.ArgumentParser):
@@ -121,7 +93,7 @@ def library_errors(layers: Sequence[str] = ()) -> Iterator[None]:
     """
     try:
         yield
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+    except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, TypeError) and "`" not in str(error):
             raise  # a bug: the library names the argument that has a wrong type
         message = str(error)

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import io
+import pkgutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchcam._names import closest
 
-from ._messages import UserError, printable
+from ._messages import UserError
 from ._options import ARCH
 
 if TYPE_CHECKING:
     import argparse
 
+    import torch
     from PIL import Image
     from torch import Tensor, nn
 
     from torchcam._inputs import Inputs
 
-__all__ = ["RANDOM_WEIGHTS", "SEED", "Classifier", "check_model", "find_device", "load_classifier", "load_model"]
+__all__ = ["RANDOM_WEIGHTS", "SEED", "Classifier", "find_device", "load_classifier", "load_model"]
 
 SEED = 0
+SEED_CODE = f"import torch\n\ntorch.manual_seed({SEED})\n"
+RANDOM = f"random weights (seed {SEED})"
 TIMM_NAMES = """\
 names = timm.data.ImageNetInfo(timm.data.infer_imagenet_subset(model)).label_descriptions()
 class_names = [name.partition(",")[0] for name in names]
@@ -44,7 +49,6 @@ class Classifier:
         categories: the names of the classes, if they are known
         is_random: whether the weights are random
         code: the lines of Python that make ``model``, ``transform`` and, if they are known, ``class_names``
-        texts: the texts that it compares images with
         processor: of transformers, what reads texts, or makes boxes of a detector's outputs
     """
 
@@ -54,7 +58,6 @@ class Classifier:
     categories: Sequence[str] | None = None
     is_random: bool = False
     code: str = ""
-    texts: tuple[str, ...] = ()
     processor: Any = None
 
     @property
@@ -81,44 +84,30 @@ class Classifier:
         """Make inputs of images, all of one size after the transform, on the model's device."""
         from torchcam._inputs import read_inputs
 
-        inputs = read_inputs(self.model, list(images), self.preprocess)
-        return replace(inputs, class_names=tuple(self.categories) if self.categories else inputs.class_names)
-
-    def label(self, index: int) -> str:
-        """Return a class's name and number."""
-        name = None if self.categories is None else self.categories[index]
-        return f"class {index}" if name in {None, str(index)} else printable(f"{name} ({index})")
+        return read_inputs(self.model, list(images), self.preprocess)
 
 
-def check_model(arguments: argparse.Namespace) -> None:
-    """Check that there is the model that the arguments name, without loading it."""
+def load_model(arguments: argparse.Namespace, weights: str = "DEFAULT") -> Classifier:
+    """Load the model that the arguments name, on its device, with those weights where they name none."""
     ways = {"--arch": arguments.arch, "--timm": arguments.timm, "--hf": arguments.hf}
     given = [way for way, value in {**ways, "--model-factory": arguments.model_factory}.items() if value is not None]
     if len(given) > 1:
         raise UserError(f"give {' or '.join(given)}, not both: each names a model")
+    device = find_device(arguments.device)
+    weights = arguments.weights or weights
     if arguments.model_factory is not None:
-        _find_function(arguments.model_factory)
+        classifier = load_own(arguments.model_factory, arguments.weights)
     elif arguments.timm is not None:
-        _known_timm(arguments.timm)
-    elif arguments.hf is None:
-        _known_arch(arguments.arch or ARCH)
+        classifier = load_timm(arguments.timm, weights)
+    elif arguments.hf is not None:
+        classifier = load_hf(arguments.hf, weights, arguments.texts, boxes=bool(arguments.box))
+    else:
+        classifier = load_classifier(arguments.arch or ARCH, weights)
+    classifier.model.to(device)
+    return classifier
 
 
-def load_model(arguments: argparse.Namespace) -> Classifier:
-    """Load the model that the arguments name; a command without `--weights` needs none."""
-    check_model(arguments)
-    if arguments.model_factory is not None:
-        return load_own(arguments.model_factory, getattr(arguments, "weights", None))
-    weights = getattr(arguments, "weights", "none") or "DEFAULT"
-    if arguments.timm is not None:
-        return load_timm(arguments.timm, weights)
-    if arguments.hf is not None:
-        boxes = bool(getattr(arguments, "box", None))
-        return load_hf(arguments.hf, weights, getattr(arguments, "texts", ()), boxes=boxes)
-    return load_classifier(arguments.arch or ARCH, weights)
-
-
-def find_device(name: str) -> Any:
+def find_device(name: str) -> torch.device:
     """Check that a device is there."""
     import torch
 
@@ -147,14 +136,12 @@ def load_own(factory: str, weights: str | None = None) -> Classifier:
         raise UserError(f"--model-factory '{factory}' must return class names, a list of strings, as its third result")
     name = factory
     if weights is not None:
-        if weights.lower() in {"none", "default"} or not Path(weights).is_file():
+        if not Path(weights).is_file():
             raise UserError(
                 f"--weights '{weights}' is not a file: with --model-factory it can only be one with a state dict, by "
                 "default the function loads what it wants"
             )
-        state = _load_state(Path(weights))
-        with _fitting(weights, factory):
-            model.load_state_dict(state)
+        _set_state(model, weights, factory)
         name = f"{factory}, weights {Path(weights).name}"
     module, _, function = factory.partition(":")
     result = f"(*{function}(), None, None)[:3]" if isinstance(made, tuple) else f"{function}(), None, None"
@@ -168,71 +155,51 @@ def load_own(factory: str, weights: str | None = None) -> Classifier:
 
 
 def _find_function(path: str) -> Callable[[], Any]:
-    from importlib import import_module
-
-    module, _, name = path.partition(":")
-    if not module or not name:
-        raise UserError(f"--model-factory must be as in package.module:function, got '{path}'")
     here = str(Path.cwd())
     if here not in sys.path:  # an installed script does not look there by itself
         sys.path.insert(0, here)
     try:
-        found: Any = import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (module == error.name or module.startswith(f"{error.name}.")):
-            raise UserError(
-                f"--model-factory '{path}': there is no module '{error.name}' in the current directory or installed"
-            ) from error
-        raise UserError(f"--model-factory '{path}' cannot be imported: {error}") from error
-    try:
-        for part in name.split("."):
-            found = getattr(found, part)
-    except AttributeError as error:
-        raise UserError(f"--model-factory '{path}': {error}") from error
+        found: Any = pkgutil.resolve_name(path)
+    except (AttributeError, ImportError, ValueError) as error:
+        raise UserError(
+            f"--model-factory '{path}' cannot be found: {error}; name it as in package.module:function, of a module in "
+            "the current directory or installed"
+        ) from error
     if not callable(found):
         raise UserError(f"--model-factory '{path}' is not a function: {type(found).__name__}")
     function: Callable[[], Any] = found
     return function
 
 
-def _known_timm(name: str) -> Any:
-    """Check that timm has a model of that name, and return the library."""
+def load_timm(name: str, weights: str) -> Classifier:
+    """Load a classification model of timm."""
     try:
-        import timm
+        import timm as library
     except ImportError as error:
         raise UserError("--timm needs timm: pip install timm") from error
+    timm: Any = library  # but partly typed
     arch, _, tag = name.partition(".")
     known = timm.list_models() if not timm.is_model(arch) else timm.list_pretrained(f"{arch}.*") if tag else [name]
     if name not in known:
         examples = known if timm.is_model(arch) else ["resnet50", "vit_base_patch16_224", "and more"]
         raise UserError(f"--timm '{name}' is not a model of timm; {closest(name, known, examples)}")
-    return timm
-
-
-def load_timm(name: str, weights: str) -> Classifier:
-    """Load a classification model of timm."""
-    import torch
-
-    timm = _known_timm(name)
-    is_random, file = weights.lower() == "none", Path(weights)
-    pretrained = weights.upper() == "DEFAULT"
-    if not (is_random or pretrained or file.is_file()):
-        raise UserError(f"--weights '{weights}' is neither a file nor one of DEFAULT, none")
-    with torch.random.fork_rng(devices=[]), _hub_errors(f"--timm '{name}'"):
-        torch.manual_seed(SEED)
-        model = timm.create_model(name, pretrained=pretrained)
-    if not (is_random or pretrained):
-        state = _load_state(file)
-        with _fitting(weights, name):
-            model.load_state_dict(state)
-    told = f"random weights (seed {SEED})" if is_random else "weights of timm" if pretrained else f"weights {file.name}"
+    is_random, is_pretrained = weights.lower() == "none", weights.upper() == "DEFAULT"
+    if not (is_random or is_pretrained):
+        _check_file(weights, ["DEFAULT"])
+    with _making(f"--timm '{name}'"):
+        model = timm.create_model(name, pretrained=is_pretrained)
+    told, subset, state_code = "weights of timm", timm.data.infer_imagenet_subset(model), ""
+    if is_random:
+        told = RANDOM
+    elif not is_pretrained:
+        _set_state(model, weights, name)
+        told, subset, state_code = f"weights {Path(weights).name}", None, _state_code(weights)
     preprocess = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model), is_training=False)
-    subset = timm.data.infer_imagenet_subset(model) if is_random or pretrained else None
     names = timm.data.ImageNetInfo(subset).label_descriptions() if subset else []
     categories = [name.partition(",")[0] for name in names] or None
     code = (
-        f"import timm\n\n{_seed_code(is_random)}model = timm.create_model({name!r}, pretrained={pretrained})\n"
-        f"{'' if is_random or pretrained else _state_code(weights)}model.eval()\n"
+        f"import timm\n\n{SEED_CODE if is_random else ''}"
+        f"model = timm.create_model({name!r}, pretrained={is_pretrained})\n{state_code}model.eval()\n"
         "transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model), is_training=False)\n"
         f"{TIMM_NAMES if categories else ''}"
     )
@@ -245,7 +212,6 @@ def load_hf(place: str, weights: str, texts: Sequence[str] = (), *, boxes: bool 
         import transformers
     except ImportError as error:
         raise UserError("--hf needs transformers: pip install 'torchcam[transformers]'") from error
-    import torch
 
     from torchcam._inputs import split_processor
 
@@ -255,17 +221,16 @@ def load_hf(place: str, weights: str, texts: Sequence[str] = (), *, boxes: bool 
     if weights.lower() not in {"none", "default"}:
         raise UserError(f"--weights '{weights}': a model of --hf has the weights of its folder, or none")
     is_random = weights.lower() == "none"
-    with torch.random.fork_rng(devices=[]), _hub_errors(f"--hf '{place}'"):
-        torch.manual_seed(SEED)
+    with _making(f"--hf '{place}'"):
         processor = getattr(library, reader).from_pretrained(place)
         if is_random:
             model = getattr(library, auto).from_config(library.AutoConfig.from_pretrained(place))
         else:
             model = getattr(library, auto).from_pretrained(place)
-    name = f"{place}, random weights (seed {SEED})" if is_random else f"{place}, its weights"
+    name = f"{place}, {RANDOM if is_random else 'its weights'}"
     if texts:
         images, tokenizer = split_processor(processor)
-        return Classifier(model.eval(), name, images, list(texts), is_random, texts=tuple(texts), processor=tokenizer)
+        return Classifier(model.eval(), name, images, list(texts), is_random, processor=tokenizer)
     labels = model.config.id2label
 
     def preprocess(image: Image.Image) -> Tensor:
@@ -276,7 +241,7 @@ def load_hf(place: str, weights: str, texts: Sequence[str] = (), *, boxes: bool 
     loader = f"from_config(AutoConfig.from_pretrained({place!r}))" if is_random else f"from_pretrained({place!r})"
     code = (
         f"from transformers import AutoConfig, AutoImageProcessor, {kind}\n\n"
-        f"{_seed_code(is_random)}model = {kind}.{loader}.eval()\n"
+        f"{SEED_CODE if is_random else ''}model = {kind}.{loader}.eval()\n"
         f"transform = AutoImageProcessor.from_pretrained({place!r})\n"
         "class_names = [str(model.config.id2label[index]) for index in range(model.config.num_labels)]\n"
     )
@@ -285,118 +250,93 @@ def load_hf(place: str, weights: str, texts: Sequence[str] = (), *, boxes: bool 
     )
 
 
-def _seed_code(is_random: bool) -> str:
-    return f"import torch\n\ntorch.manual_seed({SEED})\n" if is_random else ""
-
-
-def _state_code(weights: str | None) -> str:
-    if weights is None:
-        return ""
-    return f"import torch\n\nmodel.load_state_dict(torch.load({weights!r}, map_location='cpu', weights_only=True))\n"
-
-
-@contextmanager
-def _hub_errors(what: str) -> Iterator[None]:
-    """Raise a `UserError` of one line for a model that cannot be read or downloaded."""
-    try:
-        yield
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = textwrap.shorten(str(error), 200, placeholder=" ...")
-        raise UserError(f"{what} could not be loaded: {reason}; --weights none takes random weights") from error
-
-
-def _known_arch(arch: str) -> str:
+def load_classifier(arch: str, weights: str) -> Classifier:
+    """Load a classification model of torchvision."""
     from torchvision import models
 
-    known = models.list_models(module=models)
     arch = arch.lower()
+    known = models.list_models(module=models)
     if arch not in known:
         examples = ["resnet50", "mobilenet_v3_large", "convnext_tiny", "and more"]
         raise UserError(
             f"--arch '{arch}' is not a classification model of torchvision; {closest(arch, known, examples)}"
         )
-    return arch
-
-
-def load_classifier(arch: str, weights: str) -> Classifier:
-    """Load a classification model of torchvision."""
-    import torch
-    from torchvision import models
-
-    arch = _known_arch(arch)
-    entries = models.get_model_weights(arch)
-    entry = entries.DEFAULT
+    entries: Any = models.get_model_weights(arch)
+    named = entries.__members__.get(weights.upper())
+    entry = named or entries.DEFAULT
     is_random = weights.lower() == "none"
     if is_random:
         # These two warn that they take long to draw their own kind of random weights, unless told not to.
         options = {"init_weights": False} if arch in {"googlenet", "inception_v3"} else {}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(SEED)
+        with _making(f"--arch '{arch}'"):
             model = models.get_model(arch, weights=None, **options)
-        name = f"{arch}, random weights (seed {SEED})"
-        options_code = "".join(f", {key}={value}" for key, value in options.items())
-        code = f"{_seed_code(True)}model = models.get_model({arch!r}{options_code})\n"
+        told = RANDOM
+        code = f"{SEED_CODE}model = models.get_model({arch!r}{', init_weights=False' if options else ''})\n"
     else:
-        if weights.upper() in entries.__members__:
-            entry = entries[weights.upper()]
-            path = _download(arch, entry.url)
-            name = f"{arch}, weights {entry.name}"
+        if named is not None:
+            state, told = _downloaded(arch, entry.url), f"weights {entry.name}"
             code = f"model = models.get_model({arch!r}, weights=weights)\n"
         else:
-            path = Path(weights)
-            name = f"{arch}, weights {path.name}"
+            _check_file(weights, entries.__members__)
+            state, told = _read_state(weights), f"weights {Path(weights).name}"
             code = f"model = models.get_model({arch!r})\n{_state_code(weights)}"
-            if not path.is_file():
-                names = ", ".join(entries.__members__)
-                raise UserError(f"--weights '{weights}' is neither a file nor one of {names}, none")
-        model = _build(arch, entries, entry, path)
+        # When torchvision loads weights it renames parameters of some models, and sets others up differently: let it.
+        entries.get_state_dict = lambda *_args, **_kwargs: state
+        try:
+            with _fitting(weights, arch):
+                model = models.get_model(arch, weights=entry)
+        finally:
+            del entries.get_state_dict
     code = (
         f"from torchvision import models\n\nweights = models.get_model_weights({arch!r}).{entry.name}\n"
         f"{code}model.eval()\n"
         'transform, class_names = weights.transforms(), weights.meta["categories"]\n'
     )
-    return Classifier(model.eval(), name, entry.transforms(), entry.meta["categories"], is_random, code)
+    return Classifier(model.eval(), f"{arch}, {told}", entry.transforms(), entry.meta["categories"], is_random, code)
 
 
-def _download(arch: str, url: str) -> Path:
-    """Return the file in which torchvision keeps weights, after a download if it does not exist."""
-    from http.client import HTTPException
-
+@contextmanager
+def _making(what: str) -> Iterator[None]:
+    """Draw random weights from the seed, and raise a `UserError` of one line for a model that cannot be made."""
     import torch
 
-    path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
-    if not path.is_file():
-        checksum = torch.hub.HASH_REGEX.search(path.name)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if sys.stderr.isatty():
-                print(f"downloading {url}", file=sys.stderr)
-            torch.hub.download_url_to_file(url, str(path), checksum and checksum[1], progress=sys.stderr.isatty())
-        except (HTTPException, OSError, RuntimeError) as error:
-            reason = getattr(error, "reason", error)
-            raise UserError(
-                f"the weights of {arch} could not be downloaded ({reason}): fetch {url} where there is a network and "
-                "pass the file with --weights PATH, or try the command with --weights none (random weights)"
-            ) from error
-    return path
-
-
-def _build(arch: str, entries: Any, entry: Any, path: Path) -> nn.Module:
-    """Build a model with the weights of a file, as torchvision would with the weights it downloads."""
-    from torchvision import models
-
-    state = _load_state(path)
-    # When torchvision loads weights it renames parameters of some models, and sets others up differently: let it.
-    entries.get_state_dict = lambda *_args, **_kwargs: state
     try:
-        with _fitting(path, arch):
-            model: nn.Module = models.get_model(arch, weights=entry)
-    finally:
-        del entries.get_state_dict
-    return model
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(SEED)
+            yield
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = textwrap.shorten(str(error), 200, placeholder=" ...")
+        raise UserError(f"{what} could not be loaded: {reason}; --weights none takes random weights") from error
 
 
-def _load_state(path: Path) -> dict[str, Tensor]:
+# Weights.
+
+
+def _downloaded(arch: str, url: str) -> dict[str, Tensor]:
+    """Return the weights that torchvision keeps in a file, after a download if there is none."""
+    import torch
+
+    shown = sys.stderr.isatty()
+    log = sys.stderr if shown else io.StringIO()
+    try:
+        with redirect_stdout(log), redirect_stderr(log):
+            return torch.hub.load_state_dict_from_url(
+                url, map_location="cpu", progress=shown, check_hash=True, weights_only=True
+            )
+    except Exception as error:  # unpickling can raise anything
+        reason = getattr(error, "reason", error)
+        raise UserError(
+            f"the weights of {arch} could not be downloaded or read ({reason}): fetch {url} where there is a network "
+            "and pass the file with --weights PATH, or try the command with --weights none (random weights)"
+        ) from error
+
+
+def _check_file(weights: str, names: Iterable[str]) -> None:
+    if not Path(weights).is_file():
+        raise UserError(f"--weights '{weights}' is neither a file nor one of {', '.join(names)}, none")
+
+
+def _read_state(path: str) -> dict[str, Tensor]:
     import torch
 
     try:
@@ -411,8 +351,21 @@ def _load_state(path: Path) -> dict[str, Tensor]:
     return state
 
 
+def _set_state(model: nn.Module, weights: str, name: str) -> None:
+    """Load the weights of a file into a model."""
+    state = _read_state(weights)
+    with _fitting(weights, name):
+        model.load_state_dict(state)
+
+
+def _state_code(weights: str | None) -> str:
+    if weights is None:
+        return ""
+    return f"import torch\n\nmodel.load_state_dict(torch.load({weights!r}, map_location='cpu', weights_only=True))\n"
+
+
 @contextmanager
-def _fitting(path: str | Path, model: str) -> Iterator[None]:
+def _fitting(path: str, model: str) -> Iterator[None]:
     """Raise a `UserError` of one line for a state dict that does not fit."""
     try:
         yield

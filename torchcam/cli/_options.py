@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from . import _completion
-from ._messages import HelpFormatter, Parser, UserError
+from ._messages import UserError, library_errors
 
 __all__ = [
-    "add_boxes",
+    "add_class",
     "add_classes",
     "add_colours",
-    "add_command",
     "add_count",
     "add_images",
     "add_json",
@@ -25,26 +24,31 @@ __all__ = [
     "add_model",
     "add_picture",
     "add_reports",
-    "add_sources",
+    "file_with",
     "find_method",
     "find_methods",
     "names",
+    "numbers",
 ]
 
 ARCH = "resnet50"
+# What options are for commands that do not have them.
+DEFAULTS: dict[str, Any] = {
+    "weights": None,
+    "device": "cpu",
+    "top_k": None,
+    "texts": [],
+    "against": None,
+    "box": [],
+    "threshold": None,
+    "overwrite": False,
+    "alpha": 0.25,
+    "colormap": None,
+}
 FACTORY_HELP = """\
 your own model in place of --arch: a function that is called without arguments and returns the model, or a tuple of the
 model, the transform that makes an input (C, H, W) of a PIL image (by default: ImageNet's resize, crop and
 normalisation), and the list of its class names; it is looked up in the current directory, too"""
-
-
-def add_command(commands: Any, name: str, *, short: str, long: str, examples: str = "", run: Any) -> Parser:
-    """Add a command to the parser."""
-    parser: Parser = commands.add_parser(
-        name, help=short, description=long, epilog=examples, formatter_class=HelpFormatter
-    )
-    parser.set_defaults(run=run)
-    return parser
 
 
 # The images and the model.
@@ -53,16 +57,6 @@ def add_command(commands: Any, name: str, *, short: str, long: str, examples: st
 def add_images(parser: Any, count: str | int = "+") -> None:
     """Add the argument that names images."""
     parser.add_argument("images", metavar="IMAGE", nargs=count, type=Path, help="an image file")
-
-
-def add_sources(parser: Any) -> None:
-    """Add the argument that names images, folders of images and patterns."""
-    parser.add_argument(
-        "images",
-        metavar="IMAGE",
-        nargs="+",
-        help="an image file, a folder of them, or a pattern as in 'photos/*.jpg'",
-    )
 
 
 def add_model(parser: Any, *, weights: bool = True, default: str = ARCH) -> None:
@@ -144,44 +138,32 @@ def find_method(name: str, option: str = "--method") -> type[Any]:
     """Find a method by its name."""
     from torchcam import _methods
 
-    try:
+    with library_errors():
         return _methods.find_method(name, option)
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
-def add_classes(group: Any, what: str, *, several: bool) -> None:
-    """Add the option that names classes, several of them or one."""
-
-    def read(text: str) -> list[int | str]:
-        parts = names(text) if several else [text]
-        return [int(part) if re.fullmatch(r"[+-]?\d+", part) else part for part in parts]
-
-    action = "extend" if several else "store"
-    group.add_argument("--class-idx", metavar="CLASS", action=action, type=read, default=[], help=what)
+def numbers(text: str) -> list[int | str]:
+    """Split numbers and names at commas."""
+    return [_number(part) for part in names(text)]
 
 
-def add_boxes(group: Any) -> None:
-    """Add the options that ask about a detector's boxes."""
+def _number(text: str) -> int | str:
+    return int(text) if re.fullmatch(r"[+-]?\d+", text) else text
 
-    def read(text: str) -> list[int | str]:
-        found: list[int | str] = [int(part) if part.isdecimal() else part for part in names(text)]
-        wrong = next((part for part in found if isinstance(part, str) and part != "all"), None)
-        if wrong is not None or not found:
-            raise UserError(f"--box must be the number of a box, or all, got '{text}'")
-        return found
 
+def add_classes(group: Any, what: str) -> None:
+    """Add the option that names classes."""
+    group.add_argument("--class-idx", metavar="CLASS", action="extend", type=numbers, default=[], help=what)
+
+
+def add_class(group: Any, what: str) -> None:
+    """Add the option that names one class; commas are a part of its name."""
     group.add_argument(
-        "--box",
-        metavar="N|all",
-        action="extend",
-        type=read,
+        "--class-idx",
+        metavar="CLASS",
+        type=lambda text: [_number(text)],
         default=[],
-        help="of a detector, the box to explain, by its number among those that it finds; several as with "
-        "--target-layer. The model is one of --model-factory (of ultralytics or torchvision), or of --hf",
-    )
-    group.add_argument(
-        "--threshold", metavar="SCORE", type=float, help="least score of a box (default: the detector's own)"
+        help=f"{what} (default: the most probable)",
     )
 
 
@@ -220,17 +202,29 @@ def add_picture(parser: Any, what: str = "IMAGE-MODEL-LAYER-METHOD-CLASS.png") -
     _add_overwrite_and_json(parser)
 
 
-def add_reports(parser: Any, what: str) -> None:
-    """Add the options of commands that can write their result to files; ``what`` names the formats."""
+def add_reports(parser: Any, what: str, suffixes: Sequence[str]) -> None:
+    """Add the options of commands that can write their result to files, in the formats of ``suffixes``."""
     parser.add_argument(
         "--output",
         metavar="FILE",
-        type=Path,
+        type=file_with(suffixes),
         action="append",
         default=[],
-        help=f"write {what} there, too; may be repeated",
+        help=f"write {what} as {', '.join(suffixes[:-1])} or {suffixes[-1]} there, too; may be repeated",
     )
     _add_overwrite_and_json(parser)
+
+
+def file_with(suffixes: Sequence[str]) -> Callable[[str], Path]:
+    """Return the type of an `--output` whose suffix is one of some."""
+
+    def read(text: str) -> Path:
+        path = Path(text)
+        if path.suffix.lower() not in suffixes:
+            raise UserError(f"--output '{path}' must end in {', '.join(suffixes)}")
+        return path
+
+    return read
 
 
 def _add_overwrite_and_json(parser: Any) -> None:
@@ -243,7 +237,7 @@ def add_colours(parser: Any) -> None:
     parser.add_argument(
         "--alpha",
         type=float,
-        default=0.25,
+        default=DEFAULTS["alpha"],
         help="opacity of the image under the strongest values of a map, in [0, 1) (default: %(default)s)",
     )
     parser.add_argument("--colormap", help="a colormap of matplotlib (default: viridis; coolwarm for signed maps)")

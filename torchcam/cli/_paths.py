@@ -72,18 +72,16 @@ def _sources_of(text: str) -> list[Source]:
     if re.match(r"[A-Za-z][\w+.-]*://", text):
         raise UserError(f"IMAGE '{text}' is an address, and nothing is fetched: download it first, and name the file")
     path = Path(text)
-    if os.path.isdir(path):  # noqa: PTH112 - unlike `Path.is_dir`, it takes names of any length
-        files = [file for file in images_in(path) if not _is_result(file)]
-        if not files:
-            raise UserError(f"IMAGE '{text}' is a folder that holds no images")
-        return [Source(file, file.relative_to(path).with_suffix("").as_posix(), is_named=False) for file in files]
-    if glob.has_magic(text) and not os.path.lexists(path):
-        matches = map(Path, sorted(glob.glob(text, recursive=True)))  # noqa: PTH207 - `text` may begin at the root
-        files = [file for file in matches if _has_image_suffix(file) and file.is_file() and not _is_result(file)]
-        if not files:
-            raise UserError(f"IMAGE '{text}' matches no image")
-        return [Source(file, file.stem, is_named=False) for file in files]
-    return [Source(path, path.stem)]
+    is_folder = os.path.isdir(path)  # noqa: PTH112 - unlike `Path.is_dir`, it takes names of any length
+    if not is_folder and (not glob.has_magic(text) or os.path.lexists(path)):
+        return [Source(path, path.stem)]
+    matches = glob.glob(text, recursive=True)  # noqa: PTH207 - `text` may begin at the root
+    found = images_in(path) if is_folder else [Path(match) for match in sorted(matches)]
+    files = [file for file in found if _has_image_suffix(file) and file.is_file() and not _is_result(file)]
+    if not files:
+        raise UserError(f"IMAGE '{text}' {'is a folder that holds' if is_folder else 'matches'} no images")
+    names = [file.relative_to(path).with_suffix("").as_posix() if is_folder else file.stem for file in files]
+    return [Source(file, name, is_named=False) for file, name in zip(files, names, strict=True)]
 
 
 def images_in(root: Path) -> list[Path]:

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import signal
-import tempfile
 import threading
 from typing import TYPE_CHECKING, Any
 
 from . import _options
-from ._messages import UserError, library_errors, printable
-from ._models import RANDOM_WEIGHTS, Classifier, check_model, find_device, load_model
+from ._messages import UserError, library_errors, print_line
+from ._models import RANDOM_WEIGHTS, load_model
 
 if TYPE_CHECKING:
     import argparse
 
-__all__ = ["add_to"]
+__all__ = ["EXAMPLES", "HELP", "SHORT", "add_options", "run"]
+
+SHORT = "explain pictures in the browser"
 
 HELP = """\
-Open an app in the browser: drop a picture or a folder, or use the camera; choose classes by name, a layer and methods;
-see the maps side by side, whether to believe them, and the code that makes them. Without a model it starts with the one
-that ships with the package. Only this computer is served, nothing is sent anywhere, and what is uploaded is gone when
-the app ends. Needs Gradio: pip install "torchcam[app]"
+Open an app in the browser: drop a picture or a folder, or use the camera;
+choose classes by name, a layer and methods; see the maps side by side, whether
+to believe them, and the code that makes them. Without a model it starts with
+the one that ships with the package. Only this computer is served, nothing is
+sent anywhere, and what is uploaded is gone when the app ends. Needs Gradio:
+pip install "torchcam[app]"
 """
 
 EXAMPLES = """\
@@ -34,11 +37,8 @@ examples:
 """
 
 
-def add_to(commands: Any) -> None:
-    """Add the command to the parser."""
-    app = _options.add_command(
-        commands, "app", short="explain pictures in the browser", long=HELP, examples=EXAMPLES, run=run
-    )
+def add_options(app: Any) -> None:
+    """Add the options of the command to its parser."""
     _options.add_model(app, default="a model that ships with the package")
     server = app.add_argument_group("the server")
     server.add_argument(
@@ -53,54 +53,36 @@ def add_to(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the app until it is stopped."""
-    from torchcam.app._private import uploads_in
-
-    model = _load(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the uploads are removed then, too
-    with tempfile.TemporaryDirectory(prefix="torchcam-app-") as folder, uploads_in(folder):
-        with library_errors():
-            window = _build(model)
-        options = {"server_name": arguments.host, "server_port": arguments.port, "inbrowser": arguments.open}
-        try:
-            window.launch(quiet=True, prevent_thread_lock=True, **options)
-            print(f"{printable(model.name) if model else 'the demo model'}: {window.local_url}", flush=True)
-            print("Ctrl-C ends the app and removes what was uploaded.", flush=True)
-            threading.Event().wait()
-        except OSError as error:
-            raise UserError(f"--host '{arguments.host}' cannot be served: {error}") from error
-        except KeyboardInterrupt:
-            print("The app has ended.")
-        finally:
-            window.close(verbose=False)
-
-
-def _load(arguments: argparse.Namespace) -> Classifier | None:
-    """Load the model that the arguments name, if they name one."""
-    if all(getattr(arguments, way) is None for way in ("arch", "timm", "hf", "model_factory")):
-        if arguments.weights is not None:
-            raise UserError("--weights is for a model that is named: give --arch, --timm or --model-factory as well")
-        return None
-    check_model(arguments)
-    device = find_device(arguments.device)
-    classifier = load_model(arguments)
-    classifier.model.to(device)
-    if classifier.is_random:
-        print(RANDOM_WEIGHTS)
-    return classifier
-
-
-def _build(classifier: Classifier | None) -> Any:
     from torchcam.app import build
 
+    name = "the demo model"
+    given: dict[str, Any] = {}
+    if any(getattr(arguments, way) is not None for way in ("arch", "timm", "hf", "model_factory")):
+        classifier = load_model(arguments)
+        name = classifier.name
+        given = {
+            "model": classifier.model,
+            "transform": classifier.preprocess,
+            "class_names": classifier.categories,
+            "title": f"torchcam: {name}",
+            "setup": classifier.code,
+        }
+        if classifier.is_random:
+            print(RANDOM_WEIGHTS)
+    elif arguments.weights is not None:
+        raise UserError("--weights is for a model that is named: give --arch, --timm or --model-factory as well")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the uploads are removed then, too
+    with library_errors():
+        window = build(**given)
+    options = {"server_name": arguments.host, "server_port": arguments.port, "inbrowser": arguments.open}
     try:
-        if classifier is None:
-            return build()
-        return build(
-            classifier.model,
-            transform=classifier.preprocess,
-            class_names=classifier.categories,
-            title=f"torchcam: {classifier.name}",
-            setup=classifier.code,
-        )
-    except ImportError as error:
-        raise UserError(str(error)) from error
+        window.launch(quiet=True, prevent_thread_lock=True, **options)
+        print_line(f"{name}: {window.local_url}")
+        print("Ctrl-C ends the app and removes what was uploaded.", flush=True)
+        threading.Event().wait()
+    except OSError as error:
+        raise UserError(f"--host '{arguments.host}' cannot be served: {error}") from error
+    except KeyboardInterrupt:
+        print("The app has ended.")
+    finally:
+        window.close(verbose=False)

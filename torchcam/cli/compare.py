@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import _options
 from ._images import prepare, read_image, save_figure
-from ._messages import BEST, library_errors, print_json, print_line, print_table
+from ._messages import BEST, print_json, print_line, print_table
 from ._models import RANDOM_WEIGHTS
 from ._paths import check_output, is_picture
 from .explain import class_entry, explain_image, picture_of
@@ -17,38 +17,40 @@ if TYPE_CHECKING:
 
     from torchcam._explanation import PredictionExplanation
 
-__all__ = ["add_to"]
+__all__ = ["EXAMPLES", "HELP", "SHORT", "add_options", "run"]
 
 METHODS = "GradCAM,GradCAMpp,XGradCAM,HiResCAM,LayerCAM,EigenCAM,RandomCAM"
 
+SHORT = "explain an image by several methods"
+
 HELP = """\
-Explain one image by several methods, all on the same class and layers, in one picture with one scale of colours. The
-table shows how similar each map is to the others: the mean rank correlation with them, from -1 to 1. RandomCAM does not
-depend on the class: a method whose maps look like those of RandomCAM is no help.
+Explain one image by several methods, all on the same class and layers, in one
+picture with one scale of colours. The table shows how similar each map is to
+the others: the mean rank correlation with them, from -1 to 1. RandomCAM does
+not depend on the class: a method whose maps look like those of RandomCAM is no
+help.
 """
 
 EXAMPLES = """\
 examples:
   torchcam compare dog.jpg
       seven methods on the most probable class of a resnet50
-  torchcam compare dog.jpg --arch convnext_tiny --target-layer features.5 --methods GradCAM,LayerCAM,Ablation-CAM
+  torchcam compare dog.jpg --arch convnext_tiny --target-layer features.5 \\
+      --methods GradCAM,LayerCAM,Ablation-CAM
       three methods, on a layer with more positions
   torchcam compare dog.jpg --class-idx 207 --json
       the numbers for another program, beside the picture
 """
 
 
-def add_to(commands: Any) -> None:
-    """Add the command to the parser."""
-    compare = _options.add_command(
-        commands, "compare", short="explain an image by several methods", long=HELP, examples=EXAMPLES, run=run
-    )
+def add_options(compare: Any) -> None:
+    """Add the options of the command to its parser."""
     _options.add_images(compare, 1)
     _options.add_model(compare)
     maps = compare.add_argument_group("the maps")
     _options.add_methods(maps, METHODS)
     _options.add_layers(maps)
-    _options.add_classes(maps, "class to explain, by its number or name (default: the most probable)", several=False)
+    _options.add_class(maps, "class to explain, by its number or name")
     result = compare.add_argument_group("the result")
     _options.add_picture(result)
     _options.add_colours(result)
@@ -59,15 +61,13 @@ def run(arguments: argparse.Namespace) -> None:
     methods = _options.find_methods(arguments.methods, METHODS)
     (source,) = arguments.images
     file = [arguments.output] if is_picture(arguments.output) else []
-    classifier, target = prepare(arguments, methods, file)
-    explanation = explain_image(arguments, classifier, read_image(source), methods, target)
+    classifier = prepare(arguments, file)
+    explanation = explain_image(arguments, classifier, read_image(source), methods)
     path = picture_of(arguments, classifier, source.stem, explanation)
     check_output([path], [source], arguments.overwrite)
     (index,) = explanation.cams
-    title = f"{classifier.name}: evidence for {classifier.label(index)}, {explanation.value_of(index)}"
-    with library_errors():
-        figure = explanation.plot(colormap=arguments.colormap, alpha=arguments.alpha, dark=False, title=title)
-    save_figure(figure, path)
+    title = f"{classifier.name}: evidence for {explanation.name_of(index)}, {explanation.value_of(index)}"
+    save_figure(arguments, explanation, title, path)
     entries = _similarities(explanation, index)
     if arguments.json:
         about = {"image": str(source), "picture": str(path), **classifier.facts, **class_entry(explanation, index)}

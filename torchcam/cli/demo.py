@@ -13,14 +13,11 @@ from ._paths import check_output
 if TYPE_CHECKING:
     import argparse
 
-    from matplotlib.figure import Figure
-    from PIL import Image
     from torch import Tensor
 
-    from torchcam._explanation import PredictionExplanation
     from torchcam.demo import Sample
 
-__all__ = ["add_to"]
+__all__ = ["HELP", "SHORT", "add_options", "run"]
 
 METHODS = {  # and the layers of the demo model that each looks at
     "GradCAM": ["layer4"],
@@ -29,22 +26,20 @@ METHODS = {  # and the layers of the demo model that each looks at
     "LayerCAM": ["layer2"],
     "RefineCAM": ["layer2", "layer3", "layer4"],
 }
-SHARES = ("on_it", "on_the_other", "on_neither")
-COLORS = ("#2ee6d6", "#7dff5a")
-SCALE = 6  # pixels of the drawn picture for each of the picture's own
+
+SHORT = "explain a picture that ships with the package"
 
 HELP = """\
-Explain a picture that ships with the package, with a model that ships with it: two handwritten digits in clutter, by
-several methods. It is known which pixels belong to which digit, so the maps can be checked: the table gives the share
-of each map's energy that lies on the digit that was asked for, and on the other one. Needs no network.
+Explain a picture that ships with the package, with a model that ships with it:
+two handwritten digits in clutter, by several methods. It is known which pixels
+belong to which digit, so the maps can be checked: the table gives the share of
+each map's energy that lies on the digit that was asked for, and on the other
+one. Needs no network.
 """
 
 
-def add_to(commands: Any) -> None:
-    """Add the command to the parser."""
-    demo = _options.add_command(
-        commands, "demo", short="explain a picture that ships with the package", long=HELP, run=run
-    )
+def add_options(demo: Any) -> None:
+    """Add the options of the command to its parser."""
     _options.add_picture(demo, "torchcam-demo.png")
 
 
@@ -68,12 +63,12 @@ def run(arguments: argparse.Namespace) -> None:
         class_names=CLASS_NAMES,
         to_probabilities=torch.sigmoid,
     )
+    save_figure(arguments, explanation, "The demo model on a picture of two digits", path)
     maps = [
         _measured(name, result.target_layers, digit, result.fused[digit], sample)
         for name, result in explanation.results.items()
         for digit in sample.labels
     ]
-    save_figure(_draw(sample, explanation, maps), path, dpi=110)
     flat_maps = [_measured("(flat map)", (), digit, torch.ones(1, 1), sample) for digit in sample.labels]
     probabilities = explanation.logits[0].sigmoid()
     if arguments.json:
@@ -101,10 +96,11 @@ def run(arguments: argparse.Namespace) -> None:
     rows = [
         (
             f"  {m['method']}",
-            _span(m),
+            " to ".join(dict.fromkeys([*m["target_layers"][:1], *m["target_layers"][-1:]])),
             str(m["class_idx"]),
             Text(f"{m['on_it']:.1%}", BEST if m["on_it"] == best[m["class_idx"]] else ""),
-            *(f"{m[key]:.1%}" for key in SHARES[1:]),
+            f"{m['on_the_other']:.1%}",
+            f"{m['on_neither']:.1%}",
         )
         for m in (*maps, *flat_maps)
     ]
@@ -120,43 +116,11 @@ def _measured(method: str, layers: Sequence[str], digit: int, cam: Tensor, sampl
     shares = (cam * sample.masks).sum((1, 2)) / cam.sum().clamp_min(1e-12)
     own = float(shares[sample.labels.index(digit)])
     other = float(shares.sum()) - own
-    measured = dict(zip(SHARES, (own, other, 1 - own - other), strict=True))
-    return {"method": method, "target_layers": list(layers), "class_idx": digit, **measured}
-
-
-def _span(entry: dict[str, Any]) -> str:
-    """Name the layers of a map, from the first to the last."""
-    layers = entry["target_layers"]
-    return " to ".join(dict.fromkeys((layers[0], layers[-1]))) if layers else ""
-
-
-def _draw(sample: Sample, explanation: PredictionExplanation, maps: Sequence[dict[str, Any]]) -> Figure:
-    """Draw the picture and its maps: a row for each digit, and in it the ground truth and a map of each method."""
-    from PIL import Image
-
-    from torchcam._figures import Cell, Column, Row, Sheet, draw
-
-    size = (SCALE * sample.image.width, SCALE * sample.image.height)
-    picture = sample.image.resize(size, Image.Resampling.BICUBIC)
-    rows = []
-    for digit, mask, color in zip(sample.labels, sample.masks, COLORS, strict=True):
-        mine = [entry for entry in maps if entry["class_idx"] == digit]
-        cells = [Cell(_outlined(picture.convert("L").convert("RGB"), mask, color), f"the {digit}")]
-        for entry in mine:
-            over = explanation.overlay(digit, entry["method"], image=picture)
-            note = f"{entry['on_it']:.0%} on the {digit}, {entry['on_the_other']:.0%} on the other"
-            cells.append(Cell(_outlined(over, mask, color), note))
-        rows.append(Row(f"evidence for a {digit}", f"probability {explanation.value_of(digit)}", cells))
-    columns = [Column("ground truth"), *(Column(entry["method"], _span(entry)) for entry in mine)]
-    return draw([Sheet(picture, columns, rows)], "The demo model on a picture of two digits", None, dark=False)
-
-
-def _outlined(picture: Image.Image, mask: Tensor, color: str) -> Image.Image:
-    """Draw the outline of a mask into a picture."""
-    from PIL import Image, ImageChops, ImageFilter
-
-    smooth = Image.fromarray(mask.numpy()).convert("L").resize(picture.size, Image.Resampling.BILINEAR)
-    inside = smooth.point(lambda value: 255 * (value > 127))
-    edge = ImageChops.difference(inside, inside.filter(ImageFilter.MinFilter(7)))
-    picture.paste(color, mask=edge)
-    return picture
+    return {
+        "method": method,
+        "target_layers": list(layers),
+        "class_idx": digit,
+        "on_it": own,
+        "on_the_other": other,
+        "on_neither": 1 - own - other,
+    }

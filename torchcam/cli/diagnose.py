@@ -11,35 +11,36 @@ from ._messages import UserError, count_of, library_errors, print_json, print_li
 if TYPE_CHECKING:
     import argparse
 
-__all__ = ["add_to"]
+__all__ = ["EXAMPLES", "HELP", "SHORT", "add_options", "run"]
 
 MARKS = {r"^error: ": "bold red", r"^warning: ": "bold yellow", r"^info: ": "bold"}
 
+SHORT = "report what is wrong with a map"
+
 HELP = """\
-Report why the map of an image is blank, constant, NaN, upside down, the same for every class, or too coarse, and what
-to do about it.
+Report why the map of an image is blank, constant, NaN, upside down, the same
+for every class, or too coarse, and what to do about it.
 """
 
 EXAMPLES = """\
 examples:
-  torchcam diagnose dog.jpg --arch vit_b_16 --target-layer encoder.layers.encoder_layer_11
+  torchcam diagnose dog.jpg --arch vit_b_16 \\
+      --target-layer encoder.layers.encoder_layer_11
       why is the map of a transformer's last block empty?
-  torchcam diagnose dog.jpg --model-factory mine.models:load --method GradCAMpp --json
+  torchcam diagnose dog.jpg --model-factory mine.models:load \\
+      --method GradCAMpp --json
       your own model, for another program
 """
 
 
-def add_to(commands: Any) -> None:
-    """Add the command to the parser."""
-    diagnose = _options.add_command(
-        commands, "diagnose", short="report what is wrong with a map", long=HELP, examples=EXAMPLES, run=run
-    )
+def add_options(diagnose: Any) -> None:
+    """Add the options of the command to its parser."""
     _options.add_images(diagnose)
     _options.add_model(diagnose)
     maps = diagnose.add_argument_group("the map")
     _options.add_method(maps)
     _options.add_layers(maps)
-    _options.add_classes(maps, "the class whose map it is (default: the most probable)", several=False)
+    _options.add_class(maps, "the class whose map it is")
     _options.add_json(diagnose)
 
 
@@ -48,12 +49,12 @@ def run(arguments: argparse.Namespace) -> None:
     method = _options.find_method(arguments.method)
     if not hasattr(method, "diagnose"):
         raise UserError(f"--method {method.__name__} is put together from others: diagnose the method that it wraps")
-    classifier, target = prepare(arguments, [method])
+    classifier = prepare(arguments)
     found = []
     for path in arguments.images:
         with library_errors(arguments.target_layer):
             inputs = classifier.read([read_image(path)])
-            with method(classifier.model, target_layer=target) as extractor:
+            with method(classifier.model, target_layer=arguments.target_layer or None) as extractor:
                 classifier.model(inputs.tensor)
                 found.append((str(path), extractor.diagnose(*arguments.class_idx)))
     if arguments.json:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import _options
 from ._folder import read_folder
-from ._images import check_layers, save_reports, target_layer
-from ._messages import UserError, library_errors, print_table, printable
+from ._images import file_errors, save_reports
+from ._messages import UserError, library_errors, print_line, print_table
 from ._models import load_model
 from ._paths import check_output
 from ._processes import processes, wait_for_all
@@ -19,31 +19,39 @@ from ._processes import processes, wait_for_all
 if TYPE_CHECKING:
     import argparse
 
-__all__ = ["add_to"]
+__all__ = ["EXAMPLES", "HELP", "SHORT", "add_options", "run"]
 
 METHODS = "GradCAM,GradCAMpp,LayerCAM,EigenCAM,RandomCAM"
-METRICS = "ClassificationMetric,DeletionInsertionMetric"
+METRICS = ["ClassificationMetric", "DeletionInsertionMetric"]
 DEMO_SCENES = 32
 SCORES = ("softmax", "sigmoid", "none")
 
+SHORT = "measure the maps of several methods over a data set"
+
 HELP = """\
-Measure how faithful the maps of several methods are, over a folder of images with a subfolder for each class. Each
-method explains each image once, and all metrics measure the same maps. In the table, an arrow says whether a high or a
+Measure how faithful the maps of several methods are, over a folder of images
+with a subfolder for each class. Each method explains each image once, and all
+metrics measure the same maps. In the table, an arrow says whether a high or a
 low number is good; RandomCAM is what a method has to beat.
 
-The folders' names are looked up among the model's classes: by name, by number, or in sorted order if there are as many
-and their names are WordNet's. The state is kept after every batch: interrupted, the same command goes on where it was.
+The folders' names are looked up among the model's classes: by name, by number,
+or in sorted order if there are as many and their names are WordNet's. The
+state is kept after every batch: interrupted, the same command goes on where it
+was.
 """
 
 EXAMPLES = """\
 examples:
   torchcam evaluate --demo
-      the model that ships with the package, on pictures made for it; it is known what is where in them
+      the model that ships with the package, on pictures made for it; it is
+      known what is where in them
   torchcam evaluate val --limit 200 --output results.csv --output results.md
       a resnet50 on 200 images of a folder, evenly spread over its classes
-  torchcam evaluate photos --class-source predicted --methods ScoreCAM,GradCAM --metrics ROAD,ADCC
+  torchcam evaluate photos --class-source predicted \\
+      --methods ScoreCAM,GradCAM --metrics ROAD,ADCC
       a folder without known classes: what the model predicts is explained
-  torchcam evaluate val --model-factory mine.models:load --class-map classes.json --json
+  torchcam evaluate val --model-factory mine.models:load \\
+      --class-map classes.json --json
       your own model, and a file that gives the number of each folder's class
 
 on several GPUs or machines, with the same result:
@@ -51,16 +59,8 @@ on several GPUs or machines, with the same result:
 """
 
 
-def add_to(commands: Any) -> None:
-    """Add the command to the parser."""
-    evaluate = _options.add_command(
-        commands,
-        "evaluate",
-        short="measure the maps of several methods over a data set",
-        long=HELP,
-        examples=EXAMPLES,
-        run=run,
-    )
+def add_options(evaluate: Any) -> None:
+    """Add the options of the command to its parser."""
     evaluate.add_argument("data", metavar="DIR", nargs="?", type=Path, help="a folder of images")
     evaluate.add_argument(
         "--demo", action="store_true", help=f"in place of DIR and a model: those of the demo ({DEMO_SCENES} images)"
@@ -73,7 +73,7 @@ def add_to(commands: Any) -> None:
         metavar="NAMES",
         action="extend",
         type=_options.names,
-        help=f"metrics of torchcam.metrics (default: {METRICS}; with --demo, Localization too)",
+        help=f"metrics of torchcam.metrics (default: {','.join(METRICS)}; with --demo, Localization too)",
     )
     _options.add_layers(what)
     what.add_argument(
@@ -109,7 +109,7 @@ def add_to(commands: Any) -> None:
         default=60.0,
         help="under torchrun: how long processes wait for each other, a batch at most (default: %(default)g)",
     )
-    _options.add_reports(evaluate.add_argument_group("the result"), "it as .json, .csv, .md or .txt")
+    _options.add_reports(evaluate.add_argument_group("the result"), "it", (".json", ".csv", ".md", ".txt"))
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -118,24 +118,30 @@ def run(arguments: argparse.Namespace) -> None:
     methods = _check(arguments, outputs)
     first = outputs[0] if outputs else Path("torchcam-evaluate")
     checkpoint = arguments.checkpoint or first.with_name(f"{first.name}.partial")
-    with processes(arguments.device, arguments.timeout) as (rank, device):
+    with processes(arguments.device, arguments.timeout) as rank:
         if arguments.restart:
             _discard(checkpoint)
             wait_for_all()
-        task = _demo(arguments) if arguments.demo else _folder(arguments)
-        layers = target_layer(task.model.to(device), check_layers(arguments, methods))
+        model, data, title, facts = _demo(arguments) if arguments.demo else _folder(arguments)
         if rank == 0 and not arguments.json:
-            print(f"{task.title}\n", flush=True)
-        result = _evaluate(arguments, task, methods, layers, checkpoint)
+            print(f"{title}\n", flush=True)
+        result = _evaluate(arguments, model, data, facts, methods, checkpoint)
         if rank == 0:
-            _report(result, outputs, as_json=arguments.json)
+            save_reports(result, outputs)
+            if arguments.json:
+                print(result.to_json())
+            else:
+                print_table(result)
+                for path in outputs:
+                    print_line(f"-> {path}")
         wait_for_all()
         _discard(checkpoint)
 
 
 def _check(arguments: argparse.Namespace, outputs: Sequence[Path]) -> list[type[Any]]:
     """Check what can be checked before anything is loaded, and return the methods."""
-    from torchcam.evaluation import check_format
+    from torchcam import metrics
+    from torchcam.evaluation import find_class
 
     if arguments.demo == (arguments.data is not None):
         raise UserError("name either a folder of images or --demo (`torchcam evaluate --help` explains)")
@@ -144,149 +150,86 @@ def _check(arguments: argparse.Namespace, outputs: Sequence[Path]) -> list[type[
             if getattr(arguments, option) is not None:
                 raise UserError(f"--demo has a model and classes of its own: leave out --{option.replace('_', '-')}")
     elif not arguments.data.is_dir():
-        what = "is not a folder" if arguments.data.exists() else "does not exist"
-        raise UserError(f"DIR '{arguments.data}' {what}")
+        raise UserError(f"DIR '{arguments.data}' is not a folder")
     if not arguments.timeout > 0:
         raise UserError(f"--timeout must be positive, got {arguments.timeout:g}")
-    for path in outputs:
-        try:
-            check_format(path)
-        except ValueError as error:
-            raise UserError(f"--output {error}") from error
+    with library_errors():
+        for name in arguments.metrics or []:
+            find_class("metrics", name, metrics)
     check_output(outputs, [], arguments.overwrite)
-    for name in arguments.metrics or []:
-        find_metric(name)
     return _options.find_methods(arguments.methods, METHODS)
-
-
-def find_metric(name: str) -> Any:
-    """Find a metric by its name."""
-    from torchcam import metrics
-    from torchcam._names import closest, match_name
-
-    known = sorted(entry for entry in metrics.__all__ if isinstance(getattr(metrics, entry), type))
-    found = match_name(name, known) or match_name(f"{name}Metric", known)
-    if found is None:
-        raise UserError(f"--metrics '{name}' is not a metric of torchcam; {closest(name, known)}")
-    return getattr(metrics, found)
 
 
 def _discard(checkpoint: Path) -> None:
     from torchcam.evaluation import discard_checkpoint
 
-    try:
+    with file_errors(checkpoint):
         discard_checkpoint(checkpoint)
-    except OSError as error:
-        raise UserError(f"cannot remove '{checkpoint}': {error.strerror or error}") from error
 
 
-@dataclass(frozen=True)
-class Task:
-    """A model, the data that it is evaluated on, and how.
-
-    Attributes:
-        model: the model
-        data: the data set
-        title: both, in a line
-        scores: the function that turns the model's output into scores, by its name
-        metrics: the names of the metrics
-        facts: the identity of the data, for the record of the evaluation
-    """
-
-    model: Any
-    data: Any
-    title: str
-    scores: str
-    metrics: list[str]
-    facts: Mapping[str, Any]
-
-
-def _demo(arguments: argparse.Namespace) -> Task:
-    """Make pictures with the digits that the demo model knows: two in each, the first of which is explained."""
+def _demo(arguments: argparse.Namespace) -> tuple[Any, Any, str, dict[str, Any]]:
+    """Return the demo model, pictures that hold two digits each, the first of which is explained, and what that is."""
     from torchcam import demo
 
     count = arguments.limit or DEMO_SCENES
-    try:
+    with library_errors():
         scenes = demo.make_scenes(count, num_digits=2)
-    except ImportError as error:
-        raise UserError(str(error)) from error
     data = [
         (image, int(labels[0]), {"masks": masks[0]})
         for image, labels, masks in zip(scenes.images, scenes.labels, scenes.masks, strict=True)
     ]
-    metrics = arguments.metrics or [*_options.names(METRICS), "Localization"]
     title = f"demo model on {count} pictures of two digits each, one of which is explained"
-    return Task(demo.load_model(), data, title, arguments.scores or "sigmoid", metrics, {"demo": count})
+    return demo.load_model().to(arguments.device), data, title, {"demo": count}
 
 
-def _folder(arguments: argparse.Namespace) -> Task:
-    """Read a folder of images, or as many of them as are asked for."""
+def _folder(arguments: argparse.Namespace) -> tuple[Any, Any, str, dict[str, Any]]:
+    """Return a model, the images of a folder, or as many of them as are asked for, and what that is."""
     from torch.utils.data import Subset
 
     classifier = load_model(arguments)
     folder = read_folder(arguments, classifier)
-    count, limit = len(folder), arguments.limit
-    data: Any = folder
-    if limit is not None and limit < count:
-        data = Subset(data, [i * count // limit for i in range(limit)])
+    count = len(folder)
+    limit = min(arguments.limit or count, count)
+    data = Subset(folder, [i * count // limit for i in range(limit)])  # type: ignore[arg-type]
     title = f"{classifier.name}, on {len(data)} of {count} images in {folder.root}; {folder.how}"
-    metrics = arguments.metrics or _options.names(METRICS)
-    return Task(classifier.model, data, title, arguments.scores or "softmax", metrics, {**folder.facts, "limit": limit})
+    return classifier.model, data, title, {**folder.facts, "limit": arguments.limit}
 
 
 def _evaluate(
     arguments: argparse.Namespace,
-    task: Task,
+    model: Any,
+    data: Any,
+    facts: Mapping[str, Any],
     methods: Sequence[type[Any]],
-    layers: str | list[str] | None,
     checkpoint: Path,
 ) -> Any:
+    import torch
     from torch.utils.data import DataLoader
 
     from torchcam.evaluation import evaluate
 
-    loader = DataLoader(task.data, batch_size=arguments.batch_size, num_workers=arguments.workers)
+    scores: dict[str, Any] = {"softmax": partial(torch.softmax, dim=1), "sigmoid": torch.sigmoid, "none": None}
+    usual = "sigmoid" if arguments.demo else "softmax"
+    metrics = [*METRICS, "Localization"] if arguments.demo else METRICS
+    layers = arguments.target_layer or None
     try:
-        with library_errors(arguments.target_layer):
+        with file_errors(checkpoint), library_errors(arguments.target_layer):
             return evaluate(
-                task.model,
-                loader,
+                model,
+                DataLoader(data, batch_size=arguments.batch_size, num_workers=arguments.workers),
                 methods,
-                [find_metric(name) for name in task.metrics],
+                arguments.metrics or metrics,
                 target_layer=layers,
-                logits_fn=_scores(task.scores),
+                logits_fn=scores[arguments.scores or usual],
                 class_source=arguments.class_source,
                 batch_size=arguments.chunk_size,
                 checkpoint=checkpoint,
                 keep_checkpoint=True,
                 progress=sys.stderr.isatty(),
-                settings={**task.facts, "target_layer": layers},
+                settings={**facts, "target_layer": layers},
             )
     except KeyboardInterrupt as interrupt:
         notes = getattr(interrupt, "__notes__", [])
         raise KeyboardInterrupt(*notes, "the same command goes on from there (--restart begins anew)") from None
     except UserError as error:  # of a worker that reads images: the last line of its message says it
         raise UserError(str(error).strip().splitlines()[-1].rpartition("UserError: ")[2]) from error
-    except OSError as error:
-        raise UserError(
-            f"cannot keep the state in '{checkpoint}': {error.strerror or error}; pass another --checkpoint"
-        ) from error
-
-
-def _scores(name: str) -> Any:
-    from functools import partial
-
-    import torch
-
-    return {"softmax": partial(torch.softmax, dim=1), "sigmoid": torch.sigmoid, "none": None}[name]
-
-
-def _report(result: Any, outputs: Sequence[Path], *, as_json: bool) -> None:
-    """Write the table, and print it."""
-    save_reports(result, outputs)
-    if as_json:
-        print(result.to_json())
-        return
-    print_table(result)
-    for path in outputs:
-        print(printable(f"-> {path}"))

@@ -6,46 +6,44 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import _options
-from ._images import check_layers, target_layer
+from ._images import file_errors
 from ._messages import UserError, library_errors, print_json, print_line
-from ._models import RANDOM_WEIGHTS, SEED, find_device, load_model
+from ._models import RANDOM_WEIGHTS, SEED, load_model
 from ._paths import check_output
 
 if TYPE_CHECKING:
     import argparse
 
-__all__ = ["add_to"]
+__all__ = ["EXAMPLES", "HELP", "SHORT", "add_options", "run"]
+
+SHORT = "write a classifier and its maps to a file that runs without Python"
 
 HELP = """\
-Write a classification model and the maps of a method to one file that runs without Python: it computes the scores, and
-the map of a class. The suffix says for what: .onnx (ONNX Runtime), .pt2 (torch.export), .aoti.pt2 (C++, compiled for
-this kind of processor), .html (a page that runs the model in a browser). What the file computes is compared with the
-maps of the method before it is written. Needs torch 2.13; .onnx and .html need `pip install 'torchcam[export]'`.
+Write a classification model and the maps of a method to one file that runs
+without Python: it computes the scores, and the map of a class. The suffix says
+for what: .onnx (ONNX Runtime), .pt2 (torch.export), .aoti.pt2 (C++, compiled
+for this kind of processor), .html (a page that runs the model in a browser).
+What the file computes is compared with the maps of the method before it is
+written. Needs torch 2.13; .onnx and .html need `pip install
+'torchcam[export]'`.
 """
 
 EXAMPLES = """\
 examples:
   torchcam export --arch resnet18 --output resnet18.onnx
       scores and Grad-CAM of any class, for batches of any size
-  torchcam export --model-factory mine:load --method LayerCAM --target-layer stage3 --dynamic-size --output mine.onnx
+  torchcam export --model-factory mine:load --method LayerCAM \\
+      --target-layer stage3 --dynamic-size --output mine.onnx
       your own model, for images of any size
   torchcam export --arch resnet18 --output page.html --runtime onnxruntime-web
       a page; the folder is the npm package, unpacked
 """
 
-SUFFIXES = (".onnx", ".pt2", ".html")
+SUFFIXES = (".onnx", ".pt2", ".aoti.pt2", ".html")
 
 
-def add_to(commands: Any) -> None:
-    """Add the command to the parser."""
-    export = _options.add_command(
-        commands,
-        "export",
-        short="write a classifier and its maps to a file that runs without Python",
-        long=HELP,
-        examples=EXAMPLES,
-        run=run,
-    )
+def add_options(export: Any) -> None:
+    """Add the options of the command to its parser."""
     _options.add_model(export)
     maps = export.add_argument_group("the maps")
     _options.add_method(maps)
@@ -56,7 +54,11 @@ def add_to(commands: Any) -> None:
     maps.add_argument("--dynamic-size", action="store_true", help="take images of any size that the model takes")
     result = export.add_argument_group("the result")
     result.add_argument(
-        "--output", metavar="FILE", type=Path, required=True, help="the file, in the format of its suffix"
+        "--output",
+        metavar="FILE",
+        type=_options.file_with(SUFFIXES),
+        required=True,
+        help="the file, in the format of its suffix",
     )
     result.add_argument(
         "--runtime", metavar="DIR", type=Path, help="for a page: the folder of the npm package onnxruntime-web"
@@ -72,33 +74,24 @@ def run(arguments: argparse.Namespace) -> None:
     from torchcam.export import export
 
     path = arguments.output
-    if path.suffix.lower() not in SUFFIXES:
-        raise UserError(f"--output '{path}' must end with one of .onnx, .pt2, .aoti.pt2, .html")
     if path.suffix.lower() == ".html" and arguments.runtime is None:
         raise UserError("a page needs --runtime, the folder of the npm package onnxruntime-web")
     method = _options.find_method(arguments.method)
-    layers = check_layers(arguments, [method])
     check_output([path], [], arguments.overwrite)
-    device = find_device(arguments.device)
     classifier = load_model(arguments)
-    model = classifier.model.to(device)
     noise = torch.rand((2, *classifier.blank.shape), generator=torch.Generator().manual_seed(SEED))
-    parameter = next(model.parameters(), noise)
-    try:
-        with library_errors(arguments.target_layer):
-            exported = export(
-                model,
-                method,
-                target_layer(model, layers),
-                example=noise.to(parameter),
-                top_class=arguments.top_class,
-                dynamic_size=arguments.dynamic_size,
-                transform=classifier.preprocess,
-                class_names=classifier.categories,
-            )
-            exported.save(path, runtime=arguments.runtime)
-    except (ImportError, OSError) as error:
-        raise UserError(str(error)) from error
+    with file_errors(path), library_errors(arguments.target_layer):
+        exported = export(
+            classifier.model,
+            method,
+            arguments.target_layer or None,
+            example=noise.to(next(classifier.model.parameters(), noise)),
+            top_class=arguments.top_class,
+            dynamic_size=arguments.dynamic_size,
+            transform=classifier.preprocess,
+            class_names=classifier.categories,
+        )
+        exported.save(path, runtime=arguments.runtime)
     if arguments.json:
         print_json({**classifier.facts, "file": str(path), "error": exported.error, "metadata": exported.metadata})
         return

@@ -12,33 +12,30 @@ from ._models import SEED, load_model
 if TYPE_CHECKING:
     import argparse
 
-__all__ = ["add_to"]
+__all__ = ["EXAMPLES", "HELP", "SHORT", "add_options", "run"]
+
+SHORT = "list the layers of a model that maps can be made from"
 
 HELP = """\
-List the layers of a classification model that a map can be made from, in the order in which they finish: the grid of
-positions in each, its channels, and the share of the positions that the scores depend on. Projections within a layer,
-and layers that the scores do not depend on, are left out but for --all. Needs no weights.
+List the layers of a classification model that a map can be made from, in the
+order in which they finish: the grid of positions in each, its channels, and
+the share of the positions that the scores depend on. Projections within a
+layer, and layers that the scores do not depend on, are left out but for --all.
+Needs no weights.
 """
 
 EXAMPLES = """\
 examples:
   torchcam layers --arch vit_b_16
-      in the last block only the class token counts: the default is the layer before its attention
+      in the last block only the class token counts: the default is the layer
+      before its attention
   torchcam layers --arch swin_t --size 224x320
       the grids for images that are not square
 """
 
 
-def add_to(commands: Any) -> None:
-    """Add the command to the parser."""
-    layers = _options.add_command(
-        commands,
-        "layers",
-        short="list the layers of a model that maps can be made from",
-        long=HELP,
-        examples=EXAMPLES,
-        run=run,
-    )
+def add_options(layers: Any) -> None:
+    """Add the options of the command to its parser."""
     _options.add_model(layers, weights=False)
     layers.add_argument("--size", metavar="HxW", help="height and width of the images (default: what the model is for)")
     layers.add_argument("--all", action="store_true", help="list every layer whose output has positions")
@@ -51,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from torchcam.layers import Candidates, candidates
 
-    classifier = load_model(arguments)
+    classifier = load_model(arguments, "none")
     channels, height, width = classifier.blank.shape
     if arguments.size is not None:
         height, width = as_size(arguments.size)

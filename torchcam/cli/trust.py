@@ -13,10 +13,9 @@ from ._messages import UserError, library_errors, print_json, print_line, print_
 if TYPE_CHECKING:
     import argparse
 
-__all__ = ["add_to"]
+__all__ = ["EXAMPLES", "HELP", "SHORT", "add_options", "run"]
 
 METHODS = "GradCAM,LayerCAM,ReciproCAM"
-SUFFIXES = (".html", ".json", ".txt")
 MARKS = {
     r"^ *Do not believe": "bold red",
     r"^ *Take th\w+ pictures? with care": "bold yellow",
@@ -26,26 +25,28 @@ MARKS = {
     r"^  ✗": "red",
 }
 
+SHORT = "report whether to believe a map"
+
 HELP = """\
-Test the map of a prediction, and report whether to believe it: is there evidence in the image, does the score fall
-where the map says so when windows of the image are removed, is the map's region enough to tell the class? The first
-method is judged; if it fails, the others are tried as well. Takes about 70 forward passes for each image.
+Test the map of a prediction, and report whether to believe it: is there
+evidence in the image, does the score fall where the map says so when windows
+of the image are removed, is the map's region enough to tell the class? The
+first method is judged; if it fails, the others are tried as well. Takes about
+70 forward passes for each image.
 """
 
 EXAMPLES = """\
 examples:
   torchcam trust dog.jpg
       Grad-CAM on the most probable class of a resnet50
-  torchcam trust dog.jpg cat.jpg --arch convnext_tiny --methods LayerCAM,GradCAM --output report.html
+  torchcam trust dog.jpg cat.jpg --arch convnext_tiny \\
+      --methods LayerCAM,GradCAM --output report.html
       Layer-CAM on two images, in a page with pictures
 """
 
 
-def add_to(commands: Any) -> None:
-    """Add the command to the parser."""
-    trust = _options.add_command(
-        commands, "trust", short="report whether to believe a map", long=HELP, examples=EXAMPLES, run=run
-    )
+def add_options(trust: Any) -> None:
+    """Add the options of the command to its parser."""
     _options.add_images(trust)
     _options.add_model(trust)
     maps = trust.add_argument_group("the map")
@@ -58,23 +59,18 @@ def add_to(commands: Any) -> None:
     _options.add_classes(
         maps,
         "the class whose map it is, for all images or, separated by commas, for each (default: the most probable)",
-        several=True,
     )
     _options.add_count(maps, "--chunk-size", "images in one pass (default: %(default)s)", default=32)
-    _options.add_reports(trust.add_argument_group("the result"), "the report as .html, .json or .txt")
+    _options.add_reports(trust.add_argument_group("the result"), "the report", (".html", ".json", ".txt"))
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Test the maps of the images."""
     methods = _options.find_methods(arguments.methods, METHODS)
-    classes = arguments.class_idx
-    if len(classes) not in {0, 1, len(arguments.images)}:
+    if len(arguments.class_idx) not in {0, 1, len(arguments.images)}:
         raise UserError(f"--class-idx must name one class, or one for each of {len(arguments.images)} images")
     outputs = list(dict.fromkeys(arguments.output))
-    for path in outputs:
-        if path.suffix.lower() not in SUFFIXES:
-            raise UserError(f"--output '{path}' must end in {', '.join(SUFFIXES)}")
-    classifier, target = prepare(arguments, methods, outputs)
+    classifier = prepare(arguments, outputs)
 
     from torchcam.trust import trust  # after all checks, as it takes long to import
 
@@ -85,12 +81,12 @@ def run(arguments: argparse.Namespace) -> None:
         report = trust(
             classifier.model,
             inputs.tensor,
-            classes if len(classes) > 1 else next(iter(classes), None),
+            arguments.class_idx if len(arguments.class_idx) > 1 else next(iter(arguments.class_idx), None),
             methods=[best.method, *methods] if best else methods,
-            target_layer={best.method: best.target_layer} if best else target,
+            target_layer={best.method: best.target_layer} if best else arguments.target_layer or None,
             method_kwargs={best.method: best.method_kwargs} if best else None,
             images=[picture for picture in inputs.pictures if picture is not None] or None,
-            class_names=inputs.class_names,
+            class_names=classifier.categories,
             batch_size=arguments.chunk_size,
         )
     save_reports(report, outputs)

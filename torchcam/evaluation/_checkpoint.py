@@ -48,8 +48,8 @@ class Checkpoint:
             size = int(path.stem.rpartition("-")[2])
             if size != self.size:
                 raise ValueError(
-                    f"`checkpoint` '{self.folder}' belongs to an evaluation by {_processes(size)}, this one is by "
-                    f"{_processes(self.size)}: {_WAY_OUT}"
+                    f"`checkpoint` '{self.folder}' belongs to an evaluation by {size} processes, this one is by "
+                    f"{self.size}: {_WAY_OUT}"
                 )
         if not self.path.exists():
             return None
@@ -108,10 +108,6 @@ def _signed(payload: bytes) -> bytes:
 
 
 _WAY_OUT = "use those settings, name another folder, or remove it to begin anew"
-
-
-def _processes(count: int) -> str:
-    return "one process" if count == 1 else f"{count} processes"
 
 
 def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:

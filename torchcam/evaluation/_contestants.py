@@ -16,14 +16,16 @@ from torchmetrics import Metric
 
 from torchcam import methods as all_methods
 from torchcam import metrics as all_metrics
+from torchcam._methods import takes
 from torchcam._names import closest, match_name
+from torchcam._passes import model_device
 from torchcam.layers import TargetLayer
 from torchcam.methods.core import _CAM
 from torchcam.metrics.core import missing_parts
 
 from ._checkpoint import describe
 
-__all__ = ["Contestant", "LogitsFn", "error_note", "find_class", "make_contestants", "metric_options"]
+__all__ = ["Contestant", "LogitsFn", "error_note", "find_class", "generators_of", "make_contestants", "metric_options"]
 
 LogitsFn = Callable[[Any], Any]
 
@@ -46,25 +48,14 @@ class Contestant:
     description: str
     descriptions: dict[str, str]
 
-    def __post_init__(self) -> None:
-        # What the `update` of each metric takes beside the input and the class.
-        self.accepted = {
-            name: set(inspect.signature(metric.update).parameters) for name, metric in self.metrics.items()
-        }
 
-    @property
-    def generators(self) -> list[torch.Generator]:
-        """The random number generators of the extractor, whose states change from batch to batch."""
-        return list(_generators(self.extractor))
-
-
-def _generators(extractor: Any) -> Iterator[torch.Generator]:
-    """Yield the generators of an extractor and of those that it wraps."""
+def generators_of(extractor: Any) -> Iterator[torch.Generator]:
+    """Yield the random number generators of an extractor and of those that it wraps: their states change."""
     for value in vars(extractor).values():
         if isinstance(value, torch.Generator):
             yield value
         elif hasattr(value, "fuse_cams") and not isinstance(value, type):
-            yield from _generators(value)
+            yield from generators_of(value)
 
 
 def _named(what: str, entries: Any, module: ModuleType) -> dict[str, Any]:
@@ -118,7 +109,6 @@ def make_contestants(
     target_layer: TargetLayer | Sequence[TargetLayer] | None,
     logits_fn: LogitsFn | None,
     batch_size: int | None,
-    device: torch.device,
 ) -> list[Contestant]:
     """Make the extractors, whose hooks are removed with ``stack``, and the metrics of each."""
     makers = _named("metrics", metrics, all_metrics)
@@ -128,6 +118,7 @@ def make_contestants(
                 f"`metrics` holds the object {type(maker).__name__}(), but each method needs one of its own: pass the "
                 "class, or a function from an extractor to a metric"
             )
+    device = model_device(model)
     sources = {name: describe(maker) for name, maker in makers.items()}
     contestants = []
     for name, entry in _named("methods", methods, all_methods).items():
@@ -136,7 +127,7 @@ def make_contestants(
             metric: _make_metric(metric, maker, extractor, logits_fn, batch_size) for metric, maker in makers.items()
         }
         for metric in made.values():
-            metric.to(device).persistent(True)
+            metric.to(device if device.type == "cuda" else "cpu").persistent(True)
         contestants.append(Contestant(name, extractor, made, f"{describe(entry)}: {describe(extractor)}", sources))
     return contestants
 
@@ -154,10 +145,11 @@ def _make_extractor(
         extractor = entry
     else:
         options: dict[str, Any] = {}
-        method = _unwrapped(entry)
-        if (isinstance(method, type) and issubclass(method, _CAM)) or _takes(entry, "target_layer"):
+        method, layers = _unwrapped(entry), inspect.signature(entry).parameters.get("target_layer")
+        if layers is not None or (isinstance(method, type) and issubclass(method, _CAM)):
             options = _missing_options(entry, batch_size=batch_size)
-            if target_layer is not None and "target_layer" not in getattr(entry, "keywords", {}):
+            is_required = layers is not None and layers.default is layers.empty
+            if (target_layer is not None or is_required) and "target_layer" not in getattr(entry, "keywords", {}):
                 options["target_layer"] = target_layer
         with error_note(f"the method {name}"):
             extractor = entry(model, **options)
@@ -167,7 +159,7 @@ def _make_extractor(
             f"`methods` entry '{name}' gives {type(extractor).__name__}, which is no extractor: it lacks "
             f"{', '.join(missing)}"
         )
-    if extractor.model is not getattr(model, "_orig_mod", model):
+    if extractor.model is not model:
         raise ValueError(f"`methods` entry '{name}' watches another model than `model`")
     if not made and hasattr(extractor, "__exit__"):
         stack.enter_context(extractor)
@@ -201,20 +193,11 @@ def _unwrapped(entry: Any) -> Any:
     return entry
 
 
-def _takes(function: Any, option: str) -> bool:
-    try:
-        return option in inspect.signature(function).parameters
-    except (TypeError, ValueError):
-        return False
-
-
 def _missing_options(entry: Any, **options: Any) -> dict[str, Any]:
     """Return the options that are not None, that an entry takes, and that it is not a partial with."""
     bound = getattr(entry, "keywords", {})
     return {
-        name: value
-        for name, value in options.items()
-        if value is not None and name not in bound and _takes(entry, name)
+        name: value for name, value in options.items() if value is not None and name not in bound and takes(entry, name)
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.utils.data.sampler import RandomSampler, WeightedRandomSampler
 
 from torchcam._tensors import map_tensors
 
-__all__ = ["Batch", "Stream"]
+__all__ = ["Batch", "Stream", "length"]
 
 _IMAGE_KEYS = ("input_tensor", "input", "inputs", "image", "images", "pixel_values", "x")
 _CLASS_KEYS = ("class_idx", "label", "labels", "class", "y")
@@ -32,8 +32,8 @@ class Batch:
     """
 
     image: Tensor
-    labels: list[int] | None = None
-    extras: dict[str, Any] = field(default_factory=dict)
+    labels: list[int] | None
+    extras: dict[str, Any]
 
     @classmethod
     def read(cls, raw: Any, device: torch.device) -> Batch:
@@ -103,7 +103,7 @@ class Stream:
         if not isinstance(loader, Iterable):
             raise TypeError(f"`loader` must be an iterable of batches, got {type(loader).__name__}")
         self.loader, self.rank, self.size = loader, rank, size
-        self.total: int | None = _length(loader)
+        self.total: int | None = length(loader)
 
     @property
     def own(self) -> int | None:
@@ -181,8 +181,9 @@ def _with_batches(loader: DataLoader[Any], batches: list[list[int]]) -> DataLoad
     )
 
 
-def _length(loader: Any) -> int | None:
+def length(batches: Any) -> int | None:
+    """Return the number of batches or samples, if it is known."""
     try:
-        return len(loader)
+        return len(batches)
     except TypeError:  # generators have none, nor do loaders of iterable data sets that do not know theirs
         return None

@@ -202,18 +202,12 @@ class Evaluation:
         return path
 
     def _groups(self, widths: Sequence[int], width: int) -> list[list[int]]:
-        """Distribute the columns but the first to tables that fit a width, those of a metric together if possible."""
-        numbers = iter(range(1, len(widths)))
-        parts = [[next(numbers) for _ in keys] for keys in self.higher_is_better.values()]
+        """Distribute the columns but the first to tables that fit a width."""
         groups: list[list[int]] = [[]]
-        for part in [*parts, list(numbers)]:
-            whole = widths[0] + sum(widths[column] for column in part)
-            if groups[-1] and whole + sum(widths[column] for column in groups[-1]) > width:
+        for column in range(1, len(widths)):
+            if groups[-1] and widths[0] + sum(widths[c] for c in [*groups[-1], column]) > width:
                 groups.append([])
-            for column in part:
-                if groups[-1] and widths[0] + sum(widths[c] for c in groups[-1]) + widths[column] > width:
-                    groups.append([])
-                groups[-1].append(column)
+            groups[-1].append(column)
         return groups
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:

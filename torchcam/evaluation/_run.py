@@ -6,9 +6,10 @@ import json
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib import import_module
 from operator import methodcaller
 from pathlib import Path
 from types import MappingProxyType
@@ -20,6 +21,7 @@ from torchmetrics import Metric
 
 from torchcam import __version__
 from torchcam._checks import callable_object, one_of, positive_integer, torch_module
+from torchcam._methods import takes
 from torchcam._passes import model_device
 from torchcam._replica import replicated
 from torchcam._tensors import map_tensors
@@ -29,8 +31,8 @@ from torchcam.metrics.core import explaining, maps_of, with_logits
 from torchcam.targets import class_scores
 
 from ._checkpoint import Checkpoint, checksum, describe
-from ._contestants import Contestant, LogitsFn, error_note, make_contestants, metric_options
-from ._data import Batch, Stream
+from ._contestants import Contestant, LogitsFn, error_note, generators_of, make_contestants, metric_options
+from ._data import Batch, Stream, length
 from ._result import Evaluation, MethodResult
 from ._team import Team
 
@@ -114,28 +116,19 @@ def evaluate(
     callable_object("logits_fn", logits_fn, optional=True)
     if batch_size is not None:
         positive_integer("batch_size", batch_size)
+    model = getattr(model, "_orig_mod", model)
     team = Team(distributed)
     with ExitStack() as stack, plain_tensors():
-        with team.failing_together():
+        with team.telling_errors():
             stream = Stream(loader, team.rank, team.size)
-            device = model_device(model)
             contestants = make_contestants(
-                stack,
-                model,
-                methods,
-                metrics,
-                target_layer=target_layer,
-                logits_fn=logits_fn,
-                batch_size=batch_size,
-                device=device if device.type == "cuda" else torch.device("cpu"),
+                stack, model, methods, metrics, target_layer=target_layer, logits_fn=logits_fn, batch_size=batch_size
             )
-            record = _settings(model, stream, contestants, logits_fn, class_source, settings, team)
             saved = None if checkpoint is None else Checkpoint(checkpoint, team.rank, team.size)
-            run = _Run(
-                getattr(model, "_orig_mod", model), stream, contestants, logits_fn, class_source, team, saved, record
-            )
+            run = _Run(model, stream, contestants, logits_fn, class_source, team, saved, settings)
             run.resume()
-        if not team.agree(zlib.crc32(json.dumps(record, sort_keys=True).encode())):
+        team.step(working=True, failed=False)
+        if not team.agree(zlib.crc32(json.dumps(run.settings, sort_keys=True).encode())):
             raise ValueError("the processes of the group were given different settings, models or data")
         run.run_batches(progress)
         result = run.result()
@@ -150,57 +143,6 @@ def discard_checkpoint(checkpoint: str | Path) -> None:
     Checkpoint(checkpoint).remove()
 
 
-def _settings(
-    model: nn.Module,
-    stream: Stream,
-    contestants: Sequence[Contestant],
-    logits_fn: LogitsFn | None,
-    class_source: str,
-    more: Mapping[str, Any] | None,
-    team: Team,
-) -> dict[str, Any]:
-    """Return a description of an evaluation, the same in every run, as JSON can hold it."""
-    dataset = getattr(stream.loader, "dataset", None)
-    try:
-        num_samples = None if dataset is None else len(dataset)
-    except TypeError:
-        num_samples = None
-    first = contestants[0]
-    record: dict[str, Any] = {
-        "torchcam": __version__,
-        "model": {
-            "class": f"{type(model).__module__}.{type(model).__qualname__}",
-            "checksum": checksum(model),
-        },
-        "methods": {one.name: one.description for one in contestants},
-        "metrics": {
-            name: {
-                "made_by": first.descriptions[name],
-                "class": describe(type(metric)),
-                **metric_options(metric),
-            }
-            for name, metric in first.metrics.items()
-        },
-        "logits_fn": None if logits_fn is None else describe(logits_fn),
-        "class_source": class_source,
-        "data": {
-            "loader": describe(type(stream.loader)),
-            "dataset": None if dataset is None else describe(type(dataset)),
-            "samples": num_samples,
-            "batches": stream.total,
-            "batch_size": getattr(stream.loader, "batch_size", None),
-        },
-        "processes": team.size,
-    }
-    if more is not None:
-        record["settings"] = dict(more)
-    try:
-        plain: dict[str, Any] = json.loads(json.dumps(record))
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"`settings` must be what a JSON file can hold: {error}") from error
-    return plain
-
-
 @dataclass
 class _Run:
     """An evaluation and its progress."""
@@ -212,13 +154,45 @@ class _Run:
     class_source: str
     team: Team
     checkpoint: Checkpoint | None
-    settings: dict[str, Any]
+    more: Mapping[str, Any] | None
     finished: int = 0
 
     def __post_init__(self) -> None:
         self.device = model_device(self.model)
         # The numbers of samples and of those predicted as explained; of each method: maps of NaN, seconds.
         self.tally = torch.zeros(2 + 2 * len(self.contestants), dtype=torch.float64)
+        self.settings = self._settings()
+
+    def _settings(self) -> dict[str, Any]:
+        """Return a description of the evaluation, the same in every run, as JSON can hold it."""
+        loader, first = self.stream.loader, self.contestants[0]
+        dataset = getattr(loader, "dataset", None)
+        record: dict[str, Any] = {
+            "torchcam": __version__,
+            "model": {"class": describe(type(self.model)), "checksum": checksum(self.model)},
+            "methods": {one.name: one.description for one in self.contestants},
+            "metrics": {
+                name: {"made_by": first.descriptions[name], "class": describe(type(metric)), **metric_options(metric)}
+                for name, metric in first.metrics.items()
+            },
+            "logits_fn": None if self.logits_fn is None else describe(self.logits_fn),
+            "class_source": self.class_source,
+            "data": {
+                "loader": describe(type(loader)),
+                "dataset": None if dataset is None else describe(type(dataset)),
+                "samples": length(dataset),
+                "batches": self.stream.total,
+                "batch_size": getattr(loader, "batch_size", None),
+            },
+            "processes": self.team.size,
+        }
+        if self.more is not None:
+            record["settings"] = dict(self.more)
+        try:
+            plain: dict[str, Any] = json.loads(json.dumps(record))
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"`settings` must be what a JSON file can hold: {error}") from error
+        return plain
 
     # The checkpoint.
 
@@ -236,7 +210,7 @@ class _Run:
             for name, metric in one.metrics.items():
                 to_device = methodcaller("to", metric.device)
                 metric.load_state_dict(map_tensors(to_device, states[name]))
-            for number, generator in enumerate(one.generators):
+            for number, generator in enumerate(generators_of(one.extractor)):
                 generator.set_state(generators[number])
 
     def _flaw(self, state: Mapping[str, Any]) -> str | None:
@@ -244,17 +218,12 @@ class _Run:
         finished, own = state.get("finished"), self.stream.own
         if type(finished) is not int or finished < 0 or (own is not None and finished > own):
             return f"finished={finished!r}" + ("" if own is None else f" of {own} batches")
-        flaw = next((key for key, value in self._state(0).items() if not _alike(state.get(key), value)), None)
-        if flaw is None:
+        wrong = [key for key, value in self._state(0).items() if not _alike(state.get(key), value)]
+        if not wrong:
             tally = state["tally"]
             possible = tally.shape == self.tally.shape and bool((tally >= 0).all()) and (tally[0] > 0) == (finished > 0)
-            flaw = None if possible else "tally"
-        return flaw if flaw is None else f"an impossible '{flaw}'"
-
-    def _save(self, finished: int) -> None:
-        """Save the state after a number of batches."""
-        if self.checkpoint is not None:
-            self.checkpoint.save(self.settings, **self._state(finished))
+            wrong = [] if possible else ["tally"]
+        return f"an impossible '{wrong[0]}'" if wrong else None
 
     def _state(self, finished: int) -> dict[str, Any]:
         """Return the state after a number of batches."""
@@ -263,68 +232,47 @@ class _Run:
             "tally": self.tally,
             "states": [{name: metric.state_dict() for name, metric in one.metrics.items()} for one in self.contestants],
             "generators": [
-                dict(enumerate(generator.get_state() for generator in one.generators)) for one in self.contestants
+                dict(enumerate(generator.get_state() for generator in generators_of(one.extractor)))
+                for one in self.contestants
             ],
         }
 
     # The batches.
 
     def run_batches(self, progress: bool) -> None:
-        """Measure one batch after the other, in step with the other processes."""
-        with self._bar(progress) as advance:
-            batches = self.stream.after(self.finished)
-            working = True
+        """Measure one batch after the other, in step with the other processes; each method of a batch is one map."""
+        tqdm = import_module("tqdm.auto" if progress else "tqdm").tqdm  # the former warns in some notebooks
+        own, steps = self.stream.own, len(self.contestants)
+        bar_format = None if own is None else "{desc}{percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left"
+        with tqdm(
+            total=None if own is None else own * steps,
+            initial=self.finished * steps,
+            bar_format=bar_format,
+            unit="map",
+            smoothing=0.05,
+            leave=False,
+            disable=not progress or self.team.rank > 0,
+        ) as bar:
             try:
-                while True:
-                    try:
+                batches = self.stream.after(self.finished)
+                working = True
+                while self.team.step(working=working, failed=False):
+                    with self.team.telling_errors():
                         raw = next(batches, None) if working else None
                         working = raw is not None
                         if working:
-                            self._measure(raw, advance)
-                            self._save(self.finished + 1)
+                            self._measure(raw, bar)
+                            if self.checkpoint is not None:
+                                self.checkpoint.save(self.settings, **self._state(self.finished + 1))
                             self.finished += 1  # not earlier: the note on an interrupt says what is saved
-                    except Exception as error:
-                        self._add_progress(error)
-                        with suppress(RuntimeError):  # this error says more than that of the other processes
-                            self.team.step(working=False, failed=True)
-                        raise
-                    if not self.team.step(working=working, failed=False):
-                        break
-            except KeyboardInterrupt as interrupt:
-                self._add_progress(interrupt)
+            except BaseException as error:
+                done = f"{self.finished} {'batches' if own is None else f'of {own} batches'}"
+                saved = "" if self.checkpoint is None else f", and are kept in '{self.checkpoint.folder}'"
+                whose = f"process {self.team.rank}: " if self.team.together else ""
+                error.add_note(f"{whose}{done} were finished{saved}")
                 raise
 
-    def _add_progress(self, error: BaseException) -> None:
-        """Add a note to an exception: how many batches were finished."""
-        own = self.stream.own
-        done = f"{self.finished} {'batches' if own is None else f'of {own} batches'}"
-        saved = "" if self.checkpoint is None else f", and are kept in '{self.checkpoint.folder}'"
-        whose = f"process {self.team.rank}: " if self.team.together else ""
-        error.add_note(f"{whose}{done} were finished{saved}")
-
-    @contextmanager
-    def _bar(self, shown: bool) -> Iterator[Callable[[str], None]]:
-        """Show the progress, each method of a batch a step; yields a function that is told the next method, or none."""
-        if not shown or self.team.rank:
-            yield lambda _title: None
-            return
-        from tqdm.auto import tqdm
-
-        own, steps = self.stream.own, len(self.contestants)
-        bar_format = None if own is None else "{desc}{percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left"
-        total, initial = None if own is None else own * steps, self.finished * steps
-        with tqdm(total=total, initial=initial, bar_format=bar_format, unit="map", smoothing=0.05, leave=False) as bar:
-
-            def advance(title: str) -> None:
-                if title:
-                    of = "" if own is None else f" of {own}"
-                    bar.set_description(f"batch {self.finished + 1}{of}, {title}", refresh=True)
-                else:
-                    bar.update()
-
-            yield advance
-
-    def _measure(self, raw: Any, advance: Callable[[str], None]) -> None:
+    def _measure(self, raw: Any, bar: Any) -> None:
         """Explain a batch by each method, and measure the maps."""
         batch = Batch.read(raw, self.device)
         with replicated(self.model) as model, torch.inference_mode():
@@ -336,28 +284,28 @@ class _Run:
                 "`loader` gives inputs without classes: pass class_source='predicted' to explain what the model "
                 "predicts"
             )
-        part = torch.zeros_like(self.tally)
-        part[0], part[1] = len(classes), sum(a == b for a, b in zip(classes, predicted, strict=True))
+        self.tally[0] += len(classes)
+        self.tally[1] += sum(a == b for a, b in zip(classes, predicted, strict=True))
+        own = self.stream.own
         place = f"batch {self.finished + 1} of this process"
         for number, one in enumerate(self.contestants):
-            advance(one.name)
+            bar.set_description(f"batch {self.finished + 1}{'' if own is None else f' of {own}'}, {one.name}")
             with error_note(f"the method {one.name}, {place}"):
                 started = self._now()
                 found = self._explain(one, batch.image, classes, self.logits_fn)
-                part[3 + 2 * number] = self._now() - started
-            part[2 + 2 * number] = (~found.flatten(1).isfinite().all(1)).sum()
+                self.tally[3 + 2 * number] += self._now() - started
+            self.tally[2 + 2 * number] += int((~found.flatten(1).isfinite().all(1)).sum())
             maps = {id(self.logits_fn): found}
             for name, metric in one.metrics.items():
-                options = {key: value for key, value in batch.extras.items() if key in one.accepted[name]}
+                options = {key: value for key, value in batch.extras.items() if takes(metric.update, key)}
                 with error_note(f"the metric {name} of the method {one.name}, {place}"):
-                    if "maps" in one.accepted[name]:
+                    if takes(metric.update, "maps"):
                         logits_fn = getattr(metric, "logits_fn", self.logits_fn)
                         if id(logits_fn) not in maps:
                             maps[id(logits_fn)] = self._explain(one, batch.image, classes, logits_fn)
                         options["maps"] = maps[id(logits_fn)]
                     metric.update(batch.image, classes, **options)
-            advance("")
-        self.tally = self.tally + part
+            bar.update()
 
     def _explain(self, one: Contestant, image: Tensor, classes: list[int], logits_fn: LogitsFn | None) -> Tensor:
         """Return the maps of a batch, (N, *spatial)."""
@@ -385,7 +333,8 @@ class _Run:
             empty: dict[str, int] = {}
             for name, metric in one.metrics.items():
                 values[name] = self._compute(name, metric)
-                directions[name] = {key: _direction(metric, key) for key in values[name]}
+                by_key = getattr(metric, "key_higher_is_better", {})
+                directions[name] = {key: by_key.get(key, metric.higher_is_better) for key in values[name]}
                 for counts, state in ((measured, "total"), (left_out, "nan_count"), (empty, "empty_count")):
                     if isinstance(count := getattr(metric, state, None), Tensor):
                         counts[name] = int(self.team.sum(count.cpu()))
@@ -414,24 +363,12 @@ class _Run:
             raise TypeError(f"the metric {name} does not compute single numbers: {error}") from error
 
 
-def _direction(metric: Metric, key: str) -> bool | None:
-    """Check whether a high value is good; None where it is neither."""
-    found = getattr(metric, "key_higher_is_better", {}).get(key, metric.higher_is_better)
-    return None if found is None else bool(found)
-
-
 def _alike(found: Any, expected: Any) -> bool:
     """Check whether a structure has the keys, lengths and types of another, whose empty lists stand for any."""
+    if type(found) is not type(expected):
+        return False
     if isinstance(expected, dict):
-        return (
-            isinstance(found, dict)
-            and found.keys() == expected.keys()
-            and all(_alike(found[key], value) for key, value in expected.items())
-        )
+        return found.keys() == expected.keys() and all(_alike(found[key], value) for key, value in expected.items())
     if isinstance(expected, list) and expected:
-        return (
-            isinstance(found, list)
-            and len(found) == len(expected)
-            and all(_alike(one, value) for one, value in zip(found, expected, strict=True))
-        )
-    return type(found) is type(expected)
+        return len(found) == len(expected) and all(map(_alike, found, expected))
+    return True

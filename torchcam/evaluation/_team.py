@@ -61,15 +61,14 @@ class Team:
         return bool(any_working)
 
     @contextmanager
-    def failing_together(self) -> Iterator[None]:
-        """Raise an error in all processes if the block raises one in any."""
+    def telling_errors(self) -> Iterator[None]:
+        """Tell the other processes of an error in the block, at their next step."""
         try:
             yield
         except Exception:
             with suppress(RuntimeError):  # this error says more than that of the other processes
                 self.step(working=False, failed=True)
             raise
-        self.step(working=True, failed=False)
 
     def _reduced(self, values: Tensor, how: str) -> Tensor:
         if not self.together:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchcam._chunks import run_chunks, warn_of_memory
+from torchcam._chunks import run_chunks
 from torchcam._passes import Call, forwards_replaced
 from torchcam._replica import has_hooks, replicated
-from torchcam._tensors import map_structure, map_tensors, tensors_in, to_float
+from torchcam._tensors import map_tensors, tensors_in, to_float
 from torchcam.layout import first_tensor, replace_tensors
 from torchcam.targets import Selector
 
@@ -46,27 +46,19 @@ def gaussian_noise(shape: tuple[int, ...], like: Tensor, std: float, generator: 
 class VariantRunner:
     """Runs a model on variants of its input, in the memory format in which its convolutions are fastest.
 
-    Channels-last gives the same outputs, to float rounding, as what it is given: convolutions of many rows take less
-    time on a CPU. A model that cannot take the format (some take views of what they get) gets its inputs as they come.
+    Outputs are the same, to float rounding. A model that cannot take the format (some take views of what they get) gets
+    its inputs as they come.
 
     Args:
         model: the model
-        call: the recorded call, of which the other arguments are taken; None if the variants are all of the input
-        compiled: whether it runs as ``torch.compile`` makes it
+        call: the recorded call, of which the other arguments are taken
         formats: the memory format by the number of dimensions; by default the fastest ones
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        call: Call | None = None,
-        compiled: bool = False,
-        formats: dict[int, torch.memory_format] | None = None,
-    ) -> None:
+    def __init__(self, model: nn.Module, call: Call, formats: dict[int, torch.memory_format] | None = None) -> None:
         self.call = call
-        if call is not None:
-            call.prove_rows(model)
-        self._forward: Callable[..., Any] = torch.compile(model) if compiled else model
+        call.prove_rows(model)
+        self.model = model
         self._formats = fast_formats(model.modules()) if formats is None else formats
 
     def __call__(self, image: Tensor, samples: Tensor) -> Any:
@@ -87,15 +79,14 @@ class VariantRunner:
         return self._run(image, samples)
 
     def _run(self, image: Tensor, samples: Tensor) -> Any:
-        args, kwargs = ((image,), {}) if self.call is None else self.call.with_image(image, samples)
-        return self._forward(*args, **kwargs)
+        args, kwargs = self.call.with_image(image, samples)
+        return self.model(*args, **kwargs)
 
 
 def fast_formats(modules: Iterable[nn.Module]) -> dict[int, torch.memory_format]:
     """Return the memory format, by the number of dimensions of a tensor, in which the convolutions are fastest.
 
-    On a CPU that is channels-last for models of several convolutions. Elsewhere it is the format of the weights, which
-    inputs need not be converted to.
+    On a CPU that is channels-last for models of several convolutions, elsewhere that of the weights.
     """
     weights = [module.weight for module in modules if isinstance(module, (nn.Conv2d, nn.Conv3d))]
     on_cpu = [weight for weight in weights if isinstance(weight, Tensor) and weight.device.type == "cpu"]
@@ -110,11 +101,11 @@ def in_format(tensor: Tensor, formats: dict[int, torch.memory_format]) -> Tensor
     return tensor.contiguous(memory_format=formats[tensor.ndim])
 
 
+@dataclass
 class Replay:
     """Scores of variants of a recorded pass.
 
-    A replica of the model runs, in evaluation mode and without gradients. No more than ``batch_size`` variants are in
-    memory at a time.
+    A replica of the model runs, in evaluation mode and without gradients, on ``batch_size`` variants at most.
 
     Args:
         model: the model
@@ -129,70 +120,51 @@ class Replay:
             get the score that it has there; None if that is not known
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        call: Call,
-        select: Selector,
-        batch_size: int,
-        *,
-        progress: bool = False,
-        description: str = "",
-        autocast: torch.dtype | None = None,
-        compiled: bool = False,
-        output: Any = None,
-    ) -> None:
-        self.model = model
-        self.call = call
-        self.select = select
-        self.output = output
-        self.batch_size = batch_size
-        self.progress = progress
-        self.description = description
-        self.autocast = autocast
-        self.compiled = compiled
-        self._is_proven = False
-        self._is_disproven = False
+    model: nn.Module
+    call: Call
+    select: Selector
+    batch_size: int
+    _: KW_ONLY
+    progress: bool = False
+    description: str = ""
+    autocast: torch.dtype | None = None
+    compiled: bool = False
+    output: Any = None
+    _is_proven: bool = field(default=False, init=False)
+    _is_disproven: bool = field(default=False, init=False)
 
     def masked(self, variants: Callable[[slice], Tensor], samples: Tensor) -> Tensor:
-        """Score variants of the input.
+        """Score variants of the input, (V,).
 
         Args:
             variants: builds the inputs (B, C, *spatial) of a slice of the variants
             samples: the sample of the recorded batch that each variant belongs to, (V,)
-
-        Returns:
-            the scores, (V,)
         """
         return self.averaged(lambda chunk: [variants(chunk)], samples)
 
     def averaged(self, variants: Callable[[slice], Iterable[Tensor]], samples: Tensor) -> Tensor:
-        """Score variants of the input, each of which has several forms: the mean of their scores.
+        """Score variants of the input, each of which has several forms: the mean of their scores, (V,).
 
         Args:
             variants: yields one form after the other of the inputs (B, C, *spatial) of a slice of the variants
             samples: the sample of the recorded batch that each variant belongs to, (V,)
-
-        Returns:
-            the scores, (V,)
         """
         with self._running() as replica:
-            run = VariantRunner(replica, self.call, self.compiled)
+            model: Any = torch.compile(replica) if self.compiled else replica
+            run = VariantRunner(model, self.call)
             first, image = samples.new_zeros(1), self.call.image
 
             def evaluate(chunk: slice, unchanged: int) -> Tensor:
                 rows = samples[chunk]
                 scores: list[Tensor] = []
                 for inputs in variants(chunk) if len(rows) else [image[:0]]:
-                    if unchanged and not scores:
-                        inputs, owners = torch.cat([image[:1], inputs]), torch.cat([first, rows])
-                        found = self.select(run(inputs, owners), owners)
-                        own, score = found[:1], found[1:]
-                    else:
-                        score = self.select(run(inputs, rows), rows)
-                    scores.append(score)
+                    more = 0 if scores else unchanged  # one form of the variants is enough
+                    inputs = torch.cat([image[:1], inputs]) if more else inputs
+                    owners = torch.cat([first[:more], rows])
+                    scores.append(self.select(run(inputs, owners), owners))
+                own, scores[0] = torch.split(scores[0], [unchanged, len(rows)])
                 mean = scores[0] if len(scores) == 1 else torch.stack(scores).to(to_float(scores[0]).dtype).mean(0)
-                return torch.cat([own, mean]) if unchanged else mean
+                return torch.cat([own, mean])
 
             expected = None
             # Once is enough; and a chunk of another size would be compiled again.
@@ -208,12 +180,11 @@ class Replay:
     ) -> tuple[Tensor, Tensor]:
         """Score the recorded inputs with the output of a layer replaced by edited copies.
 
-        What follows the layer runs on copies of its output, and what comes before is not computed again: first with NaN
-        in the place of everything else that the input decides, which shows whether the score depends on it, then with
-        the outputs of the modules before the layer. Scores in bfloat16 or float16 round away what variants differ by:
-        there, what follows the layer runs in float32, if it can. Where neither gives the score of the unedited output,
-        or a hook of the user's is on the model, which must see nothing but real rows, the whole model runs on repeated
-        inputs.
+        What follows the layer runs on copies of its output: first with NaN in the place of everything else that the
+        input decides, which shows whether the score depends on it, then with the outputs of the modules before the
+        layer. Scores in bfloat16 or float16 round away what variants differ by: there, that runs in float32, if it can.
+        Where neither gives the score of the unedited output, or a hook of the user's is on the model, which must see
+        nothing but real rows, the whole model runs on repeated inputs.
 
         Args:
             layer: the name of the module whose output is edited, in its last call
@@ -236,10 +207,9 @@ class Replay:
                 own = owners[chunk]
 
                 def edit_rest(copies: Tensor) -> Tensor:
-                    if not unchanged:
-                        return edit(copies, variants[chunk])
-                    kept, rest = copies.narrow(batch, 0, 1), copies.narrow(batch, 1, len(own))
-                    return torch.cat([kept, edit(rest, variants[chunk])], batch) if len(own) else kept
+                    kept, rest = torch.split(copies, [unchanged, len(own)], batch)
+                    edited = edit(rest, variants[chunk]) if len(own) else rest
+                    return torch.cat([kept, edited], batch) if unchanged else edited
 
                 return scorer.score(torch.cat([owners.new_zeros(unchanged), own]), edit_rest)
 
@@ -283,21 +253,21 @@ class Replay:
         )
 
     def _proven(self, evaluate: Callable[[slice, int], Tensor], samples: Tensor, expected: Tensor | None) -> Tensor:
-        """Score variants in chunks, with the first sample as it is as one row more in the first chunk.
+        """Score variants in chunks, (V,), with the first sample as it is as one row more in the first chunk.
 
         Args:
             evaluate: from a slice of the variants, and how many rows of the first sample as it is (0 or 1) come before
                 them, to the scores of both
             samples: the sample that each variant belongs to, (V,)
             expected: the score that the first sample must get, (1,); None if nothing is to be proven
-
-        Returns:
-            the scores of the variants, (V,)
         """
-        more = 0 if expected is None or not len(samples) else 1
-        chunks = self._chunks(
+        more = int(expected is not None and len(samples) > 0)
+        chunks = run_chunks(
             lambda chunk: evaluate(slice(max(chunk.start - more, 0), chunk.stop - more), int(chunk.start < more)),
             len(samples) + more,
+            self.batch_size,
+            progress=self.progress,
+            description=self.description,
         )
         scores = torch.cat(chunks) if chunks else torch.zeros(0, device=samples.device)
         if expected is not None and more:
@@ -319,9 +289,6 @@ class Replay:
                     if unedited is not None:
                         return unedited if widened else recorded.scores, head
         return recorded.scores, _WholeModel(self, replica, layer, recorded.layer_calls)
-
-    def _chunks(self, evaluate: Callable[[slice], Tensor], total: int) -> list[Tensor]:
-        return run_chunks(evaluate, total, self.batch_size, progress=self.progress, description=self.description)
 
     @contextmanager
     def _running(self) -> Iterator[nn.Module]:
@@ -350,31 +317,23 @@ def is_close(found: Tensor, expected: Tensor) -> bool:
     return bool((near | (found.isnan() & expected.isnan())).all())
 
 
-@dataclass(frozen=True)
-class _Form:
-    """What a tensor was like, without its values."""
+def _rows(tensor: Tensor, dimension: int | None, samples: Tensor) -> Tensor:
+    """Return the rows of samples in ascending order along a dimension, as copies.
 
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> _Form:
-        """Return the form of a tensor."""
-        return cls(tuple(tensor.shape), tensor.dtype, tensor.device)
-
-    def unknown(self, old: int, new: int, nan: dict[tuple[torch.dtype, torch.device], Tensor]) -> Tensor:
-        """Return a tensor of NaN of this form, with as many rows as ``new`` where there were as many as ``old``.
-
-        ``nan`` keeps the one value that all elements of a tensor are.
-        """
-        batch = next((dimension for dimension, side in enumerate(self.shape[:2]) if side == old), None)
-        shape = [new if dimension == batch else side for dimension, side in enumerate(self.shape)]
-        kind = self.dtype, self.device
-        if kind not in nan:
-            nan[kind] = torch.full((), torch.nan, dtype=self.dtype, device=self.device)
-        filled = nan[kind].expand(shape)
-        return filled.clone() if filled.numel() == 1 else filled  # of several, none can be written to
+    Without a dimension, the tensor is of all samples. One on the device ``meta`` is unknown: that is NaN. Rows of one
+    sample alone share their memory.
+    """
+    shape = [len(samples) if axis == dimension else side for axis, side in enumerate(tensor.shape)]
+    if tensor.is_meta:
+        if not tensor.is_floating_point():
+            raise _UnknownDecidesError
+        return torch.full((), torch.nan, dtype=tensor.dtype, device=samples.device).expand(shape)
+    if dimension is None:
+        return tensor.clone()
+    first, last = int(samples[0]), int(samples[-1])
+    if first != last or len(samples) == 1:
+        return tensor.index_select(dimension, samples)
+    return tensor.narrow(dimension, first, 1).expand(shape)
 
 
 class _UnknownDecidesError(Exception):
@@ -412,20 +371,18 @@ class _Record:
     """What passes of a replica over the recorded input show of a layer.
 
     Attributes:
-        before: the outermost modules that had finished when the layer started, in order, and the outputs of each, or
-            their forms; empty if other modules run from chunk to chunk
+        before: the outermost modules that had finished when the layer started, in order, and what each returned; empty
+            if other modules run from chunk to chunk
         layer_output: what the layer returned last; None of several chunks that cannot be joined
         layer_calls: how often it ran
         scores: the scores of the samples, (N,)
-        rows: how many samples the outputs before the layer are of
-        known: whether these are outputs, not forms
+        known: whether the outputs before the layer have values; else they are on the device ``meta``
     """
 
     before: list[tuple[nn.Module, Any]]
     layer_output: Any
     layer_calls: int
     scores: Tensor
-    rows: int
     known: bool
 
     @classmethod
@@ -440,23 +397,18 @@ class _Record:
                 f"the target layer {type(layer).__name__} was not reached in a repeated pass, so its output cannot be "
                 "edited: the model may call it through an object that is no module"
             )
-        first = chunks[0]
         if len(chunks) == 1:
-            return first
-        tensors = [chunk.layer_output for chunk in chunks]
+            return chunks[0]
+        outputs = [chunk.layer_output for chunk in chunks]
+        counts = [len(chunk.scores) for chunk in chunks]
         modules = [[module for module, _ in chunk.before] for chunk in chunks]
-        same = all(isinstance(tensor, Tensor) for tensor in tensors) and all(one == modules[0] for one in modules)
-        before = first.before if same else []
-        if known and same:
-            outputs = zip(*([output for _, output in chunk.before] for chunk in chunks), strict=True)
-            parts = [_joined(parts, [chunk.rows for chunk in chunks]) for parts in outputs]
-            before = [(module, part) for (module, _), part in zip(before, parts, strict=True)]
+        same = all(isinstance(one, Tensor) for one in outputs) and all(one == modules[0] for one in modules)
+        steps = zip(*(chunk.before for chunk in chunks), strict=True) if same else ()
         return cls(
-            before,
-            torch.cat(tensors, batch) if same else None,
+            [(step[0][0], _joined([output for _, output in step], counts)) for step in steps],
+            torch.cat(outputs, batch) if same else None,
             max(chunk.layer_calls for chunk in chunks),
             torch.cat([chunk.scores for chunk in chunks]),
-            len(samples) if known else first.rows,
             known,
         )
 
@@ -470,7 +422,7 @@ class _Record:
                 count = len(before)
                 output = forward(*args, **kwargs)
                 if not outputs:  # in the place of the modules inside
-                    kept = map_tensors(Tensor.clone if known else _Form.of, output)
+                    kept = map_tensors(Tensor.clone if known else _without_values, output)
                     before[count:] = [] if module is layer else [(module, kept)]
                 return output
 
@@ -486,32 +438,29 @@ class _Record:
                 scores = replay.select(replica(*args, **kwargs), rows)
         finally:
             handle.remove()
-        return cls(before, outputs[-1] if outputs else None, len(outputs), scores, len(rows), known)
+        return cls(before, outputs[-1] if outputs else None, len(outputs), scores, known)
 
 
-def _rows(tensor: Tensor, dimension: int, samples: Tensor) -> Tensor:
-    """Return the rows of samples in ascending order; of one sample alone, its row as often, without a copy."""
-    first, last = int(samples[0]), int(samples[-1])
-    if first != last:
-        return tensor.index_select(dimension, samples)
-    one = tensor.narrow(dimension, first, 1)
-    if len(samples) == 1:
-        return one.clone()
-    return one.expand([len(samples) if axis == dimension else -1 for axis in range(tensor.ndim)])
+def _without_values(tensor: Tensor) -> Tensor:
+    """Return the shape of a tensor of any layout, and its type if NaN is of that."""
+    dtype = tensor.dtype if tensor.is_floating_point() else torch.bool
+    return torch.empty(tensor.shape, dtype=dtype, device="meta")
 
 
-def _joined(parts: Sequence[Any], rows: Sequence[int]) -> Any:
-    """Join the outputs of a module for several chunks of samples, along the dimension of their rows."""
-    tensors = [_leaves(part) for part in parts]
+def _joined(parts: list[Any], counts: list[int]) -> Any:
+    """Join what a module returned for several chunks, with so many samples each, along the dimension of these."""
 
-    def join(*pieces: Any) -> Any:
-        if not all(isinstance(piece, Tensor) for piece in pieces):
-            return pieces[0]
-        axes = range(min(2, pieces[0].ndim))
-        found = [a for a in axes if all(p.shape[a] == count for p, count in zip(pieces, rows, strict=True))]
-        return torch.cat(pieces, found[0]) if found else pieces[0]
+    def join(*pieces: Tensor) -> Tensor:
+        for axis in range(min(2, pieces[0].ndim)):
+            others = {(*piece.shape[:axis], *piece.shape[axis + 1 :]) for piece in pieces}
+            if len(others) == 1 and [piece.shape[axis] for piece in pieces] == counts:
+                return torch.cat(pieces, axis)
+        return pieces[0]
 
-    joined = iter([join(*pieces) for pieces in zip(*tensors, strict=True)])
+    found = [list(tensors_in(part)) for part in parts]
+    if len({len(tensors) for tensors in found}) > 1:
+        return parts[0]
+    joined = map(join, *found)
     return map_tensors(lambda _: next(joined), parts[0])
 
 
@@ -523,64 +472,51 @@ def _widened(value: Any) -> Any:
     return nn.Parameter(wide, requires_grad=False) if isinstance(value, nn.Parameter) else wide
 
 
+@dataclass
 class _Head:
-    """What follows a layer, run on rows of its recorded output, with what came before answered from the record.
+    """What follows a layer, run on rows of its recorded output with the record in the place of what came before.
 
     Where it is ``widened``, it runs in float32 in the place of a short type.
     """
 
-    def __init__(
-        self, replay: Replay, replica: nn.Module, layer: nn.Module, recorded: _Record, batch: int, widened: bool
-    ) -> None:
-        self.replay = replay
-        self.replica = replica
-        self.layer = layer
-        self.recorded = recorded
-        self.batch = batch
-        self._nan: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-        done = {inner for module, _ in recorded.before for inner in module.modules()} | set(layer.modules())
-        self.widened = widened
-        after = [module for module in replica.modules() if module not in done]
+    replay: Replay
+    replica: nn.Module
+    layer: nn.Module
+    recorded: _Record
+    batch: int
+    widened: bool
+
+    def __post_init__(self) -> None:
+        done = {inner for module, _ in self.recorded.before for inner in module.modules()} | set(self.layer.modules())
+        after = [module for module in self.replica.modules() if module not in done]
         self._formats = fast_formats(after)
         self._kept: list[tuple[dict[str, Any], dict[str, Any]]] = [
-            (v, dict(v)) for module in after if widened for v in (module._parameters, module._buffers)
+            (v, dict(v)) for module in after if self.widened for v in (module._parameters, module._buffers)
         ]
         for values, kept in self._kept:
             values.update({name: _widened(value) for name, value in kept.items()})
 
     def proven(self) -> Tensor | None:
         """Return the scores of the outputs as they are, (N,), if they are those of the pass; else leave the replica."""
-        found = self._scores_proven()
+        samples = torch.arange(len(self.recorded.scores), device=self.recorded.layer_output.device)
+        tried, found = min(3, self.replay.batch_size), None
+        try:
+            if all(run_chunks(lambda chunk: self._scores_alike(samples[:1], chunk), tried, tried)):
+                chunks = run_chunks(lambda chunk: self.score(samples[chunk]), len(samples), self.replay.batch_size)
+                found = torch.cat(chunks)
+                found = found if is_close(found, self.recorded.scores) else None
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # noqa: BLE001 - whatever a model raises at what is not like its input
+            found = None
         if found is None:
             for values, kept in self._kept:
                 values.update(kept)
         return found
 
-    def _scores_proven(self) -> Tensor | None:
-        """Return the scores of the outputs as they are; None if they, or one row's among others, are not the pass's."""
-        tensors = [tensor for _, output in self.recorded.before for tensor in _leaves(output)]
-        if not self.recorded.known and not all(tensor.dtype.is_floating_point for tensor in tensors):
-            return None
-        samples = torch.arange(len(self.recorded.scores), device=self.recorded.layer_output.device)
-        while True:
-            count = min(3, self.replay.batch_size)
-            try:
-                if not self._scores_alike(samples[:1], count):
-                    return None
-                found = torch.cat(
-                    run_chunks(lambda chunk: self.score(samples[chunk]), len(samples), self.replay.batch_size)
-                )
-                return found if is_close(found, self.recorded.scores) else None
-            except torch.OutOfMemoryError:
-                if count == 1:
-                    raise
-            except Exception:  # noqa: BLE001 - whatever a model raises at what is not like its input
-                return None
-            warn_of_memory(count)
-            self.replay.batch_size = count // 2
-
-    def _scores_alike(self, sample: Tensor, count: int) -> bool:
+    def _scores_alike(self, sample: Tensor, chunk: slice) -> bool:
         """Check whether a row gets the same score alone and among blank ones, and whether a NaN decides anything."""
+        count = chunk.stop - chunk.start
 
         def blank_others(rows: Tensor) -> Tensor:
             others = [row for row in range(count) if row != count // 2]
@@ -594,29 +530,24 @@ class _Head:
     def score(self, samples: Tensor, edit: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Score the outputs of samples, (B,), as they are or edited."""
         call = self.replay.call
-        copies = self.recorded.layer_output.index_select(self.batch, samples)
-        copies = self._typed(copies)
+        copies = self._typed(self.recorded.layer_output.index_select(self.batch, samples))
         copies = copies if edit is None else edit(copies)
         if self.batch == 0:
             copies = in_format(copies, self._formats)
-        image, old, new = call.image, self.recorded.rows, len(samples)
-        rows = _rows(image, 0, samples) if self.recorded.known else _Form.of(image).unknown(len(image), new, self._nan)
+        image, count = call.image, len(self.recorded.scores)
+        rows = _rows(image if self.recorded.known else _without_values(image), 0, samples)
         args, kwargs = map_tensors(self._typed, call.with_image(rows, samples))
         answers: defaultdict[nn.Module, deque[Any]] = defaultdict(deque)
         for module, output in self.recorded.before:
             answers[module].append(output)
 
-        def fill(part: Any) -> Any:
-            if isinstance(part, _Form):
-                return self._typed(part.unknown(old, new, self._nan))
-            if not isinstance(part, Tensor):
-                return NotImplemented
-            dimension = next((axis for axis, side in enumerate(part.shape[:2]) if side == old), None)
-            return self._typed(part.clone() if dimension is None else _rows(part, dimension, samples))
+        def fill(part: Tensor) -> Tensor:
+            dimension = next((axis for axis, side in enumerate(part.shape[:2]) if side == count), None)
+            return self._typed(_rows(part, dimension, samples))
 
         def answer(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
             def answered(*args: Any, **kwargs: Any) -> Any:
-                return map_structure(fill, answers[module].popleft()) if answers[module] else forward(*args, **kwargs)
+                return map_tensors(fill, answers[module].popleft()) if answers[module] else forward(*args, **kwargs)
 
             return answered
 
@@ -627,19 +558,22 @@ class _Head:
 
     def _typed(self, tensor: Tensor) -> Tensor:
         """Return a tensor in the type that the head runs in."""
-        return tensor.float() if self.widened and tensor.dtype in _SHORT else tensor
+        wide: Tensor = _widened(tensor) if self.widened else tensor
+        return wide
 
 
+@dataclass
 class _WholeModel:
     """The whole model, run on repeated inputs with the last output of a layer edited."""
 
-    def __init__(self, replay: Replay, replica: nn.Module, layer: nn.Module, layer_calls: int) -> None:
-        self.replay = replay
-        self.replica = replica
-        self.layer = layer
-        self.layer_calls = layer_calls
+    replay: Replay
+    replica: nn.Module
+    layer: nn.Module
+    layer_calls: int
+
+    def __post_init__(self) -> None:
         # A run that fails in another format is repeated: that would count the calls of the layer twice.
-        self._run = VariantRunner(replica, replay.call, formats=None if layer_calls == 1 else {})
+        self._run = VariantRunner(self.replica, self.replay.call, formats=None if self.layer_calls == 1 else {})
 
     def score(self, samples: Tensor, edit: Callable[[Tensor], Tensor]) -> Tensor:
         """Score the edited outputs of samples, (B,)."""
@@ -658,17 +592,3 @@ class _WholeModel:
             return self.replay.select(self._run(self.replay.call.image[samples], samples), samples)
         finally:
             handle.remove()
-
-
-def _leaves(output: Any) -> list[Any]:
-    """List the tensors, or the forms in their place, of a structure."""
-    found: list[Any] = []
-
-    def collect(part: Any) -> Any:
-        if not isinstance(part, (Tensor, _Form)):
-            return NotImplemented
-        found.append(part)
-        return part
-
-    map_structure(collect, output)
-    return found

@@ -67,7 +67,9 @@ class CAM(_CAM):
         **kwargs: Any,
     ) -> None:
         if isinstance(target_layer, (list, tuple)) and len(target_layer) > 1:
-            raise ValueError(f"CAM explains one layer, the one before the pooling: got {len(target_layer)} of them")
+            raise ValueError(
+                f"`target_layer` of CAM must be one layer, the one before the pooling, got {len(target_layer)} of them"
+            )
         self._is_named = fc_layer is not None
         if fc_layer is None:
             linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from torchcam._checks import callable_object, integer, one_of
 from torchcam._replica import replicate
 from torchcam._tensors import to_float
 from torchcam.layers import TargetLayer
@@ -34,25 +35,34 @@ class _AttentionCAM(_CAM):
     """
 
     _keeps_outputs = True
-    _looks_at_a_layer = False
+    looks_at_a_layer = False
 
     def __init__(
         self,
         model: nn.Module,
-        target_layer: TargetLayer | Sequence[TargetLayer] | None,
-        prefix_tokens: int,
-        grid_shape: tuple[int, int] | None,
-        **kwargs: Any,
+        target_layer: TargetLayer | Sequence[TargetLayer] | None = None,
+        input_shape: tuple[int, ...] = (3, 224, 224),
+        *,
+        prefix_tokens: int = 1,
+        grid_shape: tuple[int, int] | None = None,
+        enable_hooks: bool = True,
+        input_name: str | None = None,
+        input_index: int | None = None,
+        gradients: None = None,
     ) -> None:
-        if isinstance(prefix_tokens, bool) or not isinstance(prefix_tokens, int):
-            raise TypeError(f"`prefix_tokens` must be an integer, got {prefix_tokens!r}")
-        if prefix_tokens < 0:
-            raise ValueError(f"`prefix_tokens` must be 0 or more, got {prefix_tokens}")
         if grid_shape is not None and (len(grid_shape) != 2 or min(grid_shape) < 1):
             raise ValueError(f"`grid_shape` must be (height, width), both positive, got {grid_shape!r}")
-        self.prefix_tokens = prefix_tokens
+        self.prefix_tokens = integer("prefix_tokens", prefix_tokens, 0)
         self.grid_shape = grid_shape
-        super().__init__(model, target_layer, **kwargs)
+        super().__init__(
+            model,
+            model if target_layer is None else target_layer,
+            input_shape,
+            enable_hooks,
+            input_name=input_name,
+            input_index=input_index,
+            gradients=gradients,
+        )
 
     def _recording(self, model: nn.Module, names: Sequence[str], **options: Any) -> Recorder:
         for name in names:
@@ -191,12 +201,17 @@ class LeGrad(_AttentionCAM):
     ) -> None:
         if target_layer is None:
             raise TypeError("`target_layer` must name the transformer block(s) that LeGrad reads, got None")
-        if score_projection is not None and not callable(score_projection):
-            raise TypeError(f"`score_projection` must be callable, got {score_projection!r}")
+        self.score_projection = callable_object("score_projection", score_projection, optional=True)
         if score_projection is None:
             _read_out(model)
-        self.score_projection = score_projection
-        super().__init__(model, target_layer, prefix_tokens, grid_shape, enable_hooks=enable_hooks, gradients=gradients)
+        super().__init__(
+            model,
+            target_layer,
+            prefix_tokens=prefix_tokens,
+            grid_shape=grid_shape,
+            enable_hooks=enable_hooks,
+            gradients=gradients,
+        )
 
     @staticmethod
     def map(activation: Tensor, gradient: Tensor, to_grid: Callable[[Tensor], Tensor]) -> Tensor:
@@ -275,32 +290,8 @@ def _read_out(model: Any) -> list[nn.Module]:
 class _RolledOut(_AttentionCAM):
     """What the methods share that multiply the attention of all blocks. ``hook_a`` is the class token's attention."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        target_layer: TargetLayer | Sequence[TargetLayer] | None = None,
-        input_shape: tuple[int, ...] = (3, 224, 224),
-        *,
-        prefix_tokens: int = 1,
-        grid_shape: tuple[int, int] | None = None,
-        enable_hooks: bool = True,
-        input_name: str | None = None,
-        input_index: int | None = None,
-        gradients: None = None,
-    ) -> None:
-        super().__init__(
-            model,
-            model if target_layer is None else target_layer,
-            prefix_tokens,
-            grid_shape,
-            input_shape=input_shape,
-            enable_hooks=enable_hooks,
-            input_name=input_name,
-            input_index=input_index,
-            gradients=gradients,
-        )
-
     _keeps_outputs = False
+    step: Callable[..., Tensor]
 
     @staticmethod
     def _keep_attentions(ended: Pass) -> None:
@@ -329,6 +320,10 @@ class _RolledOut(_AttentionCAM):
         self._activations(request)  # checks them
         found = [attention for attention in request.recorded.activations if attention is not None]
         return [to_float(a if request.create_graph else a.detach()) for a in found]
+
+    def _raw_maps(self, request: Request, **options: Any) -> list[Tensor]:
+        steps = [self.step(*of_block, **options) for of_block in self._evidence(request)]
+        return [self._on_grid(request.recorded, self.rolled_out(steps))]
 
     def rolled_out(self, steps: Sequence[Tensor]) -> Tensor:
         """Multiply the blocks' matrices (..., tokens, tokens), the last one first, and return the class token's row.
@@ -395,9 +390,7 @@ class AttentionRollout(_RolledOut):
         head_fusion: Literal["mean", "max", "min"] = "mean",
         **kwargs: Any,
     ) -> None:
-        if head_fusion not in {"mean", "max", "min"}:
-            raise ValueError(f"`head_fusion` must be 'mean', 'max' or 'min', got {head_fusion!r}")
-        self.head_fusion = head_fusion
+        self.head_fusion = one_of("head_fusion", head_fusion, ("mean", "max", "min"))
         super().__init__(model, target_layer, input_shape, **kwargs)
 
     def step(self, attention: Tensor) -> Tensor:
@@ -407,10 +400,8 @@ class AttentionRollout(_RolledOut):
         step = (fused + torch.eye(attention.shape[-1]).to(attention)) / 2
         return step / step.sum(-1, keepdim=True)
 
-    def _raw_maps(self, request: Request, **options: Any) -> list[Tensor]:
-        _no_options(self, options)
-        steps = [self.step(attention) for attention in self._attentions(request)]
-        return [self._on_grid(request.recorded, self.rolled_out(steps))]
+    def _evidence(self, request: Request) -> list[tuple[Any, ...]]:
+        return [(attention,) for attention in self._attentions(request)]
 
 
 class TransformerAttribution(_RolledOut):
@@ -460,19 +451,8 @@ class TransformerAttribution(_RolledOut):
             relevance = relevance.transpose(0, 1).flatten(0, 1)
         return relevance + torch.eye(attention.shape[-1]).to(attention)
 
-    def _raw_maps(self, request: Request, **options: Any) -> list[Tensor]:
-        _no_options(self, options)
+    def _evidence(self, request: Request) -> list[tuple[Any, ...]]:
         attentions = self._attentions(request)
         self._gradients(request)
-        steps = [
-            self.step(a, to_float(g))
-            for a, g in zip(attentions, request.recorded.gradients, strict=True)
-            if g is not None
-        ]
-        return [self._on_grid(request.recorded, self.rolled_out(steps))]
-
-
-def _no_options(method: _CAM, options: dict[str, Any]) -> None:
-    """Check that a call has no options that the method does not know."""
-    if options:
-        raise TypeError(f"{type(method).__name__} takes no option {', '.join(map(repr, options))}")
+        found = zip(attentions, request.recorded.gradients, strict=True)
+        return [(attention, to_float(gradient)) for attention, gradient in found if gradient is not None]

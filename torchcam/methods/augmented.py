@@ -79,7 +79,7 @@ class AugmentedCAM(Wrapper):
             if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(callable(step) for step in pair)):
                 raise TypeError(f"`transforms` must be pairs of functions, for inputs and for maps, got {pair!r}")
         self.batch_size = positive_integer("batch_size", batch_size)
-        super().__init__(base_method, model, target_layer, input_shape=input_shape, **base_kwargs)
+        super().__init__(model, target_layer, input_shape, base_method=base_method, **base_kwargs)
         self._runs_model = True
 
     def _raw_maps(self, request: Request, **options: Any) -> list[Tensor]:
@@ -190,7 +190,7 @@ class SESS(Wrapper):
         self.smooth = smooth
         self.pool = one_of("pool", pool, ("mean", "max"))
         self.batch_size = positive_integer("batch_size", batch_size)
-        super().__init__(base_method, model, target_layer, input_shape=input_shape, **base_kwargs)
+        super().__init__(model, target_layer, input_shape, base_method=base_method, **base_kwargs)
         self._runs_model = True
         self._explains_many = False  # each class looks at windows of its own
 
@@ -204,7 +204,9 @@ class SESS(Wrapper):
             return lambda chunk: windows.cut(image[samples[chunk]], numbers.flatten()[chunk]), samples
 
         every = torch.arange(len(windows), device=image.device).expand(len(image), -1)  # (N, W)
-        probability = self._probability(request, len(image))
+        probability = request.targets
+        if not isinstance(probability, Selector):
+            probability = _Probability(request.class_idx, request.targets, len(image))
         replay = Replay(self.model, call, probability, self.batch_size, description="SESS")
         found = to_float(replay.masked(*cut(every))).relu().reshape(every.shape)
         best, kept = found.topk(len(windows) - int(self.pre_filter_ratio * len(windows)), dim=1)
@@ -213,12 +215,6 @@ class SESS(Wrapper):
         layers = self._explain_variants(*cut(kept), request, self.batch_size, **options)
         fused = [self._fuse(windows, maps.reshape(*kept.shape, *maps.shape[1:]), weights, kept) for maps in layers]
         return [gaussian_blur(cam.unsqueeze(1), 11, 5.0).squeeze(1) for cam in fused] if self.smooth else fused
-
-    @staticmethod
-    def _probability(request: Request, batch_size: int) -> Selector:
-        if isinstance(request.targets, Selector):
-            return request.targets
-        return _Probability(request.class_idx, request.targets, batch_size)
 
     def _pool_layers(self, maps: list[Tensor], request: Request) -> list[Tensor]:
         return maps

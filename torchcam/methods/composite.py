@@ -24,25 +24,35 @@ from .core import _CAM, Request, on_replica
 from .decomposition import along, first_component
 from .gradient import GradCAM, GradCAMpp
 
-__all__ = ["EigenSmoothedCAM", "FinerCAM", "RefineCAM", "Wrapper"]
+__all__ = ["EigenSmoothedCAM", "FinerCAM", "RefineCAM"]
 
 
 class Wrapper(_CAM):
     """An extractor that asks another one, whose hooks and recorded passes it shares.
 
     Args:
+        model: the model to explain
+        target_layer: the layer(s) to look at
+        input_shape: shape of the input without the batch dimension, used only to find a default layer
         base_method: the method that is asked: a class, or a ``functools.partial`` of one
-        base_args: its positional arguments
-        base_kwargs: its keyword arguments
+        base_kwargs: its other arguments
     """
 
     _options: tuple[str, ...] = ()
 
-    def __init__(self, base_method: Any, *base_args: Any, **base_kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        target_layer: TargetLayer | Sequence[TargetLayer] | None = None,
+        input_shape: tuple[int, ...] = (3, 224, 224),
+        *,
+        base_method: type[_CAM] = GradCAM,
+        **base_kwargs: Any,
+    ) -> None:
         kind = base_method.func if isinstance(base_method, partial) else base_method
         if not (isinstance(kind, type) and issubclass(kind, _CAM)):
             raise TypeError(f"`base_method` must be a CAM method such as GradCAM, got {base_method!r}")
-        self.base_cam: _CAM = base_method(*base_args, **base_kwargs)
+        self.base_cam = base_method(model, target_layer, input_shape=input_shape, **base_kwargs)
         self._recorder = self.base_cam._recorder
         self.reshape_transform = self.base_cam.reshape_transform
         self.gradients = self.base_cam.gradients
@@ -204,7 +214,7 @@ class FinerCAM(Wrapper):
         self.weighting = one_of("weighting", weighting, ("mean", "softmax"))
         self.gamma = finite_number("gamma", gamma)
         self.num_references = positive_integer("num_references", num_references)
-        super().__init__(base_method, model, target_layer, input_shape=input_shape, **base_kwargs)
+        super().__init__(model, target_layer, input_shape, base_method=base_method, **base_kwargs)
         self._explains_many = False
 
     _options = ("gamma", "num_references")
@@ -288,7 +298,7 @@ def _reference_rows(comparison_idx: Any, classes: Tensor, num_classes: int) -> T
     """Check explicit references and give them as (N, T)."""
     batch_size = len(classes)
     rows = comparison_idx.tolist() if isinstance(comparison_idx, Tensor) else comparison_idx
-    rows = [rows] if not isinstance(rows, (list, tuple)) else list(rows)
+    rows = rows if isinstance(rows, (list, tuple)) else [rows]
     if not rows or not all(isinstance(row, (list, tuple)) for row in rows):
         rows = [rows] * batch_size
     if len(rows) != batch_size or len({len(row) for row in rows}) != 1 or not rows[0]:
@@ -296,9 +306,8 @@ def _reference_rows(comparison_idx: Any, classes: Tensor, num_classes: int) -> T
             "`comparison_idx` must be a class, a list of classes, or a list of equally many per sample: "
             f"got {comparison_idx!r} for a batch of {batch_size}"
         )
-    device = classes.device
     try:
-        references = torch.stack([as_class_indices(row, len(row), num_classes, device) for row in rows])
+        references = as_class_indices(rows, batch_size, num_classes, classes.device)
     except (TypeError, ValueError) as error:
         raise type(error)(str(error).replace("`class_idx`", "`comparison_idx`")) from None
     if (references == classes.unsqueeze(1)).any():
@@ -345,7 +354,7 @@ class RefineCAM(Wrapper):
             raise ValueError(
                 f"`target_layer` must list two layers or more to refine one by the other, got {len(target_layer)}"
             )
-        super().__init__(base_method, model, target_layer, input_shape=input_shape, **base_kwargs)
+        super().__init__(model, target_layer, input_shape, base_method=base_method, **base_kwargs)
         self._explains_many = False
 
     def __call__(
@@ -445,17 +454,6 @@ class EigenSmoothedCAM(Wrapper):
     Raises:
         TypeError: if ``base_method`` is not a method
     """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        target_layer: TargetLayer | Sequence[TargetLayer] | None = None,
-        input_shape: tuple[int, ...] = (3, 224, 224),
-        *,
-        base_method: type[_CAM] = GradCAM,
-        **base_kwargs: Any,
-    ) -> None:
-        super().__init__(base_method, model, target_layer, input_shape=input_shape, **base_kwargs)
 
     @staticmethod
     def map(activation: Tensor, weights: Tensor) -> Tensor:

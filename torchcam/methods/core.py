@@ -64,9 +64,9 @@ class _CAM:
     """
 
     class_agnostic = False  # the map is the same for every class: none has to be named
+    looks_at_a_layer = True  # its positions make the map: a default is searched for where none is named
 
     _default: DefaultLayer | None = None
-    _looks_at_a_layer = True  # whose positions make the map: a default is searched for where none is named
     _channels: int | None = None  # how many the default layer must have
     _relu = False
     _differentiates = False  # the pass keeps its graph from the target layers on

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from torchcam._checks import callable_object, finite_number, positive_integer
+from torchcam._checks import callable_object, finite_number, one_of, positive_integer
 from torchcam._passes import model_device
 from torchcam._replica import replicated
 from torchcam._tensors import is_constant, is_finite, to_float
@@ -31,8 +31,6 @@ __all__ = [
     "EigenGradCAM",
     "Factorization",
     "SegEigenCAM",
-    "along",
-    "first_component",
 ]
 
 
@@ -103,9 +101,7 @@ class KPCACAM(EigenCAM):
         gamma: float | None = None,
         **kwargs: Any,
     ) -> None:
-        if kernel not in {"sigmoid", "rbf"}:
-            raise ValueError(f"`kernel` must be 'sigmoid' or 'rbf', got {kernel!r}")
-        self.kernel = kernel
+        self.kernel = one_of("kernel", kernel, ("sigmoid", "rbf"))
         self.gamma = None if gamma is None else finite_number("gamma", gamma, 0)
         super().__init__(model, target_layer, input_shape, **kwargs)
 
@@ -231,7 +227,7 @@ class DeepFeatureFactorization:
             raise ValueError(f"one layer is factorised, but `target_layer` lists {len(target_layer)}")
         self.n_components = positive_integer("n_components", n_components)
         self.num_iterations = positive_integer("num_iterations", num_iterations)
-        self.classifier = None if classifier is None else callable_object("classifier", classifier)
+        self.classifier = callable_object("classifier", classifier, optional=True)
         self.seed = seed
         self.extractor = MeanActivation(model, target_layer, input_shape, **kwargs)
 

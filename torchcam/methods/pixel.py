@@ -34,7 +34,7 @@ class _PixelCAM(_CAM):
     """
 
     _runs_model = True
-    _looks_at_a_layer = False
+    looks_at_a_layer = False
     _options = ()
 
     def __init__(
@@ -186,7 +186,7 @@ class FullGrad(_PixelCAM):
             _BiasesWatched(share),
             _repeated(self.model, call, select, partial(_watch_frozen, share)) as (image, score),
         ):
-            (gradient,) = _gradients(score, [image])
+            gradient = _gradient(score, image)
         request.recorded.gradients = [gradient]
         take(to_float(image.detach() * gradient))
 
@@ -221,25 +221,22 @@ def _repeated(
         yield image, select(replica(*args, **kwargs))
 
 
-def _gradients(score: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Differentiate scores (N,) with respect to the input, on which they must depend, and other tensors."""
-    gradients: Sequence[Tensor | None] = [None]
+def _gradient(score: Tensor, image: Tensor) -> Tensor:
+    """Differentiate scores (N,) with respect to the input, on which they must depend."""
+    gradient = None
     if score.requires_grad:
-        gradients = torch.autograd.grad(score.sum(), list(tensors), allow_unused=True)
-    if gradients[0] is None:
+        (gradient,) = torch.autograd.grad(score.sum(), image, allow_unused=True)
+    if gradient is None:
         raise RuntimeError(
             "the explained score is not connected to every target layer: it does not depend on the input"
         )
-    return [
-        torch.zeros_like(tensor) if gradient is None else gradient
-        for gradient, tensor in zip(gradients, tensors, strict=True)
-    ]
+    return gradient
 
 
 def _guided_gradient(model: nn.Module, call: Call, select: Selector) -> Tensor:
     """Differentiate the score with respect to the input, through positive paths alone: (N, C, *spatial)."""
-    with _repeated(model, call, select) as (image, score), _clipped_at(_RECTIFIERS, score):
-        (gradient,) = _gradients(score, [image])
+    with _repeated(model, call, select) as (image, score), _clipped_at_rectifiers(score):
+        gradient = _gradient(score, image)
     return to_float(gradient)
 
 
@@ -248,8 +245,8 @@ _RECTIFIERS = re.compile(r"(Relu|Hardtanh|LeakyRelu|Elu|Celu|Gelu|Silu|Mish|Hard
 
 
 @contextmanager
-def _clipped_at(names: re.Pattern[str], score: Tensor) -> Iterator[None]:
-    """Set negative gradients to 0 before and after each node of these names in the graph of a score."""
+def _clipped_at_rectifiers(score: Tensor) -> Iterator[None]:
+    """Set negative gradients to 0 before and after each rectifier in the graph of a score."""
 
     def clip(gradients: Sequence[Tensor | None], *_: Any) -> tuple[Tensor | None, ...]:
         return tuple(None if gradient is None else gradient.relu() for gradient in gradients)
@@ -260,7 +257,7 @@ def _clipped_at(names: re.Pattern[str], score: Tensor) -> Iterator[None]:
             "a part of the model is compiled by `torch.compile`, and the rectifiers inside cannot be found: explain "
             "the model with that part as it was before"
         )
-    nodes = [node for node in graph if names.fullmatch(node.name())]
+    nodes = [node for node in graph if _RECTIFIERS.fullmatch(node.name())]
     handles = [register(clip) for node in nodes for register in (node.register_prehook, node.register_hook)]
     try:
         yield

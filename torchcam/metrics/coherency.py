@@ -10,7 +10,7 @@ from torch import Tensor
 from torchcam._checks import positive_integer
 
 from ._statistics import harmonic_mean, pearson, relative_fall
-from .core import POSITIVE, UNBOUNDED, UNIT, Bounds, CAMMetric, Explained, Extractor, LogitsFn
+from .core import POSITIVE, UNBOUNDED, UNIT, CAMMetric, Explained, Extractor, Keys, LogitsFn, Variant
 from .faithfulness import Removal
 
 __all__ = ["ADCC", "ARCC"]
@@ -31,23 +31,39 @@ class _CoherencyMetric(CAMMetric):
         super().__init__(cam_extractor, logits_fn, **kwargs)
         self.batch_size = positive_integer("batch_size", batch_size)
 
-    def _coherency(self, explained: Explained) -> dict[str, Tensor]:
-        """Return each sample's coherency and complexity, (N,) each."""
+    def compute(self) -> dict[str, Tensor]:
+        """Return the means over the samples so far, in all processes; NaN if there are none."""
+        means = super().compute()
+        _, of_means, coherency, complexity, change = self._keys
+        faithfulness = self._faithfulness(means[change])
+        means[of_means] = harmonic_mean(means[coherency], 1 - means[complexity], faithfulness)
+        return {key: means[key] for key in self._keys}
 
+    def _measure(self, explained: Explained) -> dict[str, Tensor]:
         def alike(again: Tensor, samples: Tensor, _variants: Tensor) -> Tensor:
             return (pearson(again, explained.cam[samples]) + 1) / 2
 
-        def masked(samples: Tensor, _variants: Tensor) -> Tensor:
-            return _masked(explained, samples)
+        coherency = explained.explain_again(_masking(explained), alike, 1, self.batch_size).squeeze(1)
+        complexity = explained.cam.abs().flatten(1).mean(1)
+        change = self._change(explained)
+        joined = harmonic_mean(coherency, 1 - complexity, self._faithfulness(change))
+        sums = [state for state, *_ in self._keys.values() if state]
+        return dict(zip(sums, (joined, coherency, complexity, change), strict=True))
 
-        coherency = explained.explain_again(masked, alike, 1, self.batch_size).squeeze(1)
-        return {"coherency": coherency, "complexity": explained.cam.abs().flatten(1).mean(1)}
+    def _change(self, explained: Explained) -> Tensor:
+        """Return how much each sample's score changes with what the map shows, (N,)."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _faithfulness(change: Tensor) -> Tensor:
+        """Return such a change as a number in [0, 1], of which more is better."""
+        raise NotImplementedError
 
 
-def _masked(explained: Explained, samples: Tensor) -> Tensor:
-    """Return the inputs multiplied by their maps."""
-    image: Tensor = explained.image[samples] * explained.cam[samples].unsqueeze(1).to(explained.image.dtype)
-    return image
+def _masking(explained: Explained) -> Variant:
+    """Return a function from the numbers of samples, (B,), to the inputs multiplied by their maps."""
+    image, mask = explained.image, explained.cam.unsqueeze(1).to(explained.image.dtype)
+    return lambda samples, _variants: image[samples] * mask[samples]
 
 
 class ADCC(_CoherencyMetric):
@@ -109,35 +125,24 @@ class ADCC(_CoherencyMetric):
         ['adcc', 'adcc_of_means', 'avg_drop', 'coherency', 'complexity']
     """
 
-    _keys: ClassVar[dict[str, tuple[bool, Bounds]]] = {
-        "adcc": (True, UNIT),
-        "adcc_of_means": (True, UNIT),
-        "coherency": (True, UNIT),
-        "complexity": (False, UNIT),
-        "avg_drop": (False, POSITIVE),
+    _keys: ClassVar[Keys] = {
+        "adcc": ("adcc", True, UNIT),
+        "adcc_of_means": ("", True, UNIT),
+        "coherency": ("coherency", True, UNIT),
+        "complexity": ("complexity", False, UNIT),
+        "avg_drop": ("drop", False, POSITIVE),
     }
-    plot_lower_bound = 0.0
-    _sums = ("adcc", "coherency", "complexity", "drop")
 
     adcc: Tensor
     drop: Tensor
 
-    def compute(self) -> dict[str, Tensor]:
-        """Return ``adcc``, ``adcc_of_means``, ``coherency``, ``complexity`` and ``avg_drop`` of the samples so far."""
-        coherency, complexity, drop = (part / self.total for part in (self.coherency, self.complexity, self.drop))
-        return {
-            "adcc": self.adcc / self.total,
-            "adcc_of_means": harmonic_mean(coherency, 1 - complexity, 1 - drop),
-            "coherency": coherency,
-            "complexity": complexity,
-            "avg_drop": drop,
-        }
+    def _change(self, explained: Explained) -> Tensor:
+        kept = explained.replay(_masking(explained), 1, self.batch_size).squeeze(1)
+        return relative_fall(explained.score - kept, explained.score)
 
-    def _measure(self, explained: Explained) -> dict[str, Tensor]:
-        parts = self._coherency(explained)
-        kept = explained.replay(lambda samples, _variants: _masked(explained, samples), 1, self.batch_size).squeeze(1)
-        drop = relative_fall(explained.score - kept, explained.score)
-        return {**parts, "drop": drop, "adcc": harmonic_mean(parts["coherency"], 1 - parts["complexity"], 1 - drop)}
+    @staticmethod
+    def _faithfulness(change: Tensor) -> Tensor:
+        return 1 - change
 
 
 class ARCC(_CoherencyMetric):
@@ -196,14 +201,13 @@ class ARCC(_CoherencyMetric):
         ['arcc', 'arcc_of_means', 'coherency', 'complexity', 'road']
     """
 
-    _keys: ClassVar[dict[str, tuple[bool, Bounds]]] = {
-        "arcc": (True, UNIT),
-        "arcc_of_means": (True, UNIT),
-        "coherency": (True, UNIT),
-        "complexity": (False, UNIT),
-        "road": (True, UNBOUNDED),
+    _keys: ClassVar[Keys] = {
+        "arcc": ("arcc", True, UNIT),
+        "arcc_of_means": ("", True, UNIT),
+        "coherency": ("coherency", True, UNIT),
+        "complexity": ("complexity", False, UNIT),
+        "road": ("road", True, UNBOUNDED),
     }
-    _sums = ("arcc", "coherency", "complexity", "road")
 
     arcc: Tensor
     road: Tensor
@@ -223,20 +227,10 @@ class ARCC(_CoherencyMetric):
         removal = Removal(percentiles, noise, seed)
         self.percentiles, self.noise, self.seed = removal.percentiles, removal.noise, removal.seed
 
-    def compute(self) -> dict[str, Tensor]:
-        """Return ``arcc``, ``arcc_of_means``, ``coherency``, ``complexity`` and ``road`` of the samples so far."""
-        coherency, complexity, road = (part / self.total for part in (self.coherency, self.complexity, self.road))
-        return {
-            "arcc": self.arcc / self.total,
-            "arcc_of_means": harmonic_mean(coherency, 1 - complexity, (2 * road).clamp(0, 1)),
-            "coherency": coherency,
-            "complexity": complexity,
-            "road": road,
-        }
-
-    def _measure(self, explained: Explained) -> dict[str, Tensor]:
-        parts = self._coherency(explained)
+    def _change(self, explained: Explained) -> Tensor:
         morf, lerf = Removal(self.percentiles, self.noise, self.seed).changes(explained, self.batch_size)
-        road = (lerf - morf) / 2
-        arcc = harmonic_mean(parts["coherency"], 1 - parts["complexity"], (2 * road).clamp(0, 1))
-        return {**parts, "road": road, "arcc": arcc}
+        return (lerf - morf) / 2
+
+    @staticmethod
+    def _faithfulness(change: Tensor) -> Tensor:
+        return (2 * change).clamp(0, 1)

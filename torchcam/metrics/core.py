@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Protocol
@@ -15,7 +15,7 @@ from torchmetrics import Metric
 
 from torchcam._checks import callable_object, integer
 from torchcam._chunks import run_chunks
-from torchcam._passes import forwards_replaced
+from torchcam._passes import Call, forwards_replaced
 from torchcam._replica import replicated
 from torchcam._tensors import map_tensors, over_positions, resize, to_float
 from torchcam.layout import axes_of
@@ -23,28 +23,13 @@ from torchcam.methods._replay import VariantRunner
 from torchcam.methods.core import _CAM, on_replica, plain_tensors
 from torchcam.targets import ClassIndex, OutputTarget, Selector, check_one_of, class_scores, read_logits
 
-__all__ = [
-    "Baseline",
-    "CAMMetric",
-    "Explained",
-    "Extractor",
-    "Subject",
-    "as_image",
-    "check_seed",
-    "explaining",
-    "given_maps",
-    "maps_of",
-    "missing_parts",
-    "run_to_explain",
-    "tensor_of",
-    "with_logits",
-    "zero_where_not_finite",
-]
+__all__ = ["CAMMetric", "Explained", "Extractor"]
 
 LogitsFn = Callable[[Any], Any]
 Baseline = Tensor | Callable[[Tensor], Tensor]
 Variant = Callable[[Tensor, Tensor], Tensor]
 Bounds = tuple[float, float]
+Keys = dict[str, tuple[str, bool, Bounds]]
 
 UNIT: Bounds = (0.0, 1.0)
 POSITIVE: Bounds = (0.0, math.inf)
@@ -135,9 +120,9 @@ class Explained:
             the scores, (N, V)
         """
         with replicated(self.model) as model:
-            run = VariantRunner(model)
+            run = VariantRunner(model, Call((self.image,), {}))
 
-            def score(samples: Tensor, variants: Tensor, _chunk: slice) -> Tensor:
+            def score(samples: Tensor, variants: Tensor) -> Tensor:
                 output = run(variant(samples, variants), samples)
                 return self.select(with_logits(self.logits_fn, output), samples)
 
@@ -167,31 +152,23 @@ class Explained:
         Returns:
             the measures, (N, V, ...)
         """
-        if classes is None and self.select.targets:
-            asked = "targets"
-            values = [target for target in self.select.targets for _ in range(num_variants)]
-        else:
-            asked = "class_idx"
-            if classes is None:
-                classes = self.select.indices(read_logits(self.output)).repeat_interleave(num_variants)
-            values = classes.flatten().tolist()
 
-        def explain(samples: Tensor, variants: Tensor, chunk: slice) -> Tensor:
+        def explain(samples: Tensor, variants: Tensor) -> Tensor:
             inputs = variant(samples, variants)
+            asked = self.select.arguments(self.output, samples)
+            if classes is not None:
+                asked = {"class_idx": classes[samples, variants]}
             with explaining(extractor or self.extractor, self.logits_fn) as own:
-                output = run_to_explain(own, inputs)
-                maps = maps_of(own, output, inputs, **{asked: values[chunk]})
+                maps = maps_of(own, run_to_explain(own, inputs), inputs, **asked)
             return measure(maps, samples, variants)
 
         return self._by_variant(explain, num_variants, batch_size)
 
-    def _by_variant(
-        self, evaluate: Callable[[Tensor, Tensor, slice], Tensor], num_variants: int, batch_size: int
-    ) -> Tensor:
+    def _by_variant(self, evaluate: Variant, num_variants: int, batch_size: int) -> Tensor:
         """Evaluate the variants in chunks, to (N, V, ...), and mark samples with values that are not finite."""
         rows = torch.arange(len(self.image) * num_variants, device=self.image.device)
         samples, variants = rows.div(num_variants, rounding_mode="floor"), rows % num_variants
-        chunks = run_chunks(lambda part: evaluate(samples[part], variants[part], part), len(rows), batch_size)
+        chunks = run_chunks(lambda part: evaluate(samples[part], variants[part]), len(rows), batch_size)
         values = torch.cat(chunks)
         values = values.reshape(-1, num_variants, *values.shape[1:])
         self.valid = self.valid & values.isfinite().flatten(1).all(1)
@@ -201,8 +178,8 @@ class Explained:
 class CAMMetric(Metric):
     """The base class of all metrics: the explained pass, the sums over samples, the summary.
 
-    A subclass names its sums in ``_sums``, returns each sample's part of them from ``_measure``, and the means from
-    ``compute``. Every sum is a state, float64, and so are ``total`` and ``nan_count``, the numbers of samples in the
+    A subclass names in ``_keys`` what ``compute`` gives, and returns each sample's part of the sums behind it from
+    ``_measure``. Every sum is a state, float64, and so are ``total`` and ``nan_count``, the numbers of samples in the
     sums and of samples left out.
 
     Attributes:
@@ -211,13 +188,13 @@ class CAMMetric(Metric):
     """
 
     is_differentiable = False
-    higher_is_better: bool | None = None  # where the keys of one metric do not agree: see `key_higher_is_better`
+    higher_is_better: bool | None = None  # what all keys agree on; else see `key_higher_is_better`
     full_state_update = False
 
     key_higher_is_better: ClassVar[dict[str, bool]]
     key_bounds: ClassVar[dict[str, Bounds]]
-    _keys: ClassVar[dict[str, tuple[bool, Bounds]]]  # for each key of `compute` the two above
-    _sums: ClassVar[tuple[str, ...]]
+    _keys: ClassVar[Keys]  # for each key of `compute` its sum, "" if it has none, and the two above
+    _more_sums: ClassVar[tuple[str, ...]] = ()
     _summary_keys: ClassVar[tuple[str, ...] | None] = None  # by default all that `compute` gives
     _masks_with_maps: ClassVar[bool] = False  # the values of a map count, not only their order
     _explains_again: ClassVar[bool] = False  # maps that are given are not enough
@@ -227,17 +204,21 @@ class CAMMetric(Metric):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        keys = vars(cls).get("_keys", {})
-        if keys:
-            cls.key_higher_is_better = {key: higher for key, (higher, _) in keys.items()}
-            cls.key_bounds = {key: bounds for key, (_, bounds) in keys.items()}
+        if "_keys" not in vars(cls):
+            return
+        cls.key_higher_is_better = {key: higher for key, (_, higher, _) in cls._keys.items()}
+        cls.key_bounds = {key: bounds for key, (_, _, bounds) in cls._keys.items()}
+        agreed = set(cls.key_higher_is_better.values())
+        cls.higher_is_better = agreed.pop() if len(agreed) == 1 else None
+        lowest, highest = zip(*cls.key_bounds.values(), strict=True)
+        cls.plot_lower_bound = min(lowest) if math.isfinite(min(lowest)) else None
+        cls.plot_upper_bound = max(highest) if math.isfinite(max(highest)) else None
 
     def __init__(
         self,
         cam_extractor: Extractor | nn.Module | None,
         logits_fn: LogitsFn | None,
         options: Mapping[str, Any] | None = None,
-        shapes: Mapping[str, tuple[int, ...]] | None = None,
         **kwargs: Any,
     ) -> None:
         missing = missing_parts(cam_extractor)
@@ -254,9 +235,9 @@ class CAMMetric(Metric):
         callable_object("logits_fn", logits_fn, optional=True)
         super().__init__(**kwargs)
         self._subject = Subject(cam_extractor, logits_fn, options or {})
-        for name in self._sums:
-            shape = (shapes or {}).get(name, ())
-            self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+        of_keys = [state for state, *_ in self._keys.values() if state]
+        for name in (*of_keys, *self._more_sums):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         for name in ("total", "nan_count"):
             self.add_state(name, torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
         # A `MetricCollection` updates only one of several metrics whose states were equal once. Chance can make them
@@ -343,7 +324,7 @@ class CAMMetric(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """Return the means over the samples so far, in all processes; NaN if there are none."""
-        return {name: getattr(self, name) / self.total for name in self._sums}
+        return {key: getattr(self, state).mean() / self.total for key, (state, *_) in self._keys.items() if state}
 
     def summary(self) -> dict[str, float]:
         """Return the metric's main means over the samples so far, in all processes.
@@ -512,18 +493,15 @@ def explaining(extractor: Extractor, logits_fn: LogitsFn | None) -> Iterator[Ext
     It is like ``extractor``, on a replica of the model. An extractor that is not of this library is yielded itself: it
     gets a full graph and may call ``backward()``, and its model is restored afterwards.
     """
-    with on_replica(extractor) as own:
-        foreign = own is extractor
-        with _gradients_restored(own.model) if foreign else nullcontext(), _logits_applied(own.model, logits_fn):
-            yield own
-
-
-def _logits_applied(model: nn.Module, logits_fn: LogitsFn | None) -> AbstractContextManager[None]:
-    """Make ``model.forward`` apply ``logits_fn`` inside the block."""
-    if logits_fn is None:
-        return nullcontext()
-    # A partial, unlike a closure, is bound to the replica's modules in a replica.
-    return forwards_replaced({model: lambda _model, forward: partial(_run_with_logits, logits_fn, forward)})
+    with on_replica(extractor) as own, ExitStack() as changed:
+        if own is extractor:
+            changed.enter_context(_gradients_restored(own.model))
+        if logits_fn is not None:
+            # A partial, unlike a closure, is bound to the replica's modules in a replica.
+            changed.enter_context(
+                forwards_replaced({own.model: lambda _model, forward: partial(_run_with_logits, logits_fn, forward)})
+            )
+        yield own
 
 
 def _run_with_logits(logits_fn: LogitsFn, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -558,7 +536,11 @@ def maps_of(extractor: Extractor, output: Any, image: Tensor, **asked: Any) -> T
         image: the inputs, (N, C, *spatial)
         asked: the ``class_idx`` or the ``targets`` to explain
     """
-    maps = extractor(scores=output, **asked) if "targets" in asked else extractor(asked["class_idx"], output)
+    if "targets" in asked:
+        maps = extractor(scores=output, **asked)
+    else:
+        classes = asked["class_idx"]
+        maps = extractor(classes.tolist() if isinstance(classes, Tensor) else classes, output)
     fused = to_float(extractor.fuse_cams(maps).detach())
     check_positions(extractor, output)
     if len(fused) != len(image):

@@ -13,7 +13,7 @@ from torchcam._checks import finite_number, positive_integer
 
 from ._imputation import impute
 from ._statistics import descending_ranks, relative_fall
-from .core import POSITIVE, UNBOUNDED, UNIT, Baseline, Bounds, CAMMetric, Explained, Extractor, LogitsFn, check_seed
+from .core import POSITIVE, UNBOUNDED, UNIT, Baseline, CAMMetric, Explained, Extractor, Keys, LogitsFn, check_seed
 
 __all__ = ["ROAD", "ClassificationMetric", "DeletionInsertionMetric"]
 
@@ -78,15 +78,14 @@ class ClassificationMetric(CAMMetric):
         ['avg_drop', 'conf_increase']
     """
 
-    _keys: ClassVar[dict[str, tuple[bool, Bounds]]] = {
-        "avg_drop": (False, POSITIVE),
-        "conf_increase": (True, UNIT),
-        "avg_gain": (True, UNIT),
-        "deletion_drop": (True, POSITIVE),
+    _keys: ClassVar[Keys] = {
+        "avg_drop": ("drop", False, POSITIVE),
+        "conf_increase": ("increase", True, UNIT),
+        "avg_gain": ("gain", True, UNIT),
+        "deletion_drop": ("deletion_drop", True, POSITIVE),
     }
-    plot_lower_bound = 0.0
+    _more_sums = ("out_of_range",)
     _masks_with_maps = True
-    _sums = ("drop", "increase", "gain", "deletion_drop", "out_of_range")
     _summary_keys = ("avg_drop", "conf_increase")
 
     drop: Tensor
@@ -100,12 +99,9 @@ class ClassificationMetric(CAMMetric):
 
     def compute(self) -> dict[str, Tensor]:
         """Return ``avg_drop``, ``conf_increase``, ``avg_gain`` and ``deletion_drop`` of the samples so far."""
-        return {
-            "avg_drop": self.drop / self.total,
-            "conf_increase": self.increase / self.total,
-            "avg_gain": torch.where(self.out_of_range > 0, torch.nan, self.gain / self.total),
-            "deletion_drop": self.deletion_drop / self.total,
-        }
+        means = super().compute()
+        means["avg_gain"] = torch.where(self.out_of_range > 0, torch.nan, means["avg_gain"])
+        return means
 
     def _measure(self, explained: Explained) -> dict[str, Tensor]:
         image, score = explained.image, explained.score
@@ -188,11 +184,10 @@ class DeletionInsertionMetric(CAMMetric):
         ['deletion_auc', 'insertion_auc']
     """
 
-    _keys: ClassVar[dict[str, tuple[bool, Bounds]]] = {
-        "deletion_auc": (False, UNBOUNDED),
-        "insertion_auc": (True, UNBOUNDED),
+    _keys: ClassVar[Keys] = {
+        "deletion_auc": ("deletion", False, UNBOUNDED),
+        "insertion_auc": ("insertion", True, UNBOUNDED),
     }
-    _sums = ("deletion", "insertion")
 
     deletion: Tensor
     insertion: Tensor
@@ -218,10 +213,6 @@ class DeletionInsertionMetric(CAMMetric):
         """The value of removed positions."""
         baseline: Baseline | None = self._subject.options["baseline"]
         return baseline
-
-    def compute(self) -> dict[str, Tensor]:
-        """Return ``deletion_auc`` and ``insertion_auc`` of the samples so far."""
-        return {"deletion_auc": self.deletion / self.total, "insertion_auc": self.insertion / self.total}
 
     def _measure(self, explained: Explained) -> dict[str, Tensor]:
         image, score = explained.image, explained.score.unsqueeze(1)
@@ -321,12 +312,11 @@ class ROAD(CAMMetric):
         ['lerf', 'morf', 'road']
     """
 
-    _keys: ClassVar[dict[str, tuple[bool, Bounds]]] = {
-        "morf": (False, UNBOUNDED),
-        "lerf": (True, UNBOUNDED),
-        "road": (True, UNBOUNDED),
+    _keys: ClassVar[Keys] = {
+        "morf": ("morf", False, UNBOUNDED),
+        "lerf": ("lerf", True, UNBOUNDED),
+        "road": ("", True, UNBOUNDED),
     }
-    _sums = ("morf", "lerf")
 
     morf: Tensor
     lerf: Tensor
@@ -349,8 +339,8 @@ class ROAD(CAMMetric):
 
     def compute(self) -> dict[str, Tensor]:
         """Return ``morf``, ``lerf`` and ``road`` of the samples so far."""
-        morf, lerf = self.morf / self.total, self.lerf / self.total
-        return {"morf": morf, "lerf": lerf, "road": (lerf - morf) / 2}
+        means = super().compute()
+        return {**means, "road": (means["lerf"] - means["morf"]) / 2}
 
     def _measure(self, explained: Explained) -> dict[str, Tensor]:
         morf, lerf = Removal(self.percentiles, self.noise, self.seed).changes(explained, self.batch_size)

@@ -16,7 +16,7 @@ from torchcam.methods.core import plain_tensors
 from torchcam.targets import ClassIndex, OutputTarget
 
 from ._statistics import energy
-from .core import UNIT, Bounds, CAMMetric, Extractor, LogitsFn, as_image, given_maps, tensor_of, zero_where_not_finite
+from .core import UNIT, CAMMetric, Extractor, Keys, LogitsFn, as_image, given_maps, tensor_of, zero_where_not_finite
 
 __all__ = ["Localization"]
 
@@ -86,11 +86,10 @@ class Localization(CAMMetric):
         1.0
     """
 
-    higher_is_better = True
-    plot_lower_bound = 0.0
-    plot_upper_bound = 1.0
-    _sums = ("pointing_game", "average_precision", "energy", "rank_accuracy", "iou", "best_iou")
-    _keys: ClassVar[dict[str, tuple[bool, Bounds]]] = dict.fromkeys(_sums, (True, UNIT))
+    _keys: ClassVar[Keys] = {
+        key: (key, True, UNIT)
+        for key in ("pointing_game", "average_precision", "energy", "rank_accuracy", "iou", "best_iou")
+    }
 
     pointing_game: Tensor
     average_precision: Tensor

@@ -17,7 +17,7 @@ from torchcam.methods.core import on_replica
 from torchcam.targets import class_scores
 
 from ._statistics import cosine, spearman, structural_similarity
-from .core import UNIT, Bounds, CAMMetric, Explained, Extractor, LogitsFn, check_seed
+from .core import UNIT, CAMMetric, Explained, Extractor, Keys, LogitsFn, check_seed
 
 __all__ = ["SanityCheck"]
 
@@ -84,17 +84,14 @@ class SanityCheck(CAMMetric):
         ['class_overlap', 'rank_correlation', 'ssim']
     """
 
-    higher_is_better = False
-    _keys: ClassVar[dict[str, tuple[bool, Bounds]]] = {
-        "rank_correlation": (False, (-1.0, 1.0)),
-        "ssim": (False, (-1.0, 1.0)),
-        "class_overlap": (False, UNIT),
+    _keys: ClassVar[Keys] = {
+        "rank_correlation": ("rank", False, (-1.0, 1.0)),
+        "ssim": ("similarity", False, (-1.0, 1.0)),
+        "class_overlap": ("overlap", False, UNIT),
     }
-    plot_lower_bound = -1.0
-    plot_upper_bound = 1.0
+    _more_sums = ("single",)
     _explains_again = True
     _masks_with_maps = True
-    _sums = ("rank", "similarity", "overlap", "single")
 
     rank: Tensor
     similarity: Tensor
@@ -113,18 +110,17 @@ class SanityCheck(CAMMetric):
     ) -> None:
         model = getattr(cam_extractor, "model", None)
         self.layers = _layers_from_the_top(model, layers) if isinstance(model, nn.Module) else ()
-        shapes = dict.fromkeys(("rank", "similarity"), (len(self.layers),))
-        super().__init__(cam_extractor, logits_fn, shapes=shapes, **kwargs)
+        super().__init__(cam_extractor, logits_fn, **kwargs)
+        for name in ("rank", "similarity"):
+            self.add_state(name, torch.zeros(len(self.layers), dtype=torch.float64), dist_reduce_fx="sum")
         self.seed = check_seed(seed)
         self.batch_size = positive_integer("batch_size", batch_size)
 
     def compute(self) -> dict[str, Tensor]:
         """Return ``rank_correlation``, ``ssim`` and ``class_overlap`` of the samples so far."""
-        return {
-            "rank_correlation": self.rank.mean() / self.total,
-            "ssim": self.similarity.mean() / self.total,
-            "class_overlap": torch.where(self.single > 0, torch.nan, self.overlap / self.total),
-        }
+        means = super().compute()
+        means["class_overlap"] = torch.where(self.single > 0, torch.nan, means["class_overlap"])
+        return means
 
     def by_layer(self) -> dict[str, dict[str, float]]:
         """Return ``rank_correlation`` and ``ssim`` of each stage, by the layer that was randomised last."""

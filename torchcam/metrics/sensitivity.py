@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchcam._checks import callable_object, finite_number, positive_integer
 
-from .core import POSITIVE, Bounds, CAMMetric, Explained, Extractor, LogitsFn, check_seed
+from .core import POSITIVE, CAMMetric, Explained, Extractor, Keys, LogitsFn, check_seed
 
 __all__ = ["Sensitivity"]
 
@@ -86,13 +86,11 @@ class Sensitivity(CAMMetric):
         ['infidelity', 'max_sensitivity']
     """
 
-    higher_is_better = False
-    _keys: ClassVar[dict[str, tuple[bool, Bounds]]] = dict.fromkeys(
-        ("max_sensitivity", "infidelity"), (False, POSITIVE)
-    )
-    plot_lower_bound = 0.0
+    _keys: ClassVar[Keys] = {
+        "max_sensitivity": ("sensitivity", False, POSITIVE),
+        "infidelity": ("infidelity", False, POSITIVE),
+    }
     _explains_again = True
-    _sums = ("sensitivity", "infidelity")
 
     sensitivity: Tensor
     infidelity: Tensor
@@ -143,10 +141,6 @@ class Sensitivity(CAMMetric):
         """The perturbation of the inputs whose scores are compared."""
         removal: str | Perturbation = self._subject.options["removal"]
         return removal
-
-    def compute(self) -> dict[str, Tensor]:
-        """Return ``max_sensitivity`` and ``infidelity`` of the samples so far."""
-        return {"max_sensitivity": self.sensitivity / self.total, "infidelity": self.infidelity / self.total}
 
     def _measure(self, explained: Explained) -> dict[str, Tensor]:
         device = explained.image.device

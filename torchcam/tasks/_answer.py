@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -18,9 +17,11 @@ from torchcam import _page
 from torchcam._displays import Pictures
 from torchcam._figures import Cell, Column, Row, Sheet
 from torchcam._files import atomic_write, free_directory
-from torchcam._pictures import SMALLEST, enlarged, fitted, fitted_size
+from torchcam._method_maps import draw_over
+from torchcam._numbers import to_json
+from torchcam._pictures import enlarged, fitted, fitted_size
 from torchcam.layout import Cells
-from torchcam.utils import ALPHA, on_picture, overlay_map
+from torchcam.utils import ALPHA, on_picture
 
 if TYPE_CHECKING:
     from matplotlib.colors import Colormap
@@ -193,7 +194,7 @@ class AnswerExplanation(Pictures):
         """
         below = self.images[self._picture(picture)]
         values = self.map(word, picture, signed=signed)
-        return _drawn(below, values, alpha, colormap, grey, signed)
+        return draw_over(below, values, colormap, alpha, grey=grey, signed=signed)
 
     @property
     def _items(self) -> Sequence[_AnsweredPicture]:
@@ -285,8 +286,7 @@ class AnswerExplanation(Pictures):
                 "model": self.model,
                 "versions": dict(self.versions),
             }
-            text = json.dumps(manifest, indent=2, ensure_ascii=False)
-            (folder / "manifest.json").write_text(text + "\n", encoding="utf-8")
+            (folder / "manifest.json").write_text(to_json(manifest) + "\n", encoding="utf-8")
         return directory
 
 
@@ -310,37 +310,25 @@ class _AnsweredPicture:
         return True
 
     def _sheet(self, alpha: float = ALPHA, colormap: str | Colormap | None = None, grey: bool = False) -> Sheet:
-        of, base = self.of, fitted(enlarged(self.of.images[self.number], SMALLEST), 512)
+        of, base = self.of, fitted(enlarged(self.of.images[self.number]), 512)
         cells = []
         for number in range(len(of.maps)):
             values = of.map(number, self.number)
             notes = filter(None, (of._name_of(number), of._value_of(number), _note(values)))
-            cells.append(Cell(_drawn(base, values, alpha, colormap, grey), " · ".join(notes)))
+            cells.append(Cell(draw_over(base, values, colormap, alpha, grey=grey), " · ".join(notes)))
         rows = [Row("", "", cells[start : start + _COLUMNS]) for start in range(0, len(cells), _COLUMNS)]
         blank = [Column("")] * (min(len(cells), _COLUMNS) - 1)
         return Sheet(base, [Column(_METHOD, _LAYER), *blank], rows)
 
-    def _page_item(self, name: str) -> _page.PageItem:
+    def _page_item(self, name: str) -> dict[str, Any]:
         of = self.of
         maps = [of.map(number, self.number) for number in range(len(of.maps))]
-        method = _page.PageMethod(_METHOD, _LAYER, False, maps, [*map(_note, maps)])
-        words: list[dict[str, str]] = [{"name": of._name_of(k), "value": of._value_of(k)} for k in range(len(maps))]
-        return _page.PageItem(name, of.images[self.number], words, [method])
+        method = _page.method_entry(_METHOD, _LAYER, maps, [*map(_note, maps)])
+        words = [{"name": of._name_of(number), "value": of._value_of(number)} for number in range(len(maps))]
+        return _page.item_entry(name, of.images[self.number], words, [method])
 
     def _origin(self) -> list[tuple[str, str]]:
         return self.of._origin()
-
-
-def _drawn(
-    below: Image.Image,
-    values: NDArray[np.float32],
-    alpha: float,
-    colormap: str | Colormap | None,
-    grey: bool,
-    signed: bool = False,
-) -> Image.Image:
-    base = enlarged(below.convert("L") if grey else below, SMALLEST)
-    return overlay_map(base, values, colormap, alpha, signed=signed)
 
 
 def _covers(cells: Cells) -> bool:

@@ -35,12 +35,6 @@ _COUNTED: dict[Verdict, str] = {
     "do not believe": "should not be believed",
 }
 _MARKS: dict[Outcome, str] = {"passed": "✓", "doubtful": "?", "failed": "✗", "left out": "–"}
-_MEASURES = {
-    "evidence": "by how much the probability falls when the input is blurred or painted over, at least",
-    "relative evidence": "the same as a share of the probability (or of a target's score), at least",
-    "removal": "correlation of the map with the falls of the score when windows are removed, at least",
-    "region": "log-odds of the class less those of the next best, with the map's highest tenth alone, at least",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -251,7 +245,6 @@ class TrustReport(Sequence[PredictionTrust]):
             report=self,
             words=_WORDS,
             marks=_MARKS,
-            measures=_MEASURES,
             thresholds=THRESHOLDS,
             compared=listed(self.others) or "no other method",
             made_by=made_by,

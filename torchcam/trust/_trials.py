@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial, partialmethod
+from functools import partialmethod
 from typing import Any
 
 import torch
@@ -14,15 +14,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from torchcam._checks import callable_object, positive_integer, torch_module
-from torchcam._methods import CALL_OPTIONS, by_method, find_method, takes
+from torchcam._methods import CALL_OPTIONS, by_method, find_method
 from torchcam._passes import Call
 from torchcam._pictures import to_picture
-from torchcam._recommended import COMPARED, recommended
+from torchcam._recipes import Recipe, as_recipes, extractors_on
+from torchcam._recommended import COMPARED, Recommended, compared
 from torchcam._replica import replicated
 from torchcam._tensors import blurred_out, is_constant, over_positions, resize, to_float
 from torchcam.layers import TargetLayer
-from torchcam.methods.core import _CAM, on_replica, plain_tensors
-from torchcam.metrics import Localization
 from torchcam.metrics._statistics import descending_ranks, energy, pearson
 from torchcam.metrics.core import as_image, check_positions, explaining, run_to_explain
 from torchcam.metrics.localization import _checked_mask
@@ -124,21 +123,8 @@ def trust(
     """
     torch_module("model", model)
     image = as_image(input_tensor)
-    best = recommended(model, image[:1]) if methods is None and target_layer is None else None
-    classes = _as_methods(COMPARED if methods is None else methods)
-    if best is not None:
-        classes = list(dict.fromkeys([classes[0], find_method(best.method), *classes]))
-    names = [method.__name__ for method in classes]
-    if not isinstance(target_layer, Mapping):
-        target_layer = dict.fromkeys(names, target_layer)
-    layers = by_method("target_layer", target_layer, names)
-    constructor_options = _by_methods("method_kwargs", method_kwargs, names)
-    if best is not None:
-        layers[best.method] = best.target_layer
-        constructor_options[best.method] = {**best.method_kwargs, **constructor_options.get(best.method, {})}
-    call_options = _by_methods("call_kwargs", call_kwargs, names)
-    for name, options in call_options.items():
-        _check_call(name, options)
+    best = compared(model, image[:1]) if methods is None and target_layer is None else {}
+    classes = _as_methods(list(best) or COMPARED if methods is None else methods)
     callable_object("to_probabilities", to_probabilities, optional=True)
     positive_integer("batch_size", batch_size)
     if class_idx is not None and targets is not None:
@@ -146,33 +132,22 @@ def trust(
     if images is not None and len(images) != len(image):
         raise ValueError(f"`images` must hold one for each of the {len(image)} inputs, got {len(images)}")
     masks = None if masks is None else _checked_mask("masks", masks, image)
-    layer_names = {module: name for name, module in model.named_modules()}
+    calls = by_method("call_kwargs", call_kwargs, [method.__name__ for method in classes])
+    recipes = []
+    for recipe in as_recipes({method.__name__: method for method in classes}, target_layer, method_kwargs, None):
+        name, options = recipe.name, {**recipe.call_options, **calls.get(recipe.name, {})}
+        _check_call(name, options)
+        usual = best.get(name, Recommended(name, recipe.target_layer))
+        arguments = {**usual.method_kwargs, **recipe.options}
+        recipes.append(Recipe(name, _with_options(recipe.method, options), usual.target_layer, arguments, options))
 
-    with replicated(model) as replica:
-        question = _Question(replica, image, class_idx, targets, to_probabilities, batch_size)
-        if class_names is not None and question.num_classes not in {None, len(class_names)}:
-            raise ValueError(
-                f"`class_names` has {len(class_names)} names, but the model gives scores of {question.num_classes} "
-                "classes"
-            )
-
-        def make(method: type[Any]) -> Any:
-            options = {"target_layer": layers.get(method.__name__), **constructor_options.get(method.__name__, {})}
-            if takes(method, "input_shape"):
-                options.setdefault("input_shape", tuple(image.shape[1:]))
-            # The modules of the replica have the same names.
-            named = {key: _named(value, layer_names) for key, value in options.items()}
-            extractor = _with_options(method, call_options.get(method.__name__, {}))(replica, **named)
-            if question.select is not None and isinstance(extractor, _CAM):
-                first = torch.zeros(1, dtype=torch.long, device=image.device)
-                extractor.inner.choose_layer_for(Call((image[:1],), {}), partial(question.select, samples=first))
-            return extractor
-
-        with make(classes[0]) as extractor:
-            judged = repr(extractor)
-            signed = call_options.get(names[0], {}).get("relu") is False
-            trials = _Trials(question)
-            checks, cams = trials.judge(extractor, classes[1:], make, signed=signed)
+    question = _Question(model, image, class_idx, targets, to_probabilities, batch_size)
+    if class_names is not None and question.num_classes not in {None, len(class_names)}:
+        raise ValueError(
+            f"`class_names` has {len(class_names)} names, but the model gives scores of {question.num_classes} classes"
+        )
+    trials = _Trials(question)
+    checks, cams = trials.judge(recipes)
     items = []
     for sample, cam in enumerate(cams):
         index = None if question.classes is None else question.classes[sample]
@@ -186,13 +161,18 @@ def trust(
                 remarks=tuple(_remarks(cam, mask, image[sample : sample + 1])),
                 cam=cam.cpu(),
                 picture=_picture(image[sample]) if images is None else images[sample],
-                target=None if question.select is None else _target_name(question.select.targets[sample]),
+                target=_target_name(question.select.targets[sample]) if question.is_score else None,
                 completeness=trials.completeness[sample],
             )
         )
     remark = verdicts.remark_on_common_place(_shared_positions(cams))
     return TrustReport(
-        items, judged, type(model).__name__, tuple(names[1:]), [remark] if remark else [], question.num_passes
+        items,
+        trials.judged,
+        type(model).__name__,
+        [recipe.name for recipe in recipes[1:]],
+        [remark] if remark else [],
+        question.num_passes,
     )
 
 
@@ -200,12 +180,12 @@ class _Question:
     """What is asked about each input, and how a model answers it.
 
     Attributes:
-        model: the model, a replica that only these trials run
+        model: the model, of which replicas run
         image: the inputs, (N, C, *spatial)
-        select: the scores of targets; None where classes are asked about
+        select: the scores of targets or classes
+        is_score: whether the values are scores of targets, and not probabilities
         classes: the explained class of each input; None where targets are
         num_classes: the number of classes; None where targets are asked about
-        batch_size: largest number of inputs in one pass
         values: what is asked about the inputs, (N, 1) or with the next best class (N, 2), float64
         num_passes: the number of inputs that the model was run on
     """
@@ -219,20 +199,20 @@ class _Question:
         to_probabilities: Callable[[Tensor], Tensor] | None,
         batch_size: int,
     ) -> None:
-        self.model, self.image, self.batch_size = model, image, batch_size
+        self.model, self.image = model, image
         self.to_probabilities = to_probabilities
         self.num_passes = 0
+        self.is_score = targets is not None
         self.classes: list[int] | None = None
         self.num_classes: int | None = None
-        self.select = None if targets is None else Selector(None, targets, len(image))
-        self._columns: Tensor | None = None
-        samples = torch.arange(len(image), device=image.device)
-        if self.select is not None:
-            self.values = self.ask(image, samples)
+        self._batch_size = batch_size
+        if self.is_score:
+            self.select = Selector(None, targets, len(image))
+            self.values = self.ask(image, self.samples)
             return
         probabilities = self._run(image, len(image), lambda output, _rows: self._probabilities(output))
-        chosen = Selector(probabilities.argmax(1) if class_idx is None else class_idx, None, len(image))
-        asked = chosen.indices(probabilities)
+        self.select = Selector(probabilities.argmax(1) if class_idx is None else class_idx, None, len(image))
+        asked = self.select.indices(probabilities)
         if asked.ndim > 1:
             raise ValueError(f"`class_idx` must name one class for each input, got {class_idx!r}")
         self.classes, self.num_classes = asked.tolist(), probabilities.shape[1]
@@ -241,6 +221,16 @@ class _Question:
             others = probabilities.scatter(1, self._columns, -1.0)
             self._columns = torch.cat([self._columns, others.argmax(1, keepdim=True)], 1)
         self.values = probabilities.gather(1, self._columns)
+
+    @property
+    def samples(self) -> Tensor:
+        """The numbers of the inputs, (N,)."""
+        return torch.arange(len(self.image), device=self.image.device)
+
+    @property
+    def batches(self) -> Sequence[Tensor]:
+        """The numbers of the inputs of one pass after the other."""
+        return torch.split(self.samples, self._batch_size)
 
     def ask(self, images: Tensor | Callable[[Tensor], Tensor], samples: Tensor) -> Tensor:
         """Run the model on variants of the inputs.
@@ -254,30 +244,13 @@ class _Question:
         """
         return self._run(images, len(samples), lambda output, rows: self._read(output, samples[rows]))
 
-    @property
-    def is_score(self) -> bool:
-        """Whether the values are scores of targets, and not probabilities."""
-        return self.select is not None
-
     def strength(self, values: Tensor) -> Tensor:
         """Return the log-odds of probabilities; the scores of targets as they are."""
         return values if self.is_score else torch.logit(values, eps=1e-12)
 
-    def arguments(self, samples: slice) -> dict[str, Any]:
-        """Return the arguments of a call that ask the same about some of the inputs."""
-        if self.select is not None:
-            return {"targets": self.select.targets[samples]}
-        assert self.classes is not None  # noqa: S101 - for the type checker
-        return {"class_idx": self.classes[samples]}
-
-    def batches(self) -> Iterator[slice]:
-        """Yield the inputs of one pass after the other."""
-        return (slice(start, start + self.batch_size) for start in range(0, len(self.image), self.batch_size))
-
     def _read(self, output: Any, samples: Tensor) -> Tensor:
-        if self.select is not None:
+        if self.is_score:
             return self.select.by_target(output, samples).double().unsqueeze(1)
-        assert self._columns is not None  # noqa: S101 - for the type checker
         return self._probabilities(output).gather(1, self._columns[samples])
 
     def _probabilities(self, output: Any) -> Tensor:
@@ -299,46 +272,52 @@ class _Question:
         """Run the model on ``count`` inputs, and read its output for the rows of each pass."""
         if not count:
             return self.values[:0]
-        chunks = torch.split(torch.arange(count, device=self.image.device), self.batch_size)
+        chunks = torch.split(torch.arange(count, device=self.image.device), self._batch_size)
         with replicated(self.model) as model, torch.inference_mode():
             parts = [read(model(images[rows] if isinstance(images, Tensor) else images(rows)), rows) for rows in chunks]
         self.num_passes += count
         return torch.cat(parts).clone()
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Trials:
     """The trials of the maps of some predictions of a model.
 
     Attributes:
         question: what is asked
+        judged: the method of the maps that are judged, as it prints
         completeness: of each sample, once it is diagnosed, the share of the score at each layer of the map
     """
 
     question: _Question
+    judged: str = ""
     completeness: list[dict[str, float]] = field(default_factory=list)
 
-    def judge(
-        self, extractor: Any, others: Sequence[type[Any]], make: Callable[[type[Any]], Any], *, signed: bool
-    ) -> tuple[list[list[Check]], Tensor]:
-        """Try out the maps of an extractor.
+    def judge(self, recipes: Sequence[Recipe]) -> tuple[list[list[Check]], Tensor]:
+        """Try out the maps of a method.
 
         Args:
-            extractor: the extractor
-            others: the methods to compare it with
-            make: makes an extractor of a method
-            signed: whether the maps may be signed
+            recipes: the method, and those to compare it with
 
         Returns:
             the checks of each sample, and the maps (N, *grid)
         """
         question = self.question
-        cams = self._maps(extractor)
+        diagnoses: list[Check] = []
+
+        def diagnose(extractor: Any, size: int, asked: dict[str, Any]) -> None:
+            findings = extractor.diagnose(**asked)
+            self.judged, shares = repr(extractor), findings.completeness
+            self.completeness.extend({layer: found[row] for layer, found in shares.items()} for row in range(size))
+            signed = recipes[0].signed
+            diagnoses.extend(verdicts.check_diagnosis(findings, row, size, signed=signed) for row in range(size))
+
+        cams = self._maps(recipes[0], diagnose)
         flat = cams.flatten(1)
         empty = ~flat.isfinite().all(1) | is_constant(flat.amin(1), flat.amax(1))
         checks = [
             [verdicts.EMPTY if nothing and found.outcome != "failed" else found]  # of some methods it cannot know
-            for nothing, found in zip(empty.tolist(), self._diagnosis(extractor, signed=signed), strict=True)
+            for nothing, found in zip(empty.tolist(), diagnoses, strict=True)
         ]
         lowest, baseline = self._without_content()
         sound = torch.tensor([found.outcome != "failed" for (found,) in checks], device=cams.device)
@@ -362,48 +341,36 @@ class _Trials:
             removal = verdicts.check_removal(float(found[row]), float(largest[row]), falls.shape[1])
             checks[samples[row]] += [removal, check]
         doubted = [row for row, n in enumerate(samples.tolist()) if verdicts.verdict_of(checks[n]) != "believe"]
-        if doubted and others:
-            compared = self._compared(others, make, samples, falls)
-            for row in doubted:
-                values = {
-                    name: other if isinstance(other, str) else float(other[row]) for name, other in compared.items()
-                }
-                checks[samples[row]][2] = verdicts.with_others(checks[samples[row]][2], values)
+        others = self._compared(recipes[1:], samples, falls) if doubted else {}
+        for row in doubted:
+            values = {name: other if isinstance(other, str) else float(other[row]) for name, other in others.items()}
+            checks[samples[row]][2] = verdicts.with_others(checks[samples[row]][2], values)
         return checks, cams
 
-    def _maps(self, extractor: Any) -> Tensor:
-        """Return the maps of an extractor, (N, *grid)."""
-        parts = []
-        for batch in self.question.batches():
-            image = self.question.image[batch]
-            with plain_tensors(), explaining(extractor, None) as own:
-                output = run_to_explain(own, image)
-                parts.append(to_float(own.fuse_cams(own(scores=output, **self.question.arguments(batch))).detach()))
-                check_positions(own, output)
-        maps = torch.cat(parts)
-        return over_positions(maps, self.question.image)
-
-    def _diagnosis(self, extractor: Any, *, signed: bool) -> list[Check]:
-        """Diagnose the map of each sample."""
-        checks = []
-        for batch in self.question.batches():
-            image = self.question.image[batch]
-            with plain_tensors(), on_replica(extractor) as own:
-                own.model(image)
-                findings = own.diagnose(**self.question.arguments(batch))
-            size, shares = len(image), findings.completeness
-            self.completeness.extend({layer: found[row] for layer, found in shares.items()} for row in range(size))
-            checks += [verdicts.check_diagnosis(findings, row, size, signed=signed) for row in range(size)]
-        return checks
+    def _maps(self, recipe: Recipe, diagnose: Callable[[Any, int, dict[str, Any]], None] | None = None) -> Tensor:
+        """Return the maps of a method, (N, *grid); ``diagnose`` gets the extractor after each pass."""
+        question, maps = self.question, []
+        model, image, select = question.model, question.image, question.select
+        shape = tuple(image.shape[1:])
+        scores = (Call((image[:1],), {}), select.of(question.samples[:1])) if question.is_score else None
+        with replicated(model) as replica, extractors_on(replica, model, [recipe], shape, scores) as (extractor,):
+            for rows in question.batches:
+                with explaining(extractor, None) as own:
+                    output = run_to_explain(own, image[rows])
+                    asked = select.arguments(output, rows)
+                    maps.append(to_float(own.fuse_cams(own(scores=output, **asked)).detach()))
+                    check_positions(own, output)
+                    if diagnose is not None:
+                        diagnose(own, len(rows), asked)
+        return over_positions(torch.cat(maps), image)
 
     def _without_content(self) -> tuple[Tensor, Tensor]:
         """Remove the content of each input in three ways: the lowest score, (N,), and the input that has it."""
         image = self.question.image
         means = [image.mean(tuple(range(first, image.ndim)), keepdim=True) for first in (2, 1)]
         without = torch.stack([blurred_out(image), *(mean.expand_as(image) for mean in means)])  # (3, N, C, *spatial)
-        count = len(image)
-        samples = torch.arange(count, device=image.device)
-        asked = self.question.ask(without.flatten(0, 1), samples.repeat(3))[:, 0].reshape(3, count)
+        samples = self.question.samples
+        asked = self.question.ask(without.flatten(0, 1), samples.repeat(3))[:, 0].reshape(3, len(image))
         lowest, strongest = asked.min(0)
         return lowest, without[strongest, samples]
 
@@ -447,17 +414,14 @@ class _Trials:
         pairs = zip(values.tolist(), odds, strict=True)
         return [verdicts.check_region(asked, rival, odd) for (asked, rival), odd in pairs]
 
-    def _compared(
-        self, others: Sequence[type[Any]], make: Callable[[type[Any]], Any], samples: Tensor, falls: Tensor
-    ) -> dict[str, Tensor | str]:
+    def _compared(self, recipes: Sequence[Recipe], samples: Tensor, falls: Tensor) -> dict[str, Tensor | str]:
         """Return how well the maps of other methods foretell the falls, (n,), or why there are none."""
         found: dict[str, Tensor | str] = {}
-        for method in others:
+        for recipe in recipes:
             try:
-                with make(method) as extractor:
-                    found[method.__name__] = self._foretold(self._maps(extractor)[samples], falls)
+                found[recipe.name] = self._foretold(self._maps(recipe)[samples], falls)
             except (ValueError, RuntimeError) as error:
-                found[method.__name__] = f"{type(error).__name__}: {error}"
+                found[recipe.name] = f"{type(error).__name__}: {error}"
         return found
 
 
@@ -486,13 +450,6 @@ def _as_methods(given: Sequence[type[Any] | str]) -> list[type[Any]]:
     return found
 
 
-def _by_methods(argument: str, given: Any, names: Sequence[str]) -> dict[str, Any]:
-    """Return a mapping from methods as a mapping from their names."""
-    if given is not None and not isinstance(given, Mapping):
-        raise TypeError(f"`{argument}` must be a mapping from methods to arguments, got {type(given).__name__}")
-    return by_method(argument, given or {}, names)
-
-
 def _check_call(name: str, options: Mapping[str, Any]) -> None:
     """Check that the options of a method's call ask for a map of the evidence for a class."""
     unknown = [option for option in options if option not in CALL_OPTIONS]
@@ -514,13 +471,6 @@ def _with_options(method: type[Any], options: Mapping[str, Any]) -> type[Any]:
     """Return a method whose calls take some options by default."""
     calls = {name: partialmethod(getattr(method, name), **options) for name in ("__call__", "compute_cams")}
     return type(method.__name__, (method,), calls) if options else method
-
-
-def _named(value: Any, names: Mapping[nn.Module, str]) -> Any:
-    """Replace a module with its name, also in a list."""
-    if isinstance(value, (list, tuple)) and any(isinstance(entry, nn.Module) for entry in value):
-        return [_named(entry, names) for entry in value]
-    return names.get(value, value) if isinstance(value, nn.Module) else value
 
 
 # Numbers about maps.
@@ -548,10 +498,8 @@ def _remarks(cam: Tensor, mask: Tensor | None, image: Tensor) -> list[str]:
     border_area = float(masks[0].float().mean())
     remarks = [verdicts.remark_on_place(corners if len(sides) == 2 else [], border, border_area)]
     if mask is not None and mask.any():
-        metric = Localization()
-        metric.update(image, masks=mask, maps=cam)
-        values, area = metric.summary(), float(mask.float().mean())
-        remarks.append(verdicts.remark_on_object(values["energy"], values["pointing_game"], area))
+        hit = float((mask & (cam == cam.amax())).any())
+        remarks.append(verdicts.remark_on_object(float(energy(cam, mask)), hit, float(mask.float().mean())))
     return [remark for remark in remarks if remark]
 
 

@@ -308,6 +308,8 @@ def remark_on_common_place(shared: float) -> str | None:
 
 # Verdicts.
 
+_COUNTED: dict[Verdict, Outcome] = {"believe": "passed", "with care": "doubtful", "do not believe": "failed"}
+
 
 def verdict_of(checks: Iterable[Check]) -> Verdict:
     """Conclude from the checks of one map.
@@ -322,13 +324,8 @@ def verdict_of(checks: Iterable[Check]) -> Verdict:
 def reasons_of(checks: Iterable[Check]) -> tuple[str, ...]:
     """Return the messages of the checks behind the verdict: those against the map, or else those that it has passed."""
     checks = tuple(checks)
-    counted: dict[Verdict, tuple[Outcome, ...]] = {
-        "believe": ("passed",),
-        "with care": ("doubtful",),
-        "do not believe": ("failed",),
-    }
-    outcomes = counted[verdict_of(checks)]
-    return tuple(check.message for outcome in outcomes for check in checks if check.outcome == outcome)
+    counted = _COUNTED[verdict_of(checks)]
+    return tuple(check.message for check in checks if check.outcome == counted)
 
 
 def combined_verdict(verdicts: Sequence[Verdict]) -> Verdict:

@@ -44,7 +44,7 @@ def diagnose(
     if class_idx is not None and targets is not None:
         check_one_of(class_idx, targets)
     recorded = ExtractorView(extractor)
-    findings = [finding for check in pass_checks.RECORDING_CHECKS for finding in check(recorded)]
+    findings = list(pass_checks.check_recording(recorded))
     classes, completeness = None, None
     if not any(finding.severity == "error" for finding in findings):
         with examined(recorded, class_idx, targets) as facts:

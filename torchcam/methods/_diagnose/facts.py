@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torchcam._passes import find_image
 from torchcam._replica import replicated
 from torchcam._tensors import is_constant, is_finite, map_tensors, to_float
+from torchcam.layers import watch
 from torchcam.methods._replicas import on_replica
 from torchcam.methods._running import quietly
 from torchcam.targets import Selector, class_scores, read_logits
 
-from .trace import GradientTrace, PassWatch, squashing_node
-from .view import ExtractorView
+from .trace import PassWatch, squashing_node
+from .view import ExtractorView, RawMaps
 
 __all__ = ["Facts", "examined"]
 
@@ -64,25 +65,6 @@ class MapFacts:
 
 
 @dataclass(frozen=True)
-class RawMaps:
-    """The result of the method before its maps are finished.
-
-    Attributes:
-        maps: the map of each layer, (N, *spatial)
-        gradients: the gradient for each activation, None for those without one
-        error: the reason why there are no maps
-        completeness: by layer, the share of each sample's score that gradient × activation sums to
-        unbalanced: the operations that balanced gradients have no rule for
-    """
-
-    maps: list[Tensor]
-    gradients: list[Tensor | None]
-    error: Exception | None = None
-    completeness: dict[str, list[float]] = field(default_factory=dict)
-    unbalanced: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
 class FinalMaps:
     """The maps as a user gets them, all layers in one.
 
@@ -123,7 +105,7 @@ class Facts:
         image: the image-like input as one tensor, if there is one
         output: the output of the repeated pass
         watch: the events of the repeated pass
-        grids: the activations in grid form, (N, C, *spatial); empty if one has none
+        grids: by name, the activations in grid form, (N, C, *spatial); empty if one has none
         layout_error: the reason why an activation has no grid form
         classes: the explained class of each sample, if classes are explained
         select: the explained score, if any
@@ -136,16 +118,17 @@ class Facts:
         with self.watch.watching(extractor.model):
             self.output = self._repeat(extractor.model)
         self.repeated = ExtractorView(extractor)
-        self.grids: list[Tensor | None] = []
+        self.grids: dict[str, Tensor] = {}
         self.layout_error: ValueError | None = None
         self.classes: list[int] | None = None
         self.select: Selector | None = None
         if self.repeated.reached:
-            self.select = self._selector(class_idx, targets)
             try:
-                self.grids = self.repeated.grids()
+                grids = zip(self.repeated.names, self.repeated.grids(), strict=False)
+                self.grids = {name: grid for name, grid in grids if grid is not None}
             except ValueError as error:
                 self.layout_error = error
+            self.select = self._selector(class_idx, targets)
 
     def _selector(self, class_idx: Any, targets: Any) -> Selector | None:
         try:
@@ -164,7 +147,9 @@ class Facts:
             if indices.ndim > 1:
                 raise ValueError(f"`class_idx` must name one class per sample to diagnose, got {class_idx!r}")
             self.classes = indices.tolist()
-        return self.repeated.selector(self.classes, select, self.output)
+            if self.layout_error is None:
+                return self.repeated.selector(self.classes, self.output)
+        return select
 
     def _repeat(self, model: nn.Module, image: Tensor | None = None) -> Any:
         """Run a model as recorded, or on a variant of the image-like input."""
@@ -216,11 +201,14 @@ class Facts:
         """The module for whose output the gradient stops to be finite, on its way back from the score."""
         if self.select is None:
             return None
-        trace = GradientTrace()
         with torch.enable_grad(), on_replica(self.recorded.extractor) as extractor:
-            with trace.watching(extractor.model):
-                output = self._repeat(extractor.model)
-            return trace.last_broken(self.select(ExtractorView(extractor).with_graph(output)))
+            outputs, _ = watch(dict(extractor.model.named_modules()))
+            output = self._repeat(extractor.model)
+            score = self.select(ExtractorView(extractor).with_graph(output)).sum()
+        watched = [(name or "the model", tensor) for name, tensors in outputs.items() for tensor in tensors]
+        gradients = torch.autograd.grad(score, [tensor for _, tensor in watched], allow_unused=True)
+        broken = (gradient is not None and not gradient.isfinite().all() for gradient in reversed(gradients))
+        return next((name for (name, _), is_broken in zip(reversed(watched), broken, strict=True) if is_broken), None)
 
     # Variants of the input.
 
@@ -292,9 +280,7 @@ class Facts:
         if not self.is_sound:
             return RawMaps([], [])
         try:
-            maps = self.repeated.raw_maps(self.question, self.select, self.output)
-            gradients = self.repeated.gradients(self.select, self.output)
-            return RawMaps(maps, gradients, None, self.repeated.completeness(), self.repeated.unbalanced())
+            return self.repeated.raw_maps(self.question, self.select, self.output)
         except (RuntimeError, ValueError) as error:
             return RawMaps([], [], error)
 
@@ -323,18 +309,17 @@ class Facts:
     def constant_activations(self) -> dict[str, Tensor]:
         """By name, the samples (N,) each of whose channels is constant, if there are any."""
         found = {}
-        for name, grid in zip(self.repeated.names, self.grids, strict=False):
-            if grid is not None and self.is_sound and self.recorded.reads_layers and math.prod(grid.shape[2:]) > 1:
-                flat = grid.flatten(2)
-                constant = is_constant(flat.amin(-1), flat.amax(-1)).all(1)
-                if constant.any():
-                    found[name] = constant
+        for name, grid in self.grids.items() if self.is_sound and self.recorded.reads_layers else ():
+            flat = grid.flatten(2)
+            constant = is_constant(flat.amin(-1), flat.amax(-1)).all(1)
+            if flat.shape[2] > 1 and constant.any():
+                found[name] = constant
         return found
 
     @property
     def has_constant_layer(self) -> bool:
         """Whether a target layer has no map because its activation is constant or has one position."""
-        grids = [grid for grid in self.grids if grid is not None and self.recorded.reads_layers]
+        grids = self.grids.values() if self.recorded.reads_layers else ()
         return bool(self.constant_activations) or any(math.prod(grid.shape[2:]) == 1 for grid in grids)
 
     @cached_property
@@ -358,10 +343,10 @@ class Facts:
     def _opposes(self, index: int, samples: Tensor) -> bool:
         """Check whether no position of some samples has a positive gradient where it is active."""
         gradient = self.raw.gradients[index] if index < len(self.raw.gradients) else None
-        grid = self.grids[index]
-        if gradient is None or grid is None or self.recorded.reads_attention:
+        name = self.repeated.names[index]
+        if gradient is None or name not in self.grids or self.recorded.reads_attention:
             return False
-        towards = self.repeated.to_grid(gradient, self.repeated.names[index])[samples]
+        towards, grid = self.repeated.to_grid(gradient, name)[samples], self.grids[name]
         return bool((towards <= 0).all()) or bool((towards * grid[samples] <= 0).all())
 
     @cached_property
@@ -371,19 +356,14 @@ class Facts:
             return FinalMaps()
         try:
             cam = self.repeated.fused_map(self.question, self.output)
-            rivals = self._best_rivals()
-            if rivals is None:
+            scores = class_scores(self.output) if self.classes is not None else None
+            if scores is None or scores.shape[1] < 2 or self.recorded.class_agnostic:
                 return FinalMaps(cam)
+            explained = torch.tensor(self.classes, device=scores.device).unsqueeze(1)
+            rivals = scores.scatter(1, explained, -torch.inf).argmax(1)
             return FinalMaps(cam, rivals, self.repeated.fused_map({"class_idx": rivals.tolist()}, self.output))
         except ValueError as error:
             return FinalMaps(error=error)
-
-    def _best_rivals(self) -> Tensor | None:
-        scores = class_scores(self.output) if self.classes is not None else None
-        if scores is None or scores.shape[1] < 2 or self.recorded.class_agnostic:
-            return None
-        explained = torch.tensor(self.classes, device=scores.device).unsqueeze(1)
-        return scores.scatter(1, explained, -torch.inf).argmax(1)
 
 
 def _as_batch(image: Tensor | list[Tensor] | None) -> Tensor | None:

@@ -33,9 +33,9 @@ def check_positions(facts: Facts) -> Iterator[Finding]:
 
 def check_grids(facts: Facts) -> Iterator[Finding]:
     """Check that the grids of the target layers are fine enough."""
-    for name, grid in zip(facts.repeated.names, facts.grids, strict=False):
-        shape = () if grid is None else tuple(grid.shape[2:])
-        if grid is None or not facts.recorded.reads_layers or (math.prod(shape) > 1 and _is_fine(shape)):
+    for name, grid in facts.grids.items() if facts.recorded.reads_layers else ():
+        shape = tuple(grid.shape[2:])
+        if math.prod(shape) > 1 and _is_fine(shape):
             continue
         advice = "give the model a larger input, if it takes one."
         finer = _finer_layer(facts, shape)
@@ -58,7 +58,7 @@ def _is_fine(shape: Sequence[int]) -> bool:
 
 def _finer_layer(facts: Facts, shape: Sequence[int]) -> Candidate | None:
     """Return the last layer with a fine grid of at least four times as many positions, a stage if there is one."""
-    usable = [c for c in facts.recorded.candidates or () if c.depends and c.fits and _is_fine(c.grid)]
+    usable = [c for c in facts.recorded.candidates if c.depends and c.fits and _is_fine(c.grid)]
     finer = [c for c in usable if math.prod(c.grid[-2:]) >= 4 * math.prod(shape[-2:])]
     finer = [c for c in finer if c.is_stage] or finer
     return finer[-1] if finer else None
@@ -132,10 +132,8 @@ def _centre(amount: Tensor) -> Tensor:
 
 def check_constant_activations(facts: Facts) -> Iterator[Finding]:
     """Check that some channel of each target layer varies over the positions."""
-    for name, grid in zip(facts.repeated.names, facts.grids, strict=False):
-        constant = facts.constant_activations.get(name)
-        if grid is None or constant is None:
-            continue
+    for name, constant in facts.constant_activations.items():
+        grid = facts.grids[name]
         zero = not grid[constant].any()
         cause = "an activation function that lets nothing through" if zero else "a pooling over all positions"
         yield finding(
@@ -150,8 +148,8 @@ def check_constant_activations(facts: Facts) -> Iterator[Finding]:
 
 def check_activation_signs(facts: Facts) -> Iterator[Finding]:
     """Check that activations have one sign, where the method expects that."""
-    for name, grid in zip(facts.repeated.names, facts.grids, strict=False):
-        if grid is None or not facts.recorded.expects_one_sign or name in facts.broken_activations:
+    for name, grid in facts.grids.items() if facts.recorded.expects_one_sign else ():
+        if name in facts.broken_activations:
             continue
         shares = share_of_other_sign(grid)
         if bool((shares > OTHER_SIGN).any()):

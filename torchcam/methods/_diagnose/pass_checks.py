@@ -12,13 +12,13 @@ from .facts import Facts
 from .findings import Finding, finding, listed, numbers
 from .view import ExtractorView
 
-__all__ = ["CHECKS", "RECORDING_CHECKS"]
+__all__ = ["CHECKS", "check_recording"]
 
 # The recorded pass.
 
 
-def check_hooks(recorded: ExtractorView) -> Iterator[Finding]:
-    """Check that the extractor's hooks are on the model and enabled."""
+def check_recording(recorded: ExtractorView) -> Iterator[Finding]:
+    """Check that hooks are on the model, and that they have recorded a pass that can be repeated."""
     if not recorded.has_hooks:
         yield finding(
             "hooks_removed",
@@ -26,7 +26,8 @@ def check_hooks(recorded: ExtractorView) -> Iterator[Finding]:
             "`remove_hooks()`.",
             "Ask inside the `with` block, or make a new extractor and call the model again.",
         )
-    elif not recorded.is_enabled:
+        return
+    if not recorded.is_enabled:
         old = "; what follows is about the pass before that" if recorded.reached else ""
         yield finding(
             "hooks_disabled",
@@ -34,59 +35,51 @@ def check_hooks(recorded: ExtractorView) -> Iterator[Finding]:
             "Call `enable_hooks()` and then the model.",
             severity="warning" if recorded.reached else "error",
         )
-
-
-def check_reached(recorded: ExtractorView) -> Iterator[Finding]:
-    """Check that a pass has reached a target layer."""
-    if recorded.reached or not recorded.has_hooks or not recorded.is_enabled:
-        return
-    model = recorded.model
-    if recorded.is_compiled:
-        yield finding(
-            "compiled",
-            f"this {type(model).__name__} was compiled in place by `model.compile()`, and compiled code runs no hooks.",
-            'Call it under `torch.compiler.set_stance("force_eager")` (torch 2.6 or newer), or explain a model '
-            "with the same weights that was not compiled.",
-        )
-    elif recorded.has_started:
-        hint = f", such as '{recorded.choice}'" if recorded.choice else ""
-        yield finding(
-            "layer_not_reached",
-            f"the forward pass did not run {_target_layers(recorded)}, or was cut short by an exception.",
-            f"Name a layer that runs for this input{hint}. If an exception cut the pass short, call the model again.",
-        )
-    else:
-        wrapped = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
-        replicas = " Here the model is wrapped for several devices: explain `model.module`." if wrapped else ""
-        yield finding(
-            "nothing_recorded",
-            f"no forward pass of this {type(model).__name__} was recorded.",
-            "Call the model on an input after the extractor was made. Call the module itself, `extractor.model`: "
-            "what `torch.compile` returned, `model.forward`, copies and replicas of the model, and its parts "
-            f"called one by one run no hooks of it.{replicas}",
-        )
-
-
-def check_call(recorded: ExtractorView) -> Iterator[Finding]:
-    """Check that the recorded pass can be repeated."""
-    if not recorded.reached or not recorded.has_hooks:
-        return
-    if recorded.call is None:
+    elif not recorded.reached:
+        yield _not_reached(recorded)
+    if recorded.reached and recorded.call is None:
         yield finding(
             "nothing_recorded",
             "the target layers were called, but the model itself was not.",
             "Call the model, not a part of it.",
         )
-        return
-    for tensor, version in recorded.call.versions:
-        if version is not None and tensor._version != version:
+    elif recorded.reached:
+        changed = next((t for t, version in recorded.call.versions if version not in {None, t._version}), None)
+        if changed is not None:
             yield finding(
                 "input_modified",
-                f"an input of shape {tuple(tensor.shape)} was modified in place since the forward pass, which can "
+                f"an input of shape {tuple(changed.shape)} was modified in place since the forward pass, which can "
                 "therefore not be repeated.",
                 "Pass a copy to the model (`x.clone()`), or ask before you change it.",
             )
-            return
+
+
+def _not_reached(recorded: ExtractorView) -> Finding:
+    """Return the reason why no pass has reached a target layer."""
+    model = recorded.model
+    if recorded.is_compiled:
+        return finding(
+            "compiled",
+            f"this {type(model).__name__} was compiled in place by `model.compile()`, and compiled code runs no hooks.",
+            'Call it under `torch.compiler.set_stance("force_eager")` (torch 2.6 or newer), or explain a model '
+            "with the same weights that was not compiled.",
+        )
+    if recorded.has_started:
+        hint = f", such as '{recorded.choice}'" if recorded.choice else ""
+        return finding(
+            "layer_not_reached",
+            f"the forward pass did not run {_target_layers(recorded)}, or was cut short by an exception.",
+            f"Name a layer that runs for this input{hint}. If an exception cut the pass short, call the model again.",
+        )
+    wrapped = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
+    replicas = " Here the model is wrapped for several devices: explain `model.module`." if wrapped else ""
+    return finding(
+        "nothing_recorded",
+        f"no forward pass of this {type(model).__name__} was recorded.",
+        "Call the model on an input after the extractor was made. Call the module itself, `extractor.model`: "
+        "what `torch.compile` returned, `model.forward`, copies and replicas of the model, and its parts "
+        f"called one by one run no hooks of it.{replicas}",
+    )
 
 
 def _target_layers(view: ExtractorView) -> str:
@@ -233,5 +226,4 @@ def _first_place(facts: Facts) -> str:
     return f"They first appear {facts.watch.first_not_finite}."
 
 
-RECORDING_CHECKS = (check_hooks, check_reached, check_call)
 CHECKS = (check_input, check_modes, check_calls, check_finite)

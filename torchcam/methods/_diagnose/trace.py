@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from torchcam._tensors import tensors_in, to_float
@@ -16,7 +16,7 @@ from torchcam.layout import primary_tensors
 
 from .findings import listed
 
-__all__ = ["GradientTrace", "PassWatch", "squashing_node"]
+__all__ = ["PassWatch", "squashing_node"]
 
 _SQUASHING_MODULE = re.compile(r"(Log)?(Softmax(2d)?|Sigmoid)")
 _SQUASHING_NODE = re.compile(r"((?:Log)?(?:Softmax|Sigmoid))Backward\d*")
@@ -27,36 +27,7 @@ _SELECTING_NODE = re.compile(
 )
 
 
-class _Observer:
-    """Observes all modules of a model while it runs."""
-
-    @contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
-        """Observe the pass that runs inside the block."""
-        handles = []
-        try:
-            for name, module in model.named_modules():
-                handles.append(module.register_forward_pre_hook(self._pre_hook(name)))
-                handles.append(module.register_forward_hook(self._post_hook(name)))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _pre_hook(self, name: str) -> Callable[..., None]:
-        return lambda module, args: self._before(name, module, args)
-
-    def _post_hook(self, name: str) -> Callable[..., None]:
-        return lambda module, _args, output: self._after(name, module, output)
-
-    def _before(self, name: str, module: nn.Module, args: Any) -> None:
-        """Observe the arguments of a module before it runs."""
-
-    def _after(self, name: str, module: nn.Module, output: Any) -> None:
-        """Observe the output of a module after it has run."""
-
-
-class PassWatch(_Observer):
+class PassWatch:
     """Observes what a pass does besides its result.
 
     Args:
@@ -82,8 +53,15 @@ class PassWatch(_Observer):
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
         """Observe the pass that runs inside the block."""
-        with super().watching(model):
+        handles = []
+        try:
+            for name, module in model.named_modules():
+                handles.append(module.register_forward_pre_hook(partial(self._before, name)))
+                handles.append(module.register_forward_hook(partial(self._after, name)))
             yield
+        finally:
+            for handle in handles:
+                handle.remove()
         self._compare_versions("code of the model after its last module")
 
     def squashing_module(self, output: Any) -> str | None:
@@ -104,7 +82,7 @@ class PassWatch(_Observer):
         if self.normalization is None and isinstance(module, nn.modules.batchnorm._BatchNorm):
             self._compare_statistics(name, module, next(tensors_in(args), None))
 
-    def _after(self, name: str, module: nn.Module, output: Any) -> None:
+    def _after(self, name: str, module: nn.Module, _args: Any, output: Any) -> None:
         is_leaf = next(module.children(), None) is None
         self._compare_versions(f"'{name}' ({type(module).__name__})" if is_leaf else f"code at the end of '{name}'")
         if self.first_not_finite is None and not _all_finite(output):
@@ -140,25 +118,6 @@ class PassWatch(_Observer):
         deviation = (flat.mean(1) - module.running_mean).abs() / variance.sqrt()
         ratio = flat.var(1, correction=0) / variance
         self.normalization = name, float(deviation.median()), float(ratio.median())
-
-
-class GradientTrace(_Observer):
-    """Finds the place where a gradient stops to be finite on its way back from the score."""
-
-    def __init__(self) -> None:
-        self._outputs: list[tuple[str, Tensor]] = []
-
-    def _after(self, name: str, _module: nn.Module, output: Any) -> None:
-        self._outputs += [(name or "the model", tensor) for tensor in tensors_in(output) if tensor.requires_grad]
-
-    def last_broken(self, score: Tensor) -> str | None:
-        """Return the module nearest to the score for whose output the gradient is not finite."""
-        tensors = [tensor for _, tensor in self._outputs]
-        gradients = torch.autograd.grad(score.sum(), tensors, allow_unused=True)
-        for (name, _), gradient in zip(reversed(self._outputs), reversed(gradients), strict=True):
-            if gradient is not None and not _all_finite(gradient):
-                return name
-        return None
 
 
 def squashing_node(score: Tensor) -> str | None:

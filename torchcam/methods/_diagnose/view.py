@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -10,12 +11,30 @@ import torch
 from torch import Tensor, nn
 
 from torchcam._tensors import to_float
-from torchcam.layers import Candidates, candidates
-from torchcam.methods._recorder import Pass
+from torchcam.layers import Candidates, candidates_of
 from torchcam.methods._request import Request
 from torchcam.targets import Selector
 
-__all__ = ["ExtractorView"]
+__all__ = ["ExtractorView", "RawMaps"]
+
+
+@dataclass(frozen=True)
+class RawMaps:
+    """The result of the method before its maps are finished.
+
+    Attributes:
+        maps: the map of each layer, (N, *spatial)
+        gradients: the gradient for each activation, None for those without one
+        error: the reason why there are no maps
+        completeness: by layer, the share of each sample's score that gradient × activation sums to
+        unbalanced: the operations that balanced gradients have no rule for
+    """
+
+    maps: list[Tensor]
+    gradients: list[Tensor | None]
+    error: Exception | None = None
+    completeness: dict[str, list[float]] = field(default_factory=dict)
+    unbalanced: list[str] = field(default_factory=list)
 
 
 class ExtractorView:
@@ -53,7 +72,7 @@ class ExtractorView:
             found = recorder.find()
         except AssertionError:
             found = None
-        self._recorded: Pass | None = found
+        self._recorded: Any = found
         self.extractor = extractor
         self.model: nn.Module = cam.model
         self.method = type(cam).__name__
@@ -87,19 +106,17 @@ class ExtractorView:
         return any(activation is not None for activation in self.activations)
 
     @cached_property
-    def candidates(self) -> Candidates | None:
-        """The layers that a map can be made from, if they can be found."""
-        if self.call is None:
-            return None
+    def candidates(self) -> Candidates:
+        """The layers that a map can be made from; none if they cannot be found."""
         try:
-            return candidates(self.model, *self.call.args, **self.call.kwargs)
+            return candidates_of(self.model, self.call)
         except Exception:  # noqa: BLE001 - advice without a layer is better than an error
-            return None
+            return Candidates([])
 
     @property
     def choice(self) -> str | None:
         """The layer that a map should be made from, if it can be found."""
-        return None if self.candidates is None else self.candidates.choice
+        return self.candidates.choice
 
     def grids(self) -> Any:
         """Return the activations in grid form, (N, C, *spatial).
@@ -115,53 +132,35 @@ class ExtractorView:
 
     def layout(self, tensor: Tensor, name: str) -> Any:
         """Return the layout of an activation."""
-        return None if self._recorded is None else self._recorded.layout(tensor, name)
+        return self._recorded.layout(tensor, name)
 
-    def selector(self, classes: list[int] | None, select: Selector, output: Any) -> Selector:
+    def selector(self, classes: list[int], output: Any) -> Selector:
         """Return the score that the method explains, for a question about some classes."""
-        if classes is None or self._recorded is None:
-            return select
-        try:
-            self.grids()
-        except ValueError:  # a finding of its own
-            return select
         with torch.no_grad():
             explained: Selector = self.extractor._selector(Request(self._recorded, classes, output))
         return explained
 
     def with_graph(self, output: Any) -> Any:
         """Return an output of the recorded pass with its graph."""
-        return output if self._recorded is None else self._cam._attached(Request(self._recorded, scores=output))
+        return self._cam._attached(Request(self._recorded, scores=output))
 
-    def raw_maps(self, question: dict[str, Any], select: Selector | None, output: Any) -> Any:
+    def raw_maps(self, question: dict[str, Any], select: Selector | None, output: Any) -> RawMaps:
         """Compute the maps of all layers before ReLU, scaling and fusion."""
+        cam, recorded = self._cam, self._recorded
         asked = question if select is None or type(select) is Selector else {"targets": select}
-        return self._cam.compute_cams(scores=output, normalized=False, relu=False, **self._keep_graph(), **asked)
-
-    def gradients(self, select: Selector | None, output: Any) -> list[Tensor | None]:
-        """Return the gradients of the score for the activations, as far as the method has any."""
-        recorded = self._recorded
-        if recorded is None:
-            return []
+        maps = cam.compute_cams(scores=output, normalized=False, relu=False, **self._keep_graph, **asked)
         if select is not None and self.uses_gradients and not self.reads_attention and not recorded.gradients:
-            self._cam._gradients(Request(recorded, scores=output, targets=select, retain_graph=True))
-        return list(recorded.gradients) or [None] * len(self.names)
-
-    def completeness(self) -> dict[str, list[float]]:
-        """Return, by layer, the share of each sample's last explained score that gradient × activation sums to."""
-        shares = self._cam.completeness
-        return {name: share.tolist() for name, share in zip(self.names, shares, strict=True)} if shares else {}
-
-    def unbalanced(self) -> list[str]:
-        """Return the operations behind the layers that balanced gradients have no rule for."""
-        found: list[str] = self._cam.unbalanced
-        return found
+            cam._gradients(Request(recorded, scores=output, targets=select, retain_graph=True))
+        shares = zip(self.names, cam.completeness, strict=True) if cam.completeness else ()
+        completeness = {name: share.tolist() for name, share in shares}
+        return RawMaps(maps, list(recorded.gradients) or [None] * len(self.names), None, completeness, cam.unbalanced)
 
     def fused_map(self, question: dict[str, Any], output: Any) -> Tensor:
         """Compute the map of each sample as a user gets it, all layers in one."""
-        maps = self.extractor.compute_cams(scores=output, **self._keep_graph(), **question)
+        maps = self.extractor.compute_cams(scores=output, **self._keep_graph, **question)
         return to_float(self.extractor.fuse_cams(maps).detach())
 
+    @property
     def _keep_graph(self) -> dict[str, Any]:
         return {"retain_graph": True} if self.uses_gradients else {}
 
