@@ -85,13 +85,13 @@ def torchvision_models() -> dict[str, Model]:
     from torchvision.models.resnet import Bottleneck
 
     def narrow_vgg() -> nn.Module:
-        model = models.vgg11(num_classes=10, init_weights=False)
+        model: nn.Module = models.vgg11(num_classes=10, init_weights=False)
         model.classifier = nn.Sequential(nn.Linear(25088, 64), nn.ReLU(), nn.Dropout(), nn.Linear(64, 10))
         return model
 
     expanding = [MBConvConfig(1, 3, 1, 32, 16, 1), MBConvConfig(6, 5, 2, 16, 24, 2), MBConvConfig(6, 3, 2, 24, 40, 1)]
     stages = BlockParams([1, 2], [32, 64], [16, 16], [1.0, 1.0], [2, 2], 0.25)
-    attention = {"partition_size": 2, "block_channels": [16, 32], "block_layers": [1, 1], "head_dim": 8}
+    attention: dict[str, Any] = {"partition_size": 2, "block_channels": [16, 32], "block_layers": [1, 1], "head_dim": 8}
     deeplab = "deeplabv3_mobilenet_v3_large"
     return {
         "alexnet": Model(lambda: models.alexnet(num_classes=10), 96, ("features", "features.7")),
@@ -149,7 +149,7 @@ def torchvision_models() -> dict[str, Model]:
             "two blocks in each of two stages, windows of 4",
         ),
         "maxvit_t": Model(
-            lambda: models.MaxVit((64, 64), 16, stochastic_depth_prob=0.0, num_classes=10, **attention),  # type: ignore[arg-type]
+            lambda: models.MaxVit((64, 64), 16, stochastic_depth_prob=0.0, num_classes=10, **attention),
             64,
             ("blocks.1", "blocks.0"),
             "two blocks, windows of 2",
