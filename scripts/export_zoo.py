@@ -307,18 +307,19 @@ def page(rows: Sequence[dict[str, Any]], known: dict[str, Model]) -> str:
             for layer in model.layers
         ),
     )
-    lines += [
-        "",
-        "All methods, in the middle of models of three kinds (CAM in the deep layer, RefineCAM of both layers):",
-    ]
+    missing = [name for name in known if name not in {row["model"] for row in rows}]
+    lines += ["", f"Cells that are empty were not tried yet, nor was any layer of: {', '.join(missing) or 'none'}."]
     by_method = {(name, method): layer for name in OF_ALL_METHODS for layer, method in cases(name, known[name])}
-    lines += table(
-        ("method", *OF_ALL_METHODS),
-        *(
-            (method, *(cell(name, by_method[name, method], method) for name in OF_ALL_METHODS))
-            for method in ALL_METHODS
-        ),
-    )
+    more = [method for method in ALL_METHODS if method not in METHODS]
+    if any((name, by_method[name, method], method) in by_case for name in OF_ALL_METHODS for method in more):
+        lines += [
+            "",
+            "More methods, in the middle of models of three kinds (CAM in the deep layer, RefineCAM in both):",
+        ]
+        lines += table(
+            ("method", *OF_ALL_METHODS),
+            *((method, *(cell(name, by_method[name, method], method) for name in OF_ALL_METHODS)) for method in more),
+        )
     lines.append("")
     lines += [f"[^{number}]: {reason}" for number, reason in enumerate(reasons, 1)]
     return "\n".join(lines).rstrip() + "\n"
