@@ -131,8 +131,7 @@ def mean(entry: Entry, key: str) -> float:
 def each_sample(metric: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
     """Update a metric, and give what it computes for each sample by itself, (N,) each; NaN for one that it leaves out.
 
-    All that a metric keeps are sums over samples, and what it computes is made of them element by element: so sums of
-    one sample each, side by side, give its numbers for each.
+    All that a metric keeps are sums over samples: so sums of one sample each give its numbers for each.
     """
     parts: dict[str, Tensor] = {}
 
@@ -143,10 +142,13 @@ def each_sample(metric: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
 
     metric._add = keep
     metric.update(*args, **kwargs)
-    for name, part in parts.items():
-        setattr(metric, name, part)
-    values: dict[str, Tensor] = type(metric).compute(metric)
-    return {name: torch.where(parts["total"] > 0, value, torch.nan) for name, value in values.items()}
+    rows: list[dict[str, Tensor]] = []
+    for row, total in enumerate(parts["total"]):
+        for name, part in parts.items():
+            setattr(metric, name, part[row])
+        computed = type(metric).compute(metric)
+        rows.append({name: torch.where(total > 0, value, torch.nan) for name, value in computed.items()})
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def locate(maps: Tensor, task: Task, letter: str) -> dict[str, Tensor]:

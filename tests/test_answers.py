@@ -572,9 +572,9 @@ class TestErrors:
     def test_batches_of_other_lengths(self) -> None:
         model, processor = vl.family("LLaVA")
         prompts = [vl.prompt("LLaVA")] * 2
-        with pytest.raises(ValueError, match="`images` must hold an entry for each of the 2 prompts, got 1"):
+        with pytest.raises(ValueError, match="`images` must be a list with an entry for each of the 2 prompts, got 1"):
             explain_answer(model, processor, [vl.picture()], prompts, [ANSWER] * 2)
-        with pytest.raises(ValueError, match="`answer` must be a list with an answer for each of the 2 prompts"):
+        with pytest.raises(ValueError, match="`answer` must be a list with an entry for each of the 2 prompts"):
             explain_answer(model, processor, [vl.picture()] * 2, prompts, [ANSWER])
         with pytest.raises(ValueError, match="`images` is empty"):
             explain_answer(model, processor, [], vl.prompt("LLaVA"), ANSWER)

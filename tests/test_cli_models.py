@@ -199,6 +199,7 @@ class TestBoxes:
                 ["--model-factory", "lamps:lamps", "--box", "first"],
                 "--box must be the number of a box, a list of them, or 'all', got 'first'",
             ),
+            (["--model-factory", "lamps:lamps", "--box", ","], "argument --box: names none, got ','"),
             (["--model-factory", "lamps:lamps", "--box", "99"], "--box must lie between 0 and "),
             (
                 ["--model-factory", "lamps:lamps", "--box", "0", "--class-idx", "1"],

@@ -257,7 +257,7 @@ class TestBatch:
         assert keys(class_idx=[[2, 1], [0], [0, 1, 2]]) == [[2, 1], [0], [0, 1, 2]]
         assert keys(class_idx=np.array([[2, 1], [0, 1], [0, 2]])) == [[2, 1], [0, 1], [0, 2]]
         assert keys(class_idx=0, expected_class_idx=[0, 1, None]) == [[0], [0, 1], [0]]
-        with pytest.raises(ValueError, match=r"`class_idx` of a batch must be one class, or .* 3 inputs, got 2"):
+        with pytest.raises(ValueError, match=r"`class_idx` must be one for all inputs, or .* 3 inputs, got 2"):
             keys(class_idx=[0, 1])
 
     def test_different_numbers_of_classes_give_the_maps_of_single_ones(self, model: nn.Module, batch: Tensor) -> None:
@@ -379,7 +379,7 @@ class TestTargets:
         for result, other in zip(results, expected, strict=True):
             for (cam,), (same,) in zip(result.cams.values(), other.cams.values(), strict=True):
                 assert torch.allclose(cam, same, atol=1e-5)
-        with pytest.raises(ValueError, match=r"`targets` of a batch .* 3 inputs, got 2"):
+        with pytest.raises(ValueError, match=r"`targets` must be one for all inputs, .* 3 inputs, got 2"):
             explain(model, batch, target_layer="block2", targets=[RawScore(), RawScore()])
 
 

@@ -77,7 +77,18 @@ FLOORS = {
 # The rooms that are run, not imported.
 COMMANDS = {"cli"}
 
-forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that forks processes")
+# The rooms that import torchmetrics, which takes longer than all the others together.
+WITH_METRICS = {"evaluation", "metrics", "trust"}
+# The ways to get hold of the modules and of the functions of the same name.
+ORDERS = [
+    "from torchcam.explain import explain; from torchcam.trust import trust; import torchcam",
+    (
+        "import torchcam; torchcam.explain; torchcam.trust; from torchcam.explain import explain; "
+        "from torchcam.trust import trust"
+    ),
+    "import torchcam.explain as e, torchcam.trust as t, torchcam; explain, trust = e.explain, t.trust",
+    "from torchcam import explain as e, trust as t; import torchcam; explain, trust = e.explain, t.trust",
+]
 
 
 def run_python(code: str) -> str:
@@ -87,20 +98,26 @@ def run_python(code: str) -> str:
     return done.stdout.strip()
 
 
-def run_each(codes: dict[str, str], library: str) -> dict[str, str]:
-    """Run pieces of code, each in a fork of a fresh interpreter with a library, and return what each prints."""
+def run_each(lots: dict[str, dict[str, str]]) -> dict[str, str]:
+    """Run pieces of code, each in a fork of one fresh interpreter, and return what each prints.
+
+    Args:
+        lots: by the library that the interpreter has imported by then, the pieces by name
+    """
     program = (
-        f"import os, sys, {library}\n"
-        "for name, code in eval(sys.stdin.read()).items():\n"
-        "    print(name, end=': ', flush=True)\n"
-        "    if not os.fork():\n"
-        "        exec(code, {})\n"
-        "        sys.stdout.flush()\n"
-        "        os._exit(0)\n"
-        "    assert os.wait()[1] == 0, name\n"
+        "import importlib, os, sys\n"
+        "for library, codes in eval(sys.stdin.read()).items():\n"
+        "    importlib.import_module(library)\n"
+        "    for name, code in codes.items():\n"
+        "        print(name, end=': ', flush=True)\n"
+        "        if not os.fork():\n"
+        "            exec(code, {})\n"
+        "            sys.stdout.flush()\n"
+        "            os._exit(0)\n"
+        "        assert os.wait()[1] == 0, name\n"
     )
     command = [sys.executable, "-c", program]
-    done = subprocess.run(command, input=repr(codes), capture_output=True, text=True, check=False, timeout=600)
+    done = subprocess.run(command, input=repr(lots), capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
     return dict(line.split(": ", 1) for line in done.stdout.splitlines())
 
@@ -110,6 +127,21 @@ def rooms() -> set[str]:
     files = {path.stem for path in ROOT.glob("*.py")}
     packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
     return {name for name in files | packages if not name.startswith("_")} - COMMANDS
+
+
+@pytest.fixture(scope="module")
+def printed() -> dict[str, str]:
+    """What is printed by code that loads each room, and the callable modules in each order."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs a system that forks processes")
+    room = "import sys, torchcam; before = 'torchcam.{0}' in sys.modules; print(before, torchcam.{0}.__name__)"
+    order = (
+        "{0}; print(callable(torchcam.explain), torchcam.explain.explain is explain, explain.__module__, "
+        "callable(torchcam.trust), torchcam.trust.trust is trust)"
+    )
+    light, heavy = rooms() - WITH_METRICS, rooms() & WITH_METRICS
+    after = {**{name: room.format(name) for name in heavy}, **{name: order.format(name) for name in ORDERS}}
+    return run_each({"torch": {name: room.format(name) for name in light}, "torchmetrics": after})
 
 
 def module_name(path: Path) -> str:
@@ -161,11 +193,8 @@ class TestImport:
         printed = run_python("import sys, torchcam; print(torchcam.__version__, 'torch' in sys.modules)")
         assert printed == f"{version('torchcam')} False"
 
-    @forks
-    def test_attributes_load_their_modules(self) -> None:
-        code = "import sys, torchcam; before = 'torchcam.{0}' in sys.modules; print(before, torchcam.{0}.__name__)"
-        printed = run_each({name: code.format(name) for name in rooms()}, "torch")
-        assert printed == {name: f"False torchcam.{name}" for name in rooms()}
+    def test_attributes_load_their_modules(self, printed: dict[str, str]) -> None:
+        assert {name: printed[name] for name in rooms()} == {name: f"False torchcam.{name}" for name in rooms()}
 
     def test_unknown_attribute(self) -> None:
         with pytest.raises(AttributeError, match="module 'torchcam' has no attribute 'method'"):
@@ -228,23 +257,8 @@ class TestCallableModules:
         with pytest.raises(TypeError, match=r"explain.*topk"):
             torchcam.explain(model, x, topk=2)
 
-    @forks
-    def test_any_order_of_imports(self) -> None:
-        orders = [
-            "from torchcam.explain import explain; from torchcam.trust import trust; import torchcam",
-            (
-                "import torchcam; torchcam.explain; torchcam.trust; from torchcam.explain import explain; "
-                "from torchcam.trust import trust"
-            ),
-            "import torchcam.explain as e, torchcam.trust as t, torchcam; explain, trust = e.explain, t.trust",
-            "from torchcam import explain as e, trust as t; import torchcam; explain, trust = e.explain, t.trust",
-        ]
-        check = (
-            "print(callable(torchcam.explain), torchcam.explain.explain is explain, explain.__module__, "
-            "callable(torchcam.trust), torchcam.trust.trust is trust)"
-        )
-        printed = run_each({order: f"{order}; {check}" for order in orders}, "torchmetrics")
-        assert printed == dict.fromkeys(orders, "True True torchcam.explain True True")
+    def test_any_order_of_imports(self, printed: dict[str, str]) -> None:
+        assert [printed[order] for order in ORDERS] == ["True True torchcam.explain True True"] * len(ORDERS)
 
 
 class TestTorchCAMNames:

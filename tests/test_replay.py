@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -540,3 +541,93 @@ def test_a_proof_is_one_row_more(batch_size: int, rows: list[int]) -> None:
         extractor(1)
     assert list(model.seen) == rows
     assert sum(rows) == 6 + 1
+
+
+class Changing(nn.Module):
+    """A model whose scores depend on what it keeps: numbers, tensors, containers, parameters, buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm, self.head = nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Linear(5, 4)
+        self.scale = 1.0
+        self.shift = torch.zeros(4)
+        self.factors: list[float] = []
+        self.powers: dict[str, float] = {}
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.norm(self.conv(x)).relu().mean((2, 3))
+        scores: Tensor = self.head(features) * self.scale + self.shift
+        for factor in (*self.factors, *self.powers.values()):
+            scores = scores * factor
+        return scores
+
+
+def _normed(model: Changing, data: Tensor) -> None:
+    with torch.no_grad():
+        data.copy_(torch.linspace(-1, 1, 5))
+
+
+CHANGES: dict[str, Callable[[Changing], Any]] = {
+    "nothing": lambda model: None,
+    "a number": lambda model: setattr(model, "scale", -2.0),
+    "a tensor": lambda model: setattr(model, "shift", torch.arange(4.0)),
+    "a tensor, in place": lambda model: model.shift.copy_(torch.arange(4.0)),
+    "a list": lambda model: model.factors.append(-3.0),
+    "a mapping": lambda model: model.powers.update(a=-3.0),
+    "a buffer, in place": lambda model: _normed(model, model.norm.running_mean),
+    "a buffer, unseen by its version": lambda model: _normed(model, model.norm.running_mean.data),
+    "a parameter": lambda model: setattr(model.head, "weight", nn.Parameter(-model.head.weight.detach())),
+    "a parameter, in place": lambda model: model.head.weight.data.neg_(),
+    "a module": lambda model: setattr(model, "norm", nn.Identity()),
+    "a hook": lambda model: model.head.register_forward_hook(lambda _m, _a, output: -output),
+    "a forward": lambda model: setattr(model.head, "forward", lambda x: nn.Linear.forward(model.head, x).neg()),
+}
+
+
+@pytest.mark.parametrize("method", ["ScoreCAM", "AblationCAM"])
+@pytest.mark.parametrize("change", sorted(CHANGES))
+def test_a_replica_that_is_kept_is_as_the_model_is(change: str, method: str) -> None:
+    """What runs in a later call is the model as it is then, whatever has changed since the last one."""
+    from torchcam import methods
+
+    model, x = Changing(), images(torch.device("cpu"), 1, 8)
+
+    def cams(extractor: Any) -> Tensor:
+        model(x)
+        return extractor(1, normalized=False)[0]
+
+    with torch.no_grad(), getattr(methods, method)(model, "conv") as extractor:
+        first, again = cams(extractor), cams(extractor)
+        CHANGES[change](model)
+        changed = cams(extractor)
+        with getattr(methods, method)(model, "conv") as fresh:
+            expected = cams(fresh)
+    assert torch.equal(first, again)
+    assert torch.equal(changed, expected)
+    assert torch.equal(changed, first) == (change == "nothing")
+
+
+def test_replicas_are_kept_between_calls_and_no_longer() -> None:
+    from torchcam.methods import ScoreCAM
+
+    x, made = images(torch.device("cpu"), 1, 8), []
+
+    class Counted(nn.Flatten):
+        def forward(self, x: Tensor) -> Tensor:
+            made.append(weakref.ref(self))
+            return super().forward(x)
+
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.AdaptiveAvgPool2d(1), Counted(), nn.Linear(5, 4)).eval()
+    extractor = ScoreCAM(model, "0")
+    with torch.no_grad():
+        for _ in range(3):
+            model(x)
+            extractor(1)
+    modules = {reference() for reference in made}
+    assert len(modules) == 2
+    assert model[2] in modules
+    modules.clear()
+    extractor.remove_hooks()
+    assert {reference() for reference in made} == {model[2], None}

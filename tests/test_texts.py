@@ -459,6 +459,11 @@ class TestCommandLine:
         assert told["classes"][0]["probability"] == pytest.approx(float(expected.probabilities[0, 1]), abs=1e-5)
         np.testing.assert_allclose(np.load(told["maps"][0]["file"]), expected.cams[1][0].numpy(), atol=1e-5)
 
-    def test_texts_need_a_model_that_reads_them(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert cli.main(["explain", "one.png", "--texts", "a cat"]) == 2
-        assert "--texts compares images with texts by a model of --hf" in capsys.readouterr().err
+    def test_texts_need_a_model_that_reads_them(
+        self, picture: Image.Image, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        picture.save(tmp_path / "one.png")
+        assert cli.main(["explain", str(tmp_path / "one.png"), "--weights", "none", "--texts", "a cat"]) == 2
+        told = capsys.readouterr().err
+        assert "--texts need a model with an image and a text tower" in told
+        assert "which ResNet is not" in told

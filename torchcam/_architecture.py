@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -29,21 +29,12 @@ class Kind(NamedTuple):
 
 
 _UNKNOWN = Kind()
-_FIRST: dict[type[nn.Module], int | None] = {nn.GroupNorm: None}
+_FIRST: dict[type[nn.Module], int | None] = {nn.GroupNorm: None, nn.SyncBatchNorm: None}
 for _dimensions in (1, 2, 3):
-    for _name in (
-        "Conv{}d",
-        "ConvTranspose{}d",
-        "LazyConv{}d",
-        "BatchNorm{}d",
-        "InstanceNorm{}d",
-        "MaxPool{}d",
-        "AvgPool{}d",
-        "AdaptiveAvgPool{}d",
-        "AdaptiveMaxPool{}d",
-    ):
-        _FIRST[getattr(nn, _name.format(_dimensions))] = _dimensions
-_FIRST[nn.SyncBatchNorm] = None
+    for _name in ("Conv", "ConvTranspose", "LazyConv", "BatchNorm", "InstanceNorm"):
+        _FIRST[getattr(nn, f"{_name}{_dimensions}d")] = _dimensions
+    for _name in ("MaxPool", "AvgPool", "AdaptiveAvgPool", "AdaptiveMaxPool"):
+        _FIRST[getattr(nn, f"{_name}{_dimensions}d")] = _dimensions
 _ELEMENTWISE = frozenset(
     {
         *(nn.CELU, nn.ELU, nn.GELU, nn.SELU, nn.SiLU, nn.Mish, nn.ReLU, nn.ReLU6, nn.RReLU, nn.LeakyReLU, nn.PReLU),
@@ -51,7 +42,7 @@ _ELEMENTWISE = frozenset(
         *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.Identity),
     }
 )
-_RECURRENT = (nn.LSTM, nn.GRU, nn.RNN)
+_SEQUENCES = frozenset({nn.MultiheadAttention, nn.LSTM, nn.GRU, nn.RNN})
 
 
 def kind_of(modules: Mapping[str, nn.Module], name: str) -> Kind:
@@ -61,16 +52,14 @@ def kind_of(modules: Mapping[str, nn.Module], name: str) -> Kind:
     predecessor does.
     """
     module = modules.get(name)
-    if type(module) is nn.Sequential:
-        return _kind_of_last([*module._modules.values()])
-    if type(module) in _ELEMENTWISE:
-        parent, _, own = name.rpartition(".")
-        container = modules.get(parent)
-        if type(container) is nn.Sequential and name:
-            names = [*container._modules]
-            return _kind_of_last([*container._modules.values()][: names.index(own)])
+    if type(module) not in _ELEMENTWISE:
+        return _kind_of_last([module])
+    parent, _, own = name.rpartition(".")
+    container = modules.get(parent)
+    if type(container) is not nn.Sequential:
         return _UNKNOWN
-    return _kind_of_one(module)
+    names = [*container._modules]
+    return _kind_of_last([*container._modules.values()][: names.index(own)])
 
 
 def _kind_of_last(children: Sequence[nn.Module | None]) -> Kind:
@@ -82,19 +71,14 @@ def _kind_of_last(children: Sequence[nn.Module | None]) -> Kind:
     return _UNKNOWN
 
 
-def _kind_of_one(module: nn.Module | None) -> Kind:
+def _kind_of_one(module: Any) -> Kind:
     kind = type(module)
     if kind in _FIRST:
         return Kind(1, _FIRST[kind])
-    if isinstance(module, nn.LayerNorm) and kind is nn.LayerNorm and len(module.normalized_shape) == 1:
+    if kind is nn.LayerNorm and len(module.normalized_shape) == 1:
         return Kind(-1)
-    if isinstance(module, nn.MultiheadAttention) and kind is nn.MultiheadAttention:
-        return Kind(-1, 1, 0 if module.batch_first else 1)
-    if isinstance(module, nn.TransformerEncoderLayer) and kind is nn.TransformerEncoderLayer:
-        return Kind(-1, 1, 0 if module.self_attn.batch_first else 1)
-    if isinstance(module, _RECURRENT) and kind in _RECURRENT:
-        return Kind(-1, 1, 0 if module.batch_first else 1)
-    return _UNKNOWN
+    module = module.self_attn if kind is nn.TransformerEncoderLayer else module
+    return Kind(-1, 1, 0 if module.batch_first else 1) if type(module) in _SEQUENCES else _UNKNOWN
 
 
 def hint_of(module: nn.Module) -> int | None:
@@ -161,11 +145,9 @@ NOTHING = Shown()
 _PREFIX_TOKENS = re.compile(
     r"(.*_)?(cls|class|dist|distillation|reg|register|registers|global|pool)_?(tokens?|embedding|embed|pos_token)(_\d+)?"
 )
-_APART = re.compile(
-    r"(^|[._])(text|decoders?|heads?|quer(y|ies)|prompts?|latents?|q_?former|language|lm|box|bbox|mask|caption|perceiver|"
-    r"resampler|abstractor|label|memory)([._]|\d|$)",
-    re.IGNORECASE,
-)
+_PARTS = "text|decoders?|quer(y|ies)|prompts?|latents?|q_?former|language|perceiver|resampler|abstractor"
+_COMPOSED = re.compile(rf"(^|[._])({_PARTS})([._]|\d|$)", re.IGNORECASE)
+_APART = re.compile(rf"(^|[._])({_PARTS}|heads?|lm|box|bbox|mask|caption|label|memory)([._]|\d|$)", re.IGNORECASE)
 
 
 def shown_by(model: nn.Module) -> Shown:
@@ -176,8 +158,7 @@ def shown_by(model: nn.Module) -> Shown:
         if type(module) in {nn.Conv1d, nn.Conv2d, nn.Conv3d}:
             conv: nn.modules.conv._ConvNd = module  # type: ignore[assignment]
             if isinstance(conv.padding, tuple) and max(conv.stride) > 1:
-                own = conv.in_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation
-                patches.add(Patches(*own))
+                patches.add(Patches(conv.in_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation))
             continue
         counts = [
             math.prod(parameter.shape[:-1])
@@ -191,14 +172,8 @@ def shown_by(model: nn.Module) -> Shown:
             for name in ("num_prefix_tokens", "num_register_tokens", "num_reg_tokens"):
                 count = source.get(name)
                 if type(count) is int and 0 < count <= 64:
-                    sums |= {count, count + 1} if name != "num_prefix_tokens" else {count}
+                    sums |= {count} if name == "num_prefix_tokens" else {count, count + 1}
     return Shown(tuple(sorted(sums)), tuple(patches))
-
-
-_COMPOSED = re.compile(
-    r"(^|[._])(text|decoders?|quer(y|ies)|prompts?|latents?|q_?former|language|perceiver|resampler|abstractor)([._]|\d|$)",
-    re.IGNORECASE,
-)
 
 
 def is_composed(names: Iterable[str]) -> bool:

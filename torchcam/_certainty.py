@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from torch import Tensor, nn
 
@@ -49,16 +50,16 @@ class Certainty:
         self.call = call
         self.modules = dict(model.named_modules())
         self.input_shape = image_shape(call.signal)
-        self._is_composed = is_composed(self.modules)
-        self._shown: Shown | None = None
         self._changes: Mapping[str, Mapping[tuple[int, int], Changes]] = {}
 
-    @property
+    @cached_property
     def shown(self) -> Shown:
         """What the model shows of its tokens."""
-        if self._shown is None:
-            self._shown = shown_by(self.model)
-        return self._shown
+        return shown_by(self.model)
+
+    @cached_property
+    def _is_composed(self) -> bool:
+        return is_composed(self.modules)
 
     def readings(self, shape: Sequence[int], layer: str, *, wide: bool = False) -> tuple[Reading, ...]:
         """Return the readings of a layer's output that its type and the model leave possible."""
@@ -80,12 +81,9 @@ class Certainty:
     def certain(self, shape: Sequence[int], layer: str) -> Verdict | None:
         """Return the verdict that needs no experiment; None where there is a doubt, or no reading."""
         found = self.readings(shape, layer)
-        layouts = dict.fromkeys(one.layout for one in found)
-        if not found:
+        if not found or self._has_twin():  # which of the inputs the layer sees is not known
             return None
-        only = _without_doubtful_axes(found) if len(layouts) == 1 else None
-        if self._has_twin():  # which of them the layer sees is not known
-            return None
+        only = _without_doubtful_axes(found) if len({one.layout for one in found}) == 1 else None
         if self.input_shape is None:
             return Verdict(only, None if only is None else True, found)
         if len(shape) == len(self.input_shape) and kind_of(self.modules, layer).channels == 1:

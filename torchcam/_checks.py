@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any, TypeVar
@@ -12,19 +13,23 @@ __all__ = ["callable_object", "finite_number", "fraction", "integer", "one_of", 
 T = TypeVar("T")
 
 
-def integer(name: str, value: int, lowest: int | None = None) -> int:
-    """Check an argument that is an integer, ``lowest`` or more.
+def integer(name: str, value: Any, lowest: int | None = None) -> int:
+    """Check an argument that is an integer, of any library, ``lowest`` or more.
 
     Raises:
-        TypeError: if it is not an integer
+        TypeError: if it is not an integer (a boolean is not)
         ValueError: if it is less than ``lowest``
     """
-    if isinstance(value, bool) or not isinstance(value, int):
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
         raise TypeError(f"`{name}` must be an integer, got {value!r} of type {type(value).__name__}")
-    if lowest is not None and value < lowest:
+    if lowest is not None and number < lowest:
         bound = f"{lowest} or more" if lowest < 1 else f"at least {lowest}"
-        raise ValueError(f"`{name}` must be {bound}, got {value}")
-    return value
+        raise ValueError(f"`{name}` must be {bound}, got {number}")
+    return number
 
 
 def positive_integer(name: str, value: int) -> int:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from torch import Tensor
 
+from ._checks import callable_object, integer
 from ._names import closest
 from .targets import OutputTarget
 
 __all__ = ["Choice", "as_class_names", "find_class"]
+
+T = TypeVar("T")
+
+_LISTS = (list, tuple, range)
 
 
 class Choice:
@@ -38,11 +42,17 @@ class Choice:
         class_names: tuple[str, ...] | None,
     ) -> None:
         self.class_names = class_names
-        self.expected = _per_input("expected_class_idx", named(expected_class_idx, class_names), count)
-        self.classes = _classes_per_input(named(class_idx, class_names), count, is_batch)
+        expected = _plain(named(expected_class_idx, class_names))
+        self.expected = _per_input("expected_class_idx", expected, count, _expected)
+        classes = _plain(named(class_idx, class_names))
+        nested = isinstance(classes, _LISTS) and any(isinstance(one, _LISTS) for one in classes)
+        self.classes: list[list[int]] = [[]] * count
+        if classes is not None:
+            self.classes = _per_input("class_idx", classes, count, _classes, is_own=not is_batch and not nested)
         self.top_k = top_k if top_k is not None else int(class_idx is None)
-        self.targets = None if targets is None else _targets_per_input(targets, count, is_batch)
+        self.targets: list[dict[str, OutputTarget]] | None = None
         if targets is not None:
+            self.targets = _per_input("targets", targets, count, _named_targets, is_own=not is_batch)
             for name, given in (("class_idx", class_idx), ("expected_class_idx", expected_class_idx), ("top_k", top_k)):
                 if given is not None:
                     raise ValueError(f"give `targets` or `{name}`, not both: targets take the place of classes")
@@ -106,55 +116,41 @@ def find_class(name: str, class_names: Sequence[str] | None) -> int:
     return found[0]
 
 
-def _per_input(argument: str, given: Any, count: int) -> list[int | None]:
-    """Read one class for all inputs, or a list of one (or None) for each."""
-    given = given.tolist() if isinstance(given, Tensor) and given.ndim else given
-    if not isinstance(given, (list, tuple)):
-        return [_as_index(argument, given)] * count
-    if len(given) != count:
-        raise ValueError(f"`{argument}` must be one class, or one for each of the {count} inputs, got {len(given)}")
-    return [_as_index(argument, one) for one in given]
+def _plain(given: Any) -> Any:
+    """Return tensors and arrays as numbers and lists."""
+    return given.tolist() if hasattr(given, "tolist") else given
 
 
-def _classes_per_input(given: Any, count: int, is_batch: bool) -> list[list[int]]:
-    """Read a class for all inputs; one or several for each; for a single input, several."""
-    if given is None:
-        return [[]] * count
-    given = given.tolist() if isinstance(given, Tensor) or hasattr(given, "tolist") else given
-    if not isinstance(given, (list, tuple, range)):
-        return [_indices([given])] * count
-    nested = any(isinstance(one, (list, tuple, range)) for one in given)
-    if not is_batch and not nested:
-        return [_indices(given)]
+def _per_input(argument: str, given: Any, count: int, read: Callable[[Any], T], *, is_own: bool = False) -> list[T]:
+    """Read what is asked of each input: one answer for all, or a list of one for each.
+
+    Args:
+        argument: the name of the argument
+        given: its value
+        count: the number of inputs
+        read: reads what is asked of one input
+        is_own: whether a list is what is asked of the only input
+    """
+    if is_own or not isinstance(given, _LISTS):
+        return [read(given)] * count
     if len(given) != count:
         raise ValueError(
-            f"`class_idx` of a batch must be one class, or a list of one (or of a list of several) for each of the "
-            f"{count} inputs, got {len(given)}"
-        )
-    return [_indices(one if isinstance(one, (list, tuple, range)) else [one]) for one in given]
-
-
-def _indices(values: Iterable[Any]) -> list[int]:
-    found = [_as_index("class_idx", value) for value in values]
-    if not found or None in found:
-        raise ValueError("`class_idx` names no class; leave it out to explain the predicted one")
-    return [index for index in found if index is not None]
-
-
-def _targets_per_input(given: Any, count: int, is_batch: bool) -> list[dict[str, OutputTarget]]:
-    """Read one target for all inputs, several by their names, or a list: of one input's, or of one for each."""
-    if isinstance(given, Mapping) or callable(given):
-        return [_named_targets(given)] * count
-    if not isinstance(given, (list, tuple)):
-        raise TypeError(f"`targets` must be callable, got {given!r} of type {type(given).__name__}")
-    if not is_batch:
-        return [_named_targets(given)]
-    if len(given) != count:
-        raise ValueError(
-            f"`targets` of a batch must be one callable, a mapping, or one for each of the {count} inputs, got "
+            f"`{argument}` must be one for all inputs, or a list with an entry for each of the {count} inputs, got "
             f"{len(given)}"
         )
-    return [_named_targets(one) for one in given]
+    return [read(one) for one in given]
+
+
+def _expected(given: Any) -> int | None:
+    return None if given is None else integer("expected_class_idx", given)
+
+
+def _classes(given: Any) -> list[int]:
+    """Read one class, or several."""
+    found = [*given] if isinstance(given, _LISTS) else [given]
+    if not found or any(one is None for one in found):
+        raise ValueError("`class_idx` names no class; leave it out to explain the predicted one")
+    return [integer("class_idx", one) for one in found]
 
 
 def _named_targets(given: Any) -> dict[str, OutputTarget]:
@@ -170,8 +166,7 @@ def _named_targets(given: Any) -> dict[str, OutputTarget]:
     if not named:
         raise ValueError("`targets` names no target")
     for target in named.values():
-        if not callable(target):
-            raise TypeError(f"`targets` must be callable, got {target!r} of type {type(target).__name__}")
+        callable_object("targets", target)
     return named
 
 
@@ -179,17 +174,6 @@ def _name_of_target(target: Any) -> str:
     name = getattr(target, "__name__", type(target).__name__)
     class_idx = getattr(target, "class_idx", None)
     return name if class_idx is None else f"{name}({class_idx})"
-
-
-def _as_index(argument: str, value: Any) -> int | None:
-    if value is None:
-        return None
-    if isinstance(value, bool):
-        raise TypeError(f"`{argument}` must be an integer, got the boolean {value!r}")
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"`{argument}` must be an integer, got {value!r} of type {type(value).__name__}") from None
 
 
 def as_class_names(class_names: Sequence[str] | None) -> tuple[str, ...] | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -53,6 +54,7 @@ class Detections:
         if index is None:
             return {}
         return {
+            "number": index,
             "box": [round(side, 3) for side in self.boxes[index].tolist()],
             "class_idx": int(self.labels[index]),
             "class_name": self.class_names.get(int(self.labels[index])),
@@ -72,23 +74,13 @@ class Detections:
         picture = picture.convert("RGB")
         pen = ImageDraw.Draw(picture)
         width = max(2, round(max(picture.size) / 200))
+        start, end, low, high = (np.array(ends[::-1]) for ends in (view[:2], view[2:], here[:2], here[2:]))  # (x, y)
         for index in dict.fromkeys(indices):
-            shares = [side / length for side, length in zip(self.boxes[index].tolist(), 2 * self.size, strict=True)]
-            places = [_moved(share, number % 2, view, here) for number, share in enumerate(shares)]
-            pixels = [place * length for place, length in zip(places, 2 * picture.size, strict=True)]
-            left, top, right, bottom = (
-                min(max(pixel, 0), length - 1) for pixel, length in zip(pixels, 2 * picture.size, strict=True)
-            )
-            outline = min(left, right), min(top, bottom), max(left, right), max(top, bottom)
-            pen.rectangle(outline, outline="black", width=width + 2)
-            pen.rectangle(
-                [outline[0] + 1, outline[1] + 1, outline[2] - 1, outline[3] - 1], outline="white", width=width
-            )
+            corners = np.array(self.boxes[index].tolist()).reshape(2, 2) / self.size
+            if view != here:
+                corners = low + (corners - start) / (end - start) * (high - low)
+            pixels = np.clip(corners * picture.size, 0, np.array(picture.size) - 1)
+            first, last = pixels.min(0), pixels.max(0)
+            pen.rectangle([*first, *last], outline="black", width=width + 2)
+            pen.rectangle([*(first + 1), *(last - 1)], outline="white", width=width)
         return picture
-
-
-def _moved(share: float, axis: int, view: View, here: View) -> float:
-    """Return the place on a picture of a share of the original; axis 0 is across."""
-    start, end = (view[1], view[3]) if axis == 0 else (view[0], view[2])
-    first, last = (here[1], here[3]) if axis == 0 else (here[0], here[2])
-    return share if view == here else first + (share - start) / (end - start) * (last - first)

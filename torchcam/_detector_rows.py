@@ -47,8 +47,7 @@ class Rows:
     @property
     def nothing(self) -> Tensor:
         """Zero, with a graph."""
-        parts = [part for part in (self.scores, self.boxes) if part is not None]
-        return torch.stack([part.sum() * 0 for part in parts]).sum()
+        return self.scores.sum() * 0 + (0 if self.boxes is None else self.boxes.sum() * 0)
 
     def find(self, near: Tensor, label: int | None) -> int | None:
         """Return the row whose box overlaps another one most; of final rows, one of the class by half or more."""
@@ -194,8 +193,9 @@ def corners(boxes: Tensor) -> Tensor:
 
 
 def overlaps(box: Tensor, boxes: Tensor) -> Tensor:
-    """Return the overlap (intersection over union) of a box (4,) with others (R, 4): (R,)."""
-    low, high = torch.maximum(box[:2], boxes[:, :2]), torch.minimum(box[2:], boxes[:, 2:])
-    shared = (high - low).clamp_min(0).prod(1)
-    union = (box[2:] - box[:2]).prod() + (boxes[:, 2:] - boxes[:, :2]).prod(1) - shared
+    """Return the overlap (intersection over union) of a box (..., 4) with others (R, 4): (..., R)."""
+    box = box.unsqueeze(-2)
+    low, high = torch.maximum(box[..., :2], boxes[:, :2]), torch.minimum(box[..., 2:], boxes[:, 2:])
+    shared = (high - low).clamp_min(0).prod(-1)
+    union = (box[..., 2:] - box[..., :2]).prod(-1) + (boxes[:, 2:] - boxes[:, :2]).prod(-1) - shared
     return shared / union.clamp_min(torch.finfo(boxes.dtype).tiny)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -174,7 +174,8 @@ class PredictionExplanation(Pictures):
             raise ValueError(f"`class_idx` names '{asked}', but explained were {', '.join(map(str, self.cams))}")
         report = self._try_out(asked, **options)
         if "methods" not in options:  # the first method's map is judged
-            self._reports[asked] = report
+            reasons = list(report[0].reasons)
+            self._reports[asked] = {"verdict": report.verdict, "headline": report.headline, "reasons": reasons}
         return report
 
     # Pictures.
@@ -238,18 +239,14 @@ class PredictionExplanation(Pictures):
 
     def _on_other(self, picture: Image.Image) -> tuple[Image.Image, View]:
         """Return a picture to draw over in place of one's own, and where the model's view lies on it."""
-        if not self._drawable():  # which the drawing says
-            return picture, FULL
         height, width = self.input_shape[-2:]
         views = self._views or Views((width, height))
         found = views.on(picture.size)
         if found is not None:
             return picture, found
-        if self.image is None:
-            warnings.warn(views.unknown(picture.size, "over all of it"), UserWarning, stacklevel=3)
-            return picture, FULL
-        warnings.warn(views.unknown(picture.size), UserWarning, stacklevel=3)
-        return self.image, self.view
+        place = "over all of it" if self.image is None else "over the model's view"
+        warnings.warn(views.unknown(picture.size, place), UserWarning, stacklevel=3)
+        return (picture, FULL) if self.image is None else (self.image, self.view)
 
     @property
     def _panels(self) -> int:
@@ -286,16 +283,9 @@ class PredictionExplanation(Pictures):
             share = None if self.probabilities is None or isinstance(key, str) else float(self.probabilities[0, key])
             tags = [roles[key]] if not isinstance(key, str) and key in roles else []
             names = {"name": self.name_of(key), "value": self.value_of(key)}
-            classes.append({**names, "share": share, "tags": tags, "trust": self._verdict(key)})
+            classes.append({**names, "share": share, "tags": tags, "trust": self._reports.get(key)})
         image = self._boxed(self.image if self.image is not None else self._picture(maps[0]))
         return _page.item_entry(name, image, classes, methods)
-
-    def _verdict(self, key: int | str) -> dict[str, Any] | None:
-        """Return what trust said of a class or target, if it was asked."""
-        report = self._reports.get(key)
-        if report is None:
-            return None
-        return {"verdict": report.verdict, "headline": report.headline, "reasons": list(report[0].reasons)}
 
     def _origin(self) -> list[tuple[str, str]]:
         """Return how the maps were made, as terms and their descriptions."""
@@ -340,10 +330,10 @@ class PredictionExplanation(Pictures):
         given = self.image if image is None else image
         if not isinstance(given, Image.Image):
             raise TypeError(f"`image` must be a PIL image, got {type(given).__name__}")
-        picture, view = (given, self.view) if image is None else self._on_other(given)
         for result in self.results.values():
             for key in result.cams:
                 result.values(key)  # raises where they are no pictures
+        picture, view = (given, self.view) if image is None else self._on_other(given)
 
         with atomic_write(directory) as folder:
             folder.mkdir()
@@ -366,9 +356,10 @@ class PredictionExplanation(Pictures):
                     "target_layers": list(result.target_layers),
                     "signed": result.signed,
                     "classes": {
-                        str(key): self._class_entry(
-                            key, save_maps(result, key, folder, place, partial(draw, result, key))
-                        )
+                        str(key): {
+                            **self.entry(key),
+                            "artifacts": save_maps(result, key, folder, place, partial(draw, result, key)),
+                        }
                         for key in result.cams
                     },
                 }
@@ -394,14 +385,13 @@ class PredictionExplanation(Pictures):
             (folder / "manifest.json").write_text(to_json(manifest) + "\n", encoding="utf-8")
         return directory
 
-    def _class_entry(self, key: int | str, artifacts: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return what the manifest says of a class or a target."""
+    def entry(self, key: int | str) -> dict[str, Any]:
+        """Describe a class or a target as plain values."""
         entry = self._reference(key)
         if isinstance(key, str):
-            found = {} if self.detections is None else self.detections.entry(key)
-            return {**entry, "score": self.scores.get(key), **found, "artifacts": artifacts}
+            return {**entry, "score": self.scores.get(key), **(self.detections.entry(key) if self.detections else {})}
         probability = None if self.probabilities is None else self.probabilities[0, key].item()
-        return {**entry, "logit": self.logits[0, key].item(), "probability": probability, "artifacts": artifacts}
+        return {**entry, "logit": self.logits[0, key].item(), "probability": probability}
 
     def _reference(self, key: int | str) -> dict[str, Any]:
         if isinstance(key, str):
@@ -434,9 +424,6 @@ class Explanations(Pictures, Sequence[PredictionExplanation]):
 
     def __getitem__(self, index: int | slice) -> PredictionExplanation | Explanations:
         return Explanations(self._items[index]) if isinstance(index, slice) else self._items[index]
-
-    def __iter__(self) -> Iterator[PredictionExplanation]:
-        return iter(self._items)
 
     def __repr__(self) -> str:
         lines = [f"  {item!r}," for item in self._items[:LINES]]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import stat
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from ._passes import Call, to_model
 from ._pictures import from_unit_range, to_picture
 from ._views import FULL, View, Views
 
-__all__ = ["Inputs", "as_rgb", "read_inputs", "read_picture", "split_processor"]
+__all__ = ["Inputs", "as_rgb", "read_inputs", "read_picture", "split_processor", "transformed"]
 
 Transform = Callable[..., Any]
 Normalisation = tuple[Sequence[float], Sequence[float]]
@@ -53,11 +52,14 @@ class Inputs:
     channels: int | None
     class_names: tuple[str, ...] | None
 
-    @contextmanager
-    def named_errors(self) -> Iterator[None]:
-        """Say so where a model fails because its input has another number of channels than its first convolution."""
+    def call(self, model: nn.Module, samples: slice) -> Any:
+        """Run a model on some of the samples; on all of them where there are other arguments.
+
+        Raises:
+            ValueError: if it fails, and the input has another number of channels than its first convolution takes
+        """
         try:
-            yield
+            return model(self.tensor[samples]) if self.kwargs is None else model(**self.kwargs)
         except RuntimeError as error:
             if self.channels in {None, self.tensor.shape[1]}:
                 raise
@@ -65,10 +67,6 @@ class Inputs:
                 f"`input_tensor` of shape {tuple(self.tensor.shape)} has {self.tensor.shape[1]} channels, the model's "
                 f"first convolution takes {self.channels} ({error})"
             ) from error
-
-    def call(self, model: nn.Module, samples: slice) -> Any:
-        """Run a model on some of the samples; on all of them where there are other arguments."""
-        return model(self.tensor[samples]) if self.kwargs is None else model(**self.kwargs)
 
 
 def read_inputs(
@@ -128,7 +126,7 @@ def read_inputs(
     views: tuple[Views | None, ...] = (None,) * len(tensor)
     if tensor.ndim == 4:
         seen = (tensor.shape[3], tensor.shape[2])
-        to_tensor = None if transform is None else partial(_one_transformed, transform, channels)
+        to_tensor = None if transform is None else partial(transformed, transform, channels)
         sources: list[tuple[int, int] | None] = [picture.size for picture in images] or [None] * len(tensor)
         views = tuple(Views(seen, source, to_tensor) for source in sources)
     pictures, shown = _pictures(tensor, _normalisation(transform) or _normalisation(_pretrained(model)), image, views)
@@ -221,7 +219,7 @@ def _transformed(transform: Any, images: list[Image.Image]) -> Tensor | dict[str
     return _stack(tensors)
 
 
-def _one_transformed(transform: Any, channels: int | None, image: Image.Image) -> Tensor:
+def transformed(transform: Any, channels: int | None, image: Image.Image) -> Tensor:
     """Return a transformed image, (C, *spatial)."""
     return _image_of(_transformed(transform, [_for_model(image, channels)]))[0]
 

@@ -21,6 +21,7 @@ __all__ = [
     "model_device",
     "to_model",
     "untouched",
+    "without_inference",
 ]
 
 
@@ -100,26 +101,26 @@ class Call:
     Attributes:
         versions: every tensor among the arguments with its version at the time of the call
         found: the image-like argument as it was given; None if there is none
-        autocast: the type of device, whether autocast was on for it, and its type
+        autocast: the type of autocast; None where it was off
         shared: the inputs that all samples share although they have as many rows, by identity; None until it is proven
         axes: the dimensions of the image-like input, or of the signal, along which its positions are; None for all
             from the third on
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], wanted: str | int | None = None) -> None:
-        values = [*args, *kwargs.values()] if kwargs else args
-        tensors = [*values] if set(map(type, values)) == {Tensor} else [*tensors_in(values)]
-        if True in [tensor.is_inference() for tensor in tensors]:  # no later change to such a tensor could be noticed
-            args, kwargs = map_tensors(lambda t: t.clone() if t.is_inference() else t, (args, kwargs))
-            tensors = [*tensors_in((args, kwargs))]
+        values = (*args, *kwargs.values())
+        tensors = values if set(map(type, values)) == {Tensor} else tuple(tensors_in(values))
+        if any(map(Tensor.is_inference, tensors)):  # no later change to such a tensor could be noticed
+            args, kwargs = without_inference((args, kwargs))
+            tensors = tuple(tensors_in((args, kwargs)))
         self.args = args
         self.kwargs = kwargs
         self.wanted = wanted
         self.found = find_image(args, kwargs, wanted)
         self.versions = [(tensor, None if tensor.is_inference() else tensor._version) for tensor in tensors]
-        device_type = tensors[0].device.type if tensors else "cpu"
-        enabled = torch.is_autocast_enabled(device_type)
-        self.autocast = device_type, enabled, torch.get_autocast_dtype(device_type) if enabled else None
+        self.autocast: torch.dtype | None = None
+        if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(self.device_type):
+            self.autocast = torch.get_autocast_dtype(self.device_type)
         self.shared: set[int] | None = None
         self.axes: tuple[int, ...] | None = None
 
@@ -205,8 +206,7 @@ class Call:
                 return value[samples] if follows else value
             return NotImplemented
 
-        arguments: tuple[tuple[Any, ...], dict[str, Any]] = map_structure(substitute, (self.args, self.kwargs))
-        return arguments
+        return map_structure(substitute, self.args), map_structure(substitute, self.kwargs)
 
     def prove_rows(self, model: nn.Module) -> None:
         """Find out which inputs with as many rows as there are samples have a row for each: prompts need not.
@@ -221,9 +221,11 @@ class Call:
         if self.shared is not None:
             return
         self.shared = set()
-        images = {id(image) for image in tensors_in(self.found)}
         count = 0 if self.found is None else len(self.found)
-        suspects = [t for t, _ in self.versions if t.ndim and len(t) == count > 1 and id(t) not in images]
+        if count < 2:
+            return
+        images = {id(image) for image in tensors_in(self.found)}
+        suspects = [t for t, _ in self.versions if t.ndim and len(t) == count and id(t) not in images]
         if not suspects:
             return
         state = torch.get_rng_state()
@@ -247,10 +249,19 @@ class Call:
 
     def as_recorded(self) -> AbstractContextManager[Any]:
         """Return a context with the autocast state of the call."""
-        device_type, enabled, dtype = self.autocast
-        if not enabled and not torch.is_autocast_enabled(device_type):
+        if self.autocast is None and not torch._C._is_any_autocast_enabled():
             return nullcontext()
-        return torch.autocast(device_type, dtype=dtype, enabled=enabled)
+        return torch.autocast(self.device_type, dtype=self.autocast, enabled=self.autocast is not None)
+
+    @property
+    def device_type(self) -> str:
+        """The type of the device of the first tensor."""
+        return self.versions[0][0].device.type if self.versions else "cpu"
+
+
+def without_inference(arguments: Any) -> Any:
+    """Return the arguments of a call with copies of the tensors that were made in inference mode."""
+    return map_tensors(lambda tensor: tensor.clone() if tensor.is_inference() else tensor, arguments)
 
 
 def _channels_first(tensor: Tensor, axes: tuple[int, ...]) -> Tensor:

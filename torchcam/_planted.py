@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._chunks import run_chunks
@@ -100,11 +101,11 @@ def changes_of(
         what was measured, by the name of the output and its dimensions of batch and channels
     """
     inputs, axes = _planted(call, input_shape)
-    measured: defaultdict[tuple[str, int, int], list[Tensor]] = defaultdict(list)
+    measured: defaultdict[tuple[str, int, int], dict[int, Tensor]] = defaultdict(dict)
     scales: dict[str, float] = {}
-    last: dict[tuple[str, int, int], Tensor] = {}
+    start, rows = 0, inputs  # of the chunk that runs
 
-    def watch(layer: str, rows: int, _module: nn.Module, _args: Any, output: Any) -> None:
+    def watch(layer: str, _module: nn.Module, _args: Any, output: Any) -> None:
         for level, tensor in primary_tensors(output).items():
             if tensor.ndim < 3 or not tensor.is_floating_point():
                 continue
@@ -112,30 +113,25 @@ def changes_of(
             scales[layer + level] = float(values.square().mean())
             pairs = [(0, 1), (0, tensor.ndim - 1), *([(1, 2)] if tensor.ndim == 3 else [])]
             for batch, channels in pairs:
-                if tensor.shape[batch] == rows:
-                    moved = values.narrow(batch, 1, rows - 1) - values.narrow(batch, 0, 1)
-                    last[layer + level, batch, channels] = moved.square().sum(channels, keepdim=True)
+                if tensor.shape[batch] == len(rows):
+                    moved = values.narrow(batch, 1, len(rows) - 1) - values.narrow(batch, 0, 1)
+                    # Of a layer that runs several times, the last call counts.
+                    measured[layer + level, batch, channels][start] = moved.square().sum(channels, keepdim=True)
 
-    def run(replica: nn.Module, chunk: slice) -> None:
-        last.clear()
-        rows = torch.cat([inputs[:1], inputs[1:][chunk]])
-        modules = [(layer, replica.get_submodule(layer)) for layer in layers]
-        handles = [module.register_forward_hook(partial(watch, layer, len(rows))) for layer, module in modules]
-        try:
-            args, kwargs = call.with_signal(rows, torch.zeros(len(rows), dtype=torch.long, device=rows.device))
-            replica(*args, **kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
-        for key, sizes in last.items():  # of a layer that runs several times, the last call counts
-            measured[key].append(sizes)
+    def run(chunk: slice) -> None:
+        nonlocal start, rows
+        start, rows = chunk.start, torch.cat([inputs[:1], inputs[1:][chunk]])
+        args, kwargs = call.with_signal(rows, torch.zeros(len(rows), dtype=torch.long, device=rows.device))
+        replica(*args, **kwargs)
 
     with torch.inference_mode(False), torch.no_grad(), call.as_recorded(), replicated(model) as replica:
-        run_chunks(partial(run, replica), len(inputs) - 1, _ROWS)
+        for layer in layers:
+            replica.get_submodule(layer).register_forward_hook(partial(watch, layer))
+        run_chunks(run, len(inputs) - 1, _ROWS)
     found: dict[str, dict[tuple[int, int], Changes]] = defaultdict(dict)
     for (name, batch, channels), parts in measured.items():
-        if sum(part.shape[batch] for part in parts) == len(inputs) - 1:
-            found[name][batch, channels] = Changes(torch.cat(parts, batch), axes, scales[name])
+        if sum(part.shape[batch] for part in parts.values()) == len(inputs) - 1:
+            found[name][batch, channels] = Changes(torch.cat([*parts.values()], batch), axes, scales[name])
     return found
 
 
@@ -176,7 +172,7 @@ def try_reading(
         needed: the least score
         only: whether no other reading is tried: three positions may follow by chance
     """
-    changes = measured.get((reading.layout.batch, reading.layout.channels % _ndim(measured)))
+    changes = measured.get((reading.layout.batch, reading.layout.channels))
     if changes is None or not changes.axes:
         return Trial(None)
     above = _above_weaker(reading.layout, changes)
@@ -248,11 +244,8 @@ def seen_at_places(layout: Layout, output: Tensor, signal: Tensor) -> Seen | Non
     mass = gradient.detach().cpu().double().square()
     mass = mass.sum([dimension for dimension in range(mass.ndim) if dimension not in layout.axes])
     for dimension, part in enumerate(parts):
-        cell = torch.arange(mass.shape[dimension]) * part // mass.shape[dimension]
-        shape = [part if each == dimension else side for each, side in enumerate(mass.shape)]
-        mass = mass.new_zeros(shape).index_add_(dimension, cell, mass) / torch.bincount(cell).reshape(
-            [-1 if each == dimension else 1 for each in range(mass.ndim)]
-        )
+        holds = F.one_hot(torch.arange(mass.shape[dimension]) * part // mass.shape[dimension], part).double()
+        mass = torch.movedim(mass.movedim(dimension, -1) @ (holds / holds.sum(0)), -1, dimension)
     others = float(mass[~expected].mean())
     if not others >= 0 or not float(mass.sum()) > 0:
         return None
@@ -260,18 +253,11 @@ def seen_at_places(layout: Layout, output: Tensor, signal: Tensor) -> Seen | Non
     return Seen(float(found.min()), float(found.mean()))
 
 
-def _ndim(measured: Mapping[tuple[int, int], Changes]) -> int:
-    return next((one.sizes.ndim for one in measured.values()), 1)
-
-
 def _explained(centre: Tensor, weight: Tensor, side: int) -> float:
     """Return the share of the weighted variance of (*grid) that the place along a side explains; 0 unless it rises."""
-    others = [dimension for dimension, length in enumerate(centre.shape) if dimension != side and length > 1]
-    if not others:
-        centre, weight = centre.flatten(), weight.flatten()
-    weights = weight.sum(others).flatten() if others else weight
-    sums = (weight * centre).sum(others).flatten() if others else weight * centre
-    means = sums / weights.clamp_min(1e-300)
+    centre, weight = (one.movedim(side, 0).reshape(one.shape[side], -1) for one in (centre, weight))
+    weights = weight.sum(1)
+    means = (weight * centre).sum(1) / weights.clamp_min(1e-300)
     index = torch.arange(len(means), dtype=torch.double, device=means.device)
     total = weight.sum().clamp_min(1e-300)
     mean = (weight * centre).sum() / total
@@ -285,7 +271,7 @@ def _explained(centre: Tensor, weight: Tensor, side: int) -> float:
     rise = float(torch.corrcoef(torch.stack([index, means])[:, first : last + 1])[0, 1])
     if not rise > 0.8:
         return 0.0
-    if not others:  # each place is its own group: a line, not their means, must explain them
+    if weight.shape[1] == 1:  # each place is its own group: a line, not their means, must explain them
         index_mean = (weights * index).sum() / total
         covariance = (weights * (index - index_mean) * (means - mean)).sum()
         spread = (weights * (index - index_mean) ** 2).sum()

@@ -20,7 +20,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["CallWrapper", "ExtractorHook", "freeze", "has_hooks", "random_states_kept", "replicate", "replicated"]
+__all__ = [
+    "CallWrapper",
+    "ExtractorHook",
+    "KeptReplica",
+    "freeze",
+    "has_hooks",
+    "modules_of",
+    "random_states_kept",
+    "replicate",
+    "replicated",
+]
 
 _WRAPPED_CALL = nn.Module._wrapped_call_impl.__code__
 _SHARED = frozenset(
@@ -61,9 +71,12 @@ class CallWrapper:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module."""
-        frame = sys._getframe(1)  # which of the replicas of `nn.DataParallel`, that take attributes along, is called
         own = self._module()
-        called: Any = frame.f_locals["self"] if frame.f_code is _WRAPPED_CALL else own
+        called: Any = own
+        if not (args and isinstance(args[0], Tensor) and args[0].is_cpu):
+            # The replicas of `nn.DataParallel`, none of which is on a CPU, take attributes along.
+            frame = sys._getframe(1)
+            called = frame.f_locals["self"] if frame.f_code is _WRAPPED_CALL else own
         if called is not own or own is None or torch.compiler.is_compiling():
             return called._call_impl(*args, **kwargs)
         return self.call(own, args, kwargs)
@@ -95,9 +108,62 @@ def replicate(model: nn.Module) -> nn.Module:
     out. So nothing that runs a replica changes the model. Wrappers for several devices hand their calls on to the
     module they wrap, compiled modules are replaced with what was compiled. Names of modules stay the same.
     """
+    return _copied(model)[0]
+
+
+def _copied(model: nn.Module) -> tuple[nn.Module, list[tuple[Any, Any]]]:
+    """Return a replica, and all that was copied for it: pairs of an original and its copy."""
+    copier = _Copier()
     with torch.inference_mode(False), torch.no_grad():
-        replica: nn.Module = _Copier()(model)
-    return replica
+        replica: nn.Module = copier(model)
+    return replica, list(copier.copies.values())
+
+
+class KeptReplica:
+    """A replica that may run again while neither its attributes nor those of the model have changed.
+
+    To find out takes less time than to copy the modules once more. Tensors are copied each time.
+
+    Args:
+        model: the model
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.replica, copies = _copied(model)
+        self._tensors = [pair for pair in copies if isinstance(pair[0], Tensor)]
+        others = [one for pair in copies for one in pair if not isinstance(one, Tensor)]
+        fields = [vars(one) if isinstance(one, nn.Module) else one for one in others]
+        # Sequences are not looked at, and of modules of TorchScript there is nothing to see.
+        self._can_be_kept = all(isinstance(one, dict) for one in fields) and not any(
+            isinstance(one, torch.jit.ScriptModule) for one in others
+        )
+        self._states = [(now, dict(now)) for now in fields] if self._can_be_kept else []
+        self._empty = [v for now, _ in self._states for v in now.values() if type(v) in _EMPTY and not v]
+
+    def renew(self) -> bool:
+        """Copy the tensors of the model once more; return whether all else is as it was."""
+        if not self._can_be_kept:
+            return False
+        try:
+            if any(now != before for now, before in self._states) or any(self._empty):
+                return False
+            with torch.inference_mode(False), torch.no_grad():
+                for original, own in self._tensors:
+                    own.copy_(original)
+        except Exception:  # noqa: BLE001 - whatever a comparison of other values raises
+            return False
+        return True
+
+
+def modules_of(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules of a model, each once; in less time than ``model.modules()`` does, outer ones first."""
+    found, seen = [model], {id(model)}
+    for module in found:
+        yield module
+        for child in vars(module)["_modules"].values():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                found.append(child)
 
 
 def freeze(replica: nn.Module, value_of: Callable[[Tensor], Tensor] = lambda value: value) -> None:
@@ -122,18 +188,23 @@ def has_hooks(model: nn.Module) -> bool:
     everywhere = torch.nn.modules.module
     return bool(everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks) or any(
         not isinstance(hook, ExtractorHook)
-        for module in model.modules()
+        for module in modules_of(model)
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     )
 
 
 @contextmanager
-def replicated(model: nn.Module) -> Iterator[nn.Module]:
+def replicated(model: nn.Module, kept: list[KeptReplica] | None = None) -> Iterator[nn.Module]:
     """Return a replica of ``model`` to run inside the block.
 
     If the model draws random numbers, the state of the global generators is restored on exit.
+
+    Args:
+        model: the model
+        kept: replicas of earlier blocks that nobody runs: one of them is taken if it can be, and comes back at the end
     """
-    replica = replicate(model)
+    found = None if kept is None else _renewed(model, kept)
+    replica = replicate(model) if found is None else found.replica
     last_call = _LastCall(replica)
     generators = _global_generators(model)
     states = [generator.get_state() for generator in generators]
@@ -148,6 +219,17 @@ def replicated(model: nn.Module) -> Iterator[nn.Module]:
         if changed and (raised or threading.active_count() == 1 or last_call.draws_random_numbers()):
             for generator, state in zip(generators, states, strict=True):
                 generator.set_state(state)
+    if kept is not None and found is not None:
+        kept.append(found)
+
+
+def _renewed(model: nn.Module, kept: list[KeptReplica]) -> KeptReplica:
+    """Return one of the replicas that were kept if it is as the model is, else a new one."""
+    try:
+        found = kept.pop()  # which no other thread gets
+    except IndexError:
+        return KeptReplica(model)
+    return found if found.renew() else KeptReplica(model)
 
 
 @contextmanager
@@ -165,7 +247,7 @@ class _Copier:
     """Copies values of attributes, each once: modules, tensors and containers; others are shared."""
 
     def __init__(self) -> None:
-        self._copies: dict[int, tuple[Any, Any]] = {}  # with the original, which must outlive its key
+        self.copies: dict[int, tuple[Any, Any]] = {}  # with the original, which must outlive its key
 
     def __call__(self, value: Any) -> Any:
         kind = type(value)
@@ -175,7 +257,7 @@ class _Copier:
             return kind()
         if kind is tuple and _SHARED.issuperset(map(type, value)):
             return value
-        known = self._copies.get(id(value))
+        known = self.copies.get(id(value))
         if known is not None:
             return known[1]
         if isinstance(value, nn.Module):
@@ -186,6 +268,8 @@ class _Copier:
             copied = self._keep(value, kind() if kind is list else deque(maxlen=value.maxlen))
             copied.extend(map(self, value))
             return copied
+        if kind is dict and _SHARED.issuperset(map(type, value)) and _SHARED.issuperset(map(type, value.values())):
+            return self._keep(value, value.copy())
         if kind in _MAPPINGS:
             copied = self._keep(value, defaultdict(value.default_factory) if kind is defaultdict else kind())
             for key, item in value.items():
@@ -201,7 +285,7 @@ class _Copier:
         return value
 
     def _keep(self, value: Any, copied: Any) -> Any:
-        self._copies[id(value)] = value, copied
+        self.copies[id(value)] = value, copied
         return copied
 
     def _module(self, module: nn.Module) -> nn.Module:
@@ -216,15 +300,16 @@ class _Copier:
         attributes = vars(replica)
         for name, value in vars(module).items():
             kind = type(value)
-            if kind in _SHARED:
+            if kind in _SHARED or (kind is tuple and _SHARED.issuperset(map(type, value))):
                 attributes[name] = value
             else:  # most of what a module holds is empty
                 attributes[name] = kind() if kind in _EMPTY and not value else self(value)
         attributes.pop("_compiled_call_impl", None)
         attributes["training"] = False
         for hooks in (attributes["_forward_hooks"], attributes["_forward_pre_hooks"]):
-            for key in [key for key, hook in hooks.items() if isinstance(hook, ExtractorHook)]:
-                del hooks[key]
+            if hooks:
+                for key in [key for key, hook in hooks.items() if isinstance(hook, ExtractorHook)]:
+                    del hooks[key]
         return replica
 
     def _handing_on(self, module: nn.Module, child: str) -> nn.Module:
@@ -262,7 +347,7 @@ class _LastCall(CallWrapper):
         module = self._module()
         if module is None or self._arguments is None:
             return False
-        for inner in module.modules():
+        for inner in modules_of(module):
             inner._forward_hooks.clear()
             inner._forward_pre_hooks.clear()
         watch = _DrawsWatched()  # type: ignore[no-untyped-call]  # torch's

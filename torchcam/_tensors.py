@@ -20,6 +20,7 @@ __all__ = [
     "map_structure",
     "map_tensors",
     "min_max",
+    "named_tensor",
     "over_channels",
     "over_positions",
     "resize",
@@ -29,6 +30,7 @@ __all__ = [
 
 _NO_TENSORS = (str, int, float, NoneType)
 _WIDE = (torch.float32, torch.float64)
+_LOST = 0.125  # a difference from a value is rounding where this share of it is lost in a sum with the value
 _INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
@@ -52,6 +54,15 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(getattr(value, field.name))
 
 
+def named_tensor(output: Any, *names: str) -> Tensor | None:
+    """Return the first of some entries of a mapping, or attributes of an object, that is a tensor."""
+    for name in names:
+        entry = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        if isinstance(entry, Tensor):
+            return entry
+    return None
+
+
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     """Rebuild a structure of tuples, lists, mappings and dataclasses with ``function`` applied to each tensor.
 
@@ -70,6 +81,8 @@ def map_structure(function: Callable[[Any], Any], value: Any) -> Any:
     replaced = function(value)
     if replaced is not NotImplemented:
         return replaced
+    if type(value) in {tuple, list}:
+        return type(value)([map_structure(function, item) for item in value])
     if isinstance(value, Mapping):
         items = {key: map_structure(function, item) for key, item in value.items()}
         if type(value) is dict:
@@ -101,7 +114,7 @@ def resize(maps: Tensor, shape: Sequence[int]) -> Tensor:
     Raises:
         ValueError: if ``shape`` has another number of dimensions than ``maps``, or one that is not 1, 2 or 3
     """
-    size = tuple(int(side) for side in shape)
+    size = tuple(map(int, shape))
     if maps.ndim - 2 != len(size) or len(size) not in _INTERPOLATION:
         raise ValueError(
             f"maps of spatial shape {tuple(maps.shape[2:])} cannot be resized to {size}: "
@@ -136,12 +149,7 @@ def blurred_out(image: Tensor) -> Tensor:
 
 def is_constant(lowest: Tensor, highest: Tensor) -> Tensor:
     """Check where the range from ``lowest`` to ``highest`` is no wider than float rounding makes it."""
-    return _is_rounding(highest - lowest, lowest)
-
-
-def _is_rounding(difference: Tensor, value: Tensor) -> Tensor:
-    """Check where a difference from a value is so small that an eighth of it is lost in a sum with the value."""
-    return torch.add(value, difference, alpha=0.125) == value
+    return torch.add(lowest, highest - lowest, alpha=_LOST) == lowest
 
 
 def is_finite(tensor: Tensor) -> Tensor:
@@ -155,11 +163,12 @@ def min_max(maps: Tensor, start_dim: int = 1) -> Tensor:
     The result does not depend on the scale of ``maps``: tiny values reach 1 as well. What is constant up to float
     rounding becomes zero. NaN stays NaN.
     """
-    flat = maps.flatten(start_dim)
-    lowest, highest = torch.aminmax(flat, dim=-1, keepdim=True)
-    scale = highest - lowest
-    scale = scale.masked_fill_(_is_rounding(scale, lowest), torch.inf)  # by which all finite values become 0
-    return (flat - lowest).div_(scale).reshape(maps.shape)
+    positions = tuple(range(start_dim, maps.ndim))
+    lowest = maps.amin(positions, keepdim=True)
+    above = maps - lowest
+    scale = above.amax(positions, keepdim=True)
+    scale = scale.masked_fill(torch.add(lowest, scale, alpha=_LOST) == lowest, torch.inf)  # all finite values become 0
+    return above / scale
 
 
 def over_positions(maps: Tensor, image: Tensor) -> Tensor:

@@ -398,8 +398,7 @@ def _explain_samples(
 ) -> list[tuple[_Answer, dict[str, MethodMaps]]]:
     """Run the model once, and return its answer for each input with the maps of all methods."""
     count = samples.stop - samples.start
-    with inputs.named_errors():
-        output = inputs.call(replica, samples)
+    output = inputs.call(replica, samples)
     if choice.targets is None:
         logits = _class_scores(own_scores(output), count)
         keys: list[list[Any]] = list(choice.keys(logits, samples))

@@ -242,12 +242,13 @@ def candidates_of(model: nn.Module, call: Call, select: Callable[[Any], Tensor] 
             reach.get(name, 1.0),
         )
 
-    verdicts = {name: certainty.certain(shape, name) for name, shape in shapes.items()}
-    open_ = {name: Verdict(None, None, certainty.readings(shapes[name], name)) for name, v in verdicts.items() if not v}
+    certain = {name: certainty.certain(shape, name) for name, shape in shapes.items()}
+    open_ = [name for name, one in certain.items() if one is None]
+    verdicts = {n: one or Verdict(None, None, certainty.readings(shapes[n], n)) for n, one in certain.items()}
     tried: set[str] = set()
 
     def listed() -> Candidates:
-        found = Candidates(filter(None, (candidate(name, one or open_[name]) for name, one in verdicts.items())))
+        found = Candidates(filter(None, (candidate(name, one) for name, one in verdicts.items())))
         surer = Candidates(one if one.is_proven else replace(one, is_proven=False) for one in found)
         # What has too few positions to prove anything is the last resort.
         return surer if tried and surer.choice is not None else found
@@ -256,8 +257,7 @@ def candidates_of(model: nn.Module, call: Call, select: Callable[[Any], Tensor] 
         tried.update(name for name in names if len(shapes[name]) > 2)
         certainty.try_out([*tried])
         for name in names:
-            before = verdicts[name]
-            if before is None or certainty.refutes(before, name):  # what has too few positions stays what it is
+            if name in open_ or certainty.refutes(verdicts[name], name):  # what has too few positions stays what it is
                 verdicts[name] = certainty.tried(shapes[name], name)
 
     found = listed()

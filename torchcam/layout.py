@@ -36,6 +36,7 @@ class AmbiguousLayoutError(ValueError):
 _MOST_PREFIX_TOKENS = 8
 _LARGEST_ANISOTROPY = 2.5  # of a grid that counts although it does not divide the input into squares
 FEW = 9  # positions that anything may have as many of by chance: channels, the sides of a box
+_FEW_CHANNELS = frozenset({1, 2, 3, 4})
 _USUAL_PREFIX_TOKENS = 5  # a class token and four registers
 
 
@@ -90,10 +91,6 @@ class Layout:
     axes: tuple[int, ...] = field(default=(), compare=False, repr=False)
     before: int = 0
 
-    @property
-    def _is_row(self) -> bool:
-        return len(self.positions) == 1 and (self.prefix > 0 or len(self.grid) > 1)
-
     @cached_property
     def is_plain(self) -> bool:
         """Whether a tensor of this layout is in grid form as it is."""
@@ -105,24 +102,23 @@ class Layout:
         if self.is_plain:
             return tensor
         ordered = tensor.permute(self.batch, self.channels, *self.positions)
-        if not self._is_row:
+        if len(self.grid) == len(self.positions):
             return ordered.narrow(2 + self.before, self.prefix, self.grid[self.before])
         row = ordered[..., self.prefix :]
+        fold = self.fold or range(len(self.grid))
+        folded = row.reshape(*row.shape[:2], *(self.grid[side] for side in fold))
         if not self.fold:
-            return row.reshape(*row.shape[:2], *self.grid)
-        folded = row.reshape(*row.shape[:2], *(self.grid[side] for side in self.fold))
+            return folded
         return folded.permute(0, 1, *(2 + self.fold.index(side) for side in range(len(self.grid))))
 
     def from_grid(self, grid: Tensor, original: Tensor) -> Tensor:
         """Lay out ``(N, C, *grid)`` as the tensor it came from; tokens before the grid are those of ``original``."""
         order = (self.batch, self.channels, *self.positions)
-        if self._is_row:
-            before = original.permute(order)[..., : self.prefix].expand(*grid.shape[:2], -1)
-            folded = grid.permute(0, 1, *(2 + side for side in self.fold)) if self.fold else grid
-            grid = torch.cat([before, folded.flatten(2)], -1)
-        elif self.prefix:
+        if len(self.grid) > len(self.positions):
+            grid = (grid.permute(0, 1, *(2 + side for side in self.fold)) if self.fold else grid).flatten(2)
+        if self.prefix:
             tokens = original.permute(order).narrow(2 + self.before, 0, self.prefix)
-            grid = torch.cat([tokens.expand(*grid.shape[:2], *[-1] * len(self.grid)), grid], 2 + self.before)
+            grid = torch.cat([tokens.expand(*grid.shape[:2], *[-1] * len(self.positions)), grid], 2 + self.before)
         return grid.permute([order.index(dimension) for dimension in range(len(order))])
 
     def is_like(self, other: Layout) -> bool:
@@ -150,9 +146,7 @@ class Layout:
         """The source of a function from such a tensor to ``(N, C, *grid)``."""
         order = (self.batch, self.channels, *self.positions)
         code = "t" if order == tuple(range(len(order))) else f"t.permute({', '.join(map(str, order))})"
-        if self.prefix and self._is_row:
-            code += f"[..., {self.prefix}:]"
-        elif self.prefix:
+        if self.prefix:
             code += f"[{':, ' * (2 + self.before)}{self.prefix}:]"
         if len(self.grid) > len(self.positions):
             fold = self.fold or range(len(self.grid))
@@ -163,11 +157,13 @@ class Layout:
 
     def __str__(self) -> str:
         named = {self.batch: "N", self.channels: "C"}
-        row = f"{self.prefix} + " if self.prefix else ""
-        row += " * ".join(str(self.grid[side]) for side in self.fold or range(len(self.grid)))
-        for number, position in enumerate(self.positions):
-            before = f"{self.prefix} + " if self.prefix and number == self.before else ""
-            named[position] = f"positions {row}" if len(self.positions) == 1 else f"{before}{self.grid[number]}"
+        sides = [str(side) for side in self.grid]
+        if len(self.positions) == 1:
+            sides = [" * ".join(sides[side] for side in self.fold or range(len(sides)))]
+        if self.prefix:
+            sides[self.before] = f"{self.prefix} + {sides[self.before]}"
+        row = "positions " if len(self.positions) == 1 else ""
+        named.update({position: row + side for position, side in zip(self.positions, sides, strict=True)})
         return f"({', '.join(named[dimension] for dimension in range(len(named)))})"
 
 
@@ -221,12 +217,8 @@ class Cells:
         top, left, bottom, right = view
         rows = torch.linspace(top, bottom, grid[0] + 1, dtype=torch.float64)
         columns = torch.linspace(left, right, grid[1] + 1, dtype=torch.float64)
-        sides = [
-            torch.meshgrid(rows[:-1], columns[:-1], indexing="ij"),
-            torch.meshgrid(rows[1:], columns[1:], indexing="ij"),
-        ]
-        places = [side.flatten() for pair in sides for side in pair]
-        return cls(torch.stack([torch.full_like(places[0], picture), *places], 1), grid)
+        starts, ends = torch.cartesian_prod(rows[:-1], columns[:-1]), torch.cartesian_prod(rows[1:], columns[1:])
+        return cls(torch.cat([torch.full_like(starts[:, :1], picture), starts, ends], 1), grid)
 
 
 def find_layout(shape: Sequence[int], input_shape: Sequence[int] | None, layer: str) -> Layout:
@@ -245,11 +237,16 @@ def find_layout(shape: Sequence[int], input_shape: Sequence[int] | None, layer: 
     Raises:
         ValueError: if no reading fits
     """
-    shape = tuple(shape)
+    shape, layout = tuple(shape), None
     if input_shape is None:
         layout = Layout(shape[2:], 0, 1, tuple(range(2, len(shape)))) if len(shape) > 2 else None
-    else:
-        layout = _by_geometry(shape, tuple(input_shape))
+    elif len(shape) == len(input_shape) and shape[0] == input_shape[0]:
+        layout = _maps(shape, tuple(range(2, len(shape))), tuple(input_shape), None)[0].layout
+    elif len(shape) == 3 and input_shape[0] in shape[:2]:
+        batch = 0 if shape[0] == input_shape[0] else 1
+        found = _token_grid(shape[1 - batch], tuple(input_shape[2:]))
+        if found is not None:
+            layout = Layout(found[0], batch, 2, (1 - batch,), found[1])
     if layout is None:
         raise ValueError(no_reading(shape, input_shape, layer))
     return layout
@@ -263,21 +260,6 @@ def no_reading(shape: Sequence[int], input_shape: Sequence[int] | None, layer: s
         f"the output of `target_layer` '{layer}', of shape {tuple(shape)}{given}, {lacks}: pass `reshape_transform`, a "
         "function from that output to a tensor (N, C, *spatial), or another `target_layer`"
     )
-
-
-@lru_cache(maxsize=1024)
-def _by_geometry(shape: tuple[int, ...], input_shape: tuple[int, ...]) -> Layout | None:
-    """Return the reading of a shape that fits the input best, None if none does."""
-    batch_size, spatial = input_shape[0], input_shape[2:]
-    if len(shape) == len(input_shape) and shape[0] == batch_size:
-        return _maps(shape, tuple(range(2, len(shape))), input_shape, None)[0].layout
-    if len(shape) == 3 and batch_size in shape[:2]:
-        batch = 0 if shape[0] == batch_size else 1
-        found = _token_grid(shape[1 - batch], spatial)
-        if found is not None:
-            grid, prefix = found
-            return Layout(grid, batch=batch, channels=2, positions=(1 - batch,), prefix=prefix)
-    return None
 
 
 @lru_cache(maxsize=4096)
@@ -310,7 +292,7 @@ def readings(
 
 def input_axes(input_shape: tuple[int, ...]) -> list[tuple[int, ...]]:
     """Return the dimensions of an input that its positions may be in: (N, C, *spatial) by convention."""
-    few = {1, 2, 3, 4}
+    few = _FEW_CHANNELS
     if len(input_shape) == 2:
         return [(1,)]
     if len(input_shape) == 3:
@@ -326,6 +308,8 @@ def input_axes(input_shape: tuple[int, ...]) -> list[tuple[int, ...]]:
 def axes_of(input_shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
     """Return the dimensions with positions of an input as its shape tells them; None for all from the third on."""
     if input_shape is None or len(input_shape) < 4:
+        return None
+    if len(input_shape) == 4 and input_shape[1] in _FEW_CHANNELS:
         return None
     if len(input_shape) == 4 and max(input_shape[1:3]) > 8 * min(input_shape[1:3]):  # a recording of several channels
         return None
@@ -351,41 +335,28 @@ def _maps(
     dimensions = tuple(range(len(shape)))
     first = Layout(shape[2:], 0, 1, dimensions[2:])
     last = Layout(shape[1:-1], 0, dimensions[-1], dimensions[1:-1])
+    fits = {one: has_consistent_stride(one.grid, spatial) for one in (first, last)}
     if len(axes) == 1:  # one dimension has no aspect ratio: channels come first unless there are too many of them
         swapped = shape[2] > spatial[0] >= shape[1]
     else:
-        swapped = _fit(last.grid, spatial) > _fit(first.grid, spatial)
+        swapped = (fits[last], _is_whole(last.grid, spatial)) > (fits[first], _is_whole(first.grid, spatial))
     ordered = [last, first] if swapped else [first, last]
     if channels is not None:
         ordered = [first if channels == 1 else last]
     found = [
-        Reading(
-            layout,
-            axes,
-            has_consistent_stride(layout.grid, spatial),
-            is_plausible=_anisotropy(layout.grid, spatial) < _LARGEST_ANISOTROPY,
-        )
-        for layout in ordered
+        Reading(one, axes, fits[one], is_plausible=_anisotropy(one.grid, spatial) < _LARGEST_ANISOTROPY)
+        for one in ordered
     ]
-    if (
-        len(input_shape) == 3 and len(axes) == 2
-    ):  # no dimension of the input is the channels: the grid may lie across it
-        across = [
-            Layout(layout.grid[::-1], layout.batch, layout.channels, layout.positions[::-1]) for layout in ordered
-        ]
+    if len(input_shape) == 3 and len(axes) == 2:  # none of the input's is that of the channels: the grid may be across
+        across = [replace(one, grid=one.grid[::-1], positions=one.positions[::-1]) for one in ordered]
         across += [
-            layout.without_tokens(count, side)
-            for layout in [*ordered, *across]
+            one.without_tokens(count, side)
+            for one in [*ordered, *across]
             for side, count in product(range(2), shown.prefixes)
-            if 0 < count < layout.grid[side]
+            if 0 < count < one.grid[side]
         ]
-        found += [Reading(layout, axes, has_consistent_stride(layout.grid, spatial)) for layout in across]
+        found += [Reading(one, axes, has_consistent_stride(one.grid, spatial)) for one in across]
     return found
-
-
-def _fit(grid: tuple[int, ...], spatial: Sequence[int]) -> tuple[bool, bool]:
-    """Check whether a grid divides an input into squares, give or take a position, and whether nothing is left over."""
-    return has_consistent_stride(grid, spatial), _is_whole(grid, spatial)
 
 
 def _rows(shape: tuple[int, ...], batch_size: int, kind: Kind) -> Iterator[tuple[int, int, int]]:
@@ -481,17 +452,16 @@ def _token_grid(count: int, spatial: tuple[int, ...]) -> tuple[tuple[int, ...], 
 
     A grid that divides the input with nothing left over, after no more such tokens than is usual, has precedence.
     """
-    best: tuple[tuple[bool, int, float], tuple[int, ...]] | None = None
-    for grid in _patch_grids(spatial):
-        patches = math.prod(grid)
-        prefix = count - patches
-        if 0 <= prefix <= min(_MOST_PREFIX_TOKENS, patches):
-            # Of two grids with as many positions, say of a video, the one that keeps more frames is meant.
-            odd = prefix > _USUAL_PREFIX_TOKENS or not _divides(grid, spatial)
-            rank = (odd, prefix, -grid[0] if len(grid) == 3 else _anisotropy(grid, spatial))
-            if best is None or rank < best[0]:
-                best = rank, grid
-    return None if best is None else (best[1], best[0][1])
+    found = [
+        (prefix > _USUAL_PREFIX_TOKENS or not _divides(grid, spatial), prefix, grid)
+        for prefix in range(_MOST_PREFIX_TOKENS + 1)
+        for grid in _patch_grids_of(count - prefix, spatial)
+        if prefix <= math.prod(grid)
+    ]
+    if not found:
+        return None
+    _, prefix, grid = min(found, key=lambda one: one[:2])
+    return grid, prefix
 
 
 def _divides(grid: tuple[int, ...], spatial: tuple[int, ...]) -> bool:
@@ -510,7 +480,7 @@ def _patch_grids_of(count: int, spatial: tuple[int, ...]) -> tuple[tuple[int, ..
 
     A video keeps as many frames as it can.
     """
-    grids = {grid for grid in _patch_grids(spatial) if math.prod(grid) == count}
+    grids = dict.fromkeys(grid for grid in _patch_grids(spatial) if math.prod(grid) == count)
     return tuple(sorted(grids, key=lambda grid: -grid[0] if len(grid) == 3 else _anisotropy(grid, spatial)))
 
 

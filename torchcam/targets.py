@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._checks import integer
-from ._detector_rows import SIDES, read_rows
-from ._tensors import map_tensors, tensors_in, to_float
+from ._checks import callable_object, integer
+from ._detector_rows import SIDES, overlaps, read_rows
+from ._tensors import map_tensors, named_tensor, tensors_in, to_float
 
 __all__ = [
     "BinaryLogit",
@@ -51,10 +50,9 @@ def read_logits(output: Any) -> Tensor:
     """
     if isinstance(output, Tensor):
         return output
-    for name in ("logits", "logits_per_image", "out"):
-        entry = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
-        if isinstance(entry, Tensor):
-            return entry
+    named = named_tensor(output, "logits", "logits_per_image", "out")
+    if named is not None:
+        return named
     found = [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
     logits = next((tensor for tensor in found if tensor.ndim), found[0] if found else None)
     if logits is None:
@@ -99,11 +97,11 @@ def as_class_indices(class_idx: ClassIndex, batch_size: int, num_classes: int, d
             indices = indices.clone()
         lowest, highest = (indices.amin(), indices.amax()) if indices.numel() else (0, 0)
     elif isinstance(class_idx, (str, bytes)) or not (hasattr(class_idx, "__iter__") and hasattr(class_idx, "__len__")):
-        lowest = highest = _as_integer(class_idx)
+        lowest = highest = integer("class_idx", class_idx)
         indices = torch.full((), lowest, dtype=torch.long, device=device)
     else:
         rows = [list(row) if isinstance(row, (list, tuple)) else [row] for row in class_idx]
-        values = [_as_integer(index) for row in rows for index in row]
+        values = [integer("class_idx", one) for row in rows for one in row]
         lowest, highest = (min(values), max(values)) if values else (0, 0)
         several = any(isinstance(row, (list, tuple)) for row in class_idx)
         if len({len(row) for row in rows}) > 1:
@@ -124,15 +122,6 @@ def as_class_indices(class_idx: ClassIndex, batch_size: int, num_classes: int, d
     return indices.expand(batch_size) if indices.ndim < 2 else indices
 
 
-def _as_integer(index: Any) -> int:
-    if isinstance(index, bool) or getattr(getattr(index, "dtype", None), "kind", "i") == "b":
-        raise TypeError(f"`class_idx` must be an integer, got the boolean {index!r}")
-    try:
-        return operator.index(index)
-    except TypeError:
-        raise TypeError(f"`class_idx` must be an integer, got {index!r} of type {type(index).__name__}") from None
-
-
 class Selector:
     """The score that is explained: one scalar per sample, read from any output of the model.
 
@@ -146,6 +135,10 @@ class Selector:
         TypeError: if a target is not callable
     """
 
+    _indices: Tensor | None = None
+    _samples: Tensor | None = None
+    _sign = 1
+
     def __init__(
         self,
         class_idx: ClassIndex | None,
@@ -155,9 +148,6 @@ class Selector:
         check_one_of(class_idx, targets)
         self.class_idx = class_idx
         self.batch_size = batch_size
-        self._indices: Tensor | None = None
-        self._samples: Tensor | None = None
-        self._sign = 1
         self.targets: list[Any] = []
         if targets is not None:
             self.targets = [targets] * batch_size if callable(targets) else list(targets)
@@ -166,7 +156,7 @@ class Selector:
                     f"`targets` must be one callable or one per sample: got {len(self.targets)} "
                     f"for a batch of {batch_size}"
                 )
-        self._scorers = [_as_one_target(target) for target in self.targets]
+        self._scorers = list(map(_as_one_target, self.targets))
 
     def __call__(self, output: Any, samples: Tensor | None = None) -> Tensor:
         """Score the rows of an output.
@@ -206,7 +196,8 @@ class Selector:
         class_idx = self.class_idx
         if self.batch_size == 1 and type(class_idx) is list and len(class_idx) == 1:
             class_idx = class_idx[0]
-        if type(class_idx) is int and 0 <= class_idx < logits.shape[1] and (samples is not None or self._fits(logits)):
+        fits = samples is not None or logits.shape[0] == self.batch_size
+        if type(class_idx) is int and 0 <= class_idx < logits.shape[1] and fits:
             scores = logits.select(1, class_idx)  # for all rows at once
             return scores.flatten(1).sum(-1) if scores.ndim > 1 else scores
         indices = self.indices(logits)
@@ -216,9 +207,6 @@ class Selector:
         rows = torch.arange(len(logits), device=logits.device).reshape(-1, *[1] * (indices.ndim - 1))
         scores = logits[rows, indices]
         return scores.flatten(indices.ndim).sum(-1) if scores.ndim > indices.ndim else scores
-
-    def _fits(self, logits: Tensor) -> bool:
-        return logits.shape[0] == self.batch_size
 
     def indices(self, logits: Tensor) -> Tensor:
         """Return the classes as a ``(N,)`` long tensor, checked against logits ``(B, K, ...)`` or ``(B,)``."""
@@ -245,8 +233,7 @@ def _as_one_target(target: Any) -> OutputTarget:
     if isinstance(target, (list, tuple)):
         several = [_as_one_target(one) for one in target]
         return lambda output: torch.stack([one(output) for one in several])
-    if not callable(target):
-        raise TypeError(f"`targets` must be callable, got {target!r} of type {type(target).__name__}")
+    callable_object("targets", target)
 
     def scalar(output: Any) -> Tensor:
         score = target(output)
@@ -474,15 +461,13 @@ class BoxScores:
 
     def __call__(self, output: Any) -> Tensor:
         """Score one sample's output: a mapping with ``boxes`` (D, 4), ``labels`` (D,) and ``scores`` (D,)."""
-        from torchvision.ops import box_iou
-
         found, labels, scores = output["boxes"], output["labels"], output["scores"]
         nothing: Tensor = scores.sum() * 0 + found.sum() * 0  # keeps the graph where no detection counts
         if not len(found):
             return nothing
         boxes = torch.as_tensor(self.boxes, dtype=found.dtype, device=found.device).reshape(-1, 4)
         wanted = torch.as_tensor(self.labels, device=labels.device).reshape(-1, 1)
-        overlap = box_iou(boxes, found).masked_fill(wanted != labels, 0.0)  # (B, D)
+        overlap = overlaps(boxes, found).masked_fill(wanted != labels, 0.0)  # (B, D)
         best, index = overlap.max(1)
         counted: Tensor = torch.where(best > self.iou_threshold, best + scores[index], 0.0).sum()
         return nothing + counted
@@ -500,7 +485,8 @@ class Similarity:
 
     def __call__(self, output: Any) -> Tensor:
         """Score one sample's output, an embedding (D,)."""
-        embedding = _read_embedding(output)
+        named = named_tensor(output, "image_embeds", "pooler_output")  # of transformers
+        embedding = read_logits(output) if named is None else named
         if embedding.numel() != self.embedding.numel():
             raise ValueError(
                 f"`embedding` has {self.embedding.numel()} dimensions, but the model's has {embedding.numel()}"
@@ -573,15 +559,6 @@ def token_scores(logits: Tensor, tokens: Tensor, against: Any = None, is_log: bo
 def _class_scores(scores: Any, class_idx: int) -> Tensor:
     """Return a class's entry of one sample's scores (K, *S)."""
     logits = read_logits(scores)
-    if not 0 <= _as_integer(class_idx) < len(logits):
+    if not 0 <= integer("class_idx", class_idx) < len(logits):
         raise ValueError(f"`class_idx` must lie between 0 and {len(logits) - 1}, got {class_idx}")
     return logits[class_idx]
-
-
-def _read_embedding(output: Any) -> Tensor:
-    """Read an embedding out of one sample's output: what transformers calls so, else its first tensor."""
-    for name in ("image_embeds", "pooler_output"):
-        entry = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
-        if isinstance(entry, Tensor):
-            return entry
-    return read_logits(output)

@@ -56,11 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     complete(parser)
     try:
         arguments = parser.parse_args(argv)
-        if arguments.run is None:
-            parser.print_help()
-        else:
-            with plain_messages():
-                arguments.run(arguments)
+        with plain_messages():
+            arguments.run(arguments)
     except UserError as error:
         # In one write, as several processes may print at the same time.
         sys.stderr.write(f"torchcam: error: {one_line(error)}\n")
@@ -75,7 +72,7 @@ def make_parser() -> Parser:
     """Make the parser of all commands. `run` is the function that takes the parsed arguments."""
     parser = Parser(prog="torchcam", description=DESCRIPTION, epilog=EPILOG, formatter_class=HelpFormatter)
     parser.add_argument("--version", action="version", version=f"torchcam {__version__}")
-    parser.set_defaults(run=None, **_options.DEFAULTS)
+    parser.set_defaults(run=lambda _: parser.print_help(), **_options.DEFAULTS)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for command in COMMANDS:
         added = commands.add_parser(

@@ -144,7 +144,10 @@ def find_method(name: str, option: str = "--method") -> type[Any]:
 
 def numbers(text: str) -> list[int | str]:
     """Split numbers and names at commas."""
-    return [_number(part) for part in names(text)]
+    found = [_number(part) for part in names(text)]
+    if not found:
+        raise argparse.ArgumentTypeError(f"names none, got '{text}'")
+    return found
 
 
 def _number(text: str) -> int | str:

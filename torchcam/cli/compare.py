@@ -10,7 +10,7 @@ from ._images import prepare, read_image, save_figure
 from ._messages import BEST, print_json, print_line, print_table
 from ._models import RANDOM_WEIGHTS
 from ._paths import check_output, is_picture
-from .explain import class_entry, explain_image, picture_of
+from .explain import explain_image, picture_of
 
 if TYPE_CHECKING:
     import argparse
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
     save_figure(arguments, explanation, title, path)
     entries = _similarities(explanation, index)
     if arguments.json:
-        about = {"image": str(source), "picture": str(path), **classifier.facts, **class_entry(explanation, index)}
+        about = {"image": str(source), "picture": str(path), **classifier.facts, **explanation.entry(index)}
         print_json({**about, "methods": entries})
         return
 
@@ -83,11 +83,14 @@ def run(arguments: argparse.Namespace) -> None:
     best = max(known.values(), default=math.nan)
     rows = [
         (
-            f"  {name}",
-            Text(f"{likeness:.2f}" if name in known else "", BEST if likeness == best else ""),
-            ", ".join(layers),
+            f"  {entry['method']}",
+            Text(
+                f"{entry['likeness']:.2f}" if entry["method"] in known else "",
+                BEST if entry["likeness"] == best else "",
+            ),
+            ", ".join(entry["target_layers"]),
         )
-        for name, likeness, layers in ((e["method"], e["likeness"], e["target_layers"]) for e in entries)
+        for entry in entries
     ]
     print_table(make_table(("  method", "like the others", "layers"), rows, right=[1]))
     print_line(f"\n{source} -> {path}")

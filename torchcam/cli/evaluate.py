@@ -190,7 +190,7 @@ def _folder(arguments: argparse.Namespace) -> tuple[Any, Any, str, dict[str, Any
     folder = read_folder(arguments, classifier)
     count = len(folder)
     limit = min(arguments.limit or count, count)
-    data = Subset(folder, [i * count // limit for i in range(limit)])  # type: ignore[arg-type]
+    data: Any = Subset(folder, [i * count // limit for i in range(limit)])  # type: ignore[arg-type]
     title = f"{classifier.name}, on {len(data)} of {count} images in {folder.root}; {folder.how}"
     return classifier.model, data, title, {**folder.facts, "limit": arguments.limit}
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torchcam._method_maps import MethodMaps
     from torchcam._recommended import Recommended
 
-__all__ = ["EXAMPLES", "HELP", "SHORT", "add_options", "class_entry", "explain_image", "picture_of", "run"]
+__all__ = ["EXAMPLES", "HELP", "SHORT", "add_options", "explain_image", "picture_of", "run"]
 
 METHOD = "GradCAM"
 METHOD_OF_BOXES = "HiResCAM"
@@ -295,7 +295,7 @@ def _write(
     return {
         "image": str(source.path),
         "picture": str(picture),
-        "classes": [class_entry(explanation, key) for key in explanation.cams],
+        "classes": [explanation.entry(key) for key in explanation.cams],
         "maps": [
             {"method": name, "box" if isinstance(key, str) else "class_idx": key, "file": str(file)}
             for (name, key), file in files.items()
@@ -339,17 +339,3 @@ def _conclusion(
         f"Open {page} in a browser." if page else "",
     ]
     return " ".join(filter(None, parts))
-
-
-def class_entry(explanation: PredictionExplanation, index: Any) -> dict[str, Any]:
-    """Describe what a model says of a class, or of a box, for other programs."""
-    if isinstance(index, str) and explanation.detections is not None:
-        found = explanation.detections
-        return {"number": found.explained[index], **found.entry(index), "score": explanation.scores[index]}
-    probabilities = explanation.probabilities
-    return {
-        "class_idx": index,
-        "class_name": None if explanation.class_names is None else explanation.class_names[index],
-        "logit": float(explanation.logits[0, index]),
-        "probability": None if probabilities is None else float(probabilities[0, index]),
-    }

@@ -123,11 +123,16 @@ def make_contestants(
     contestants = []
     for name, entry in _named("methods", methods, all_methods).items():
         extractor = _make_extractor(stack, model, name, entry, target_layer, batch_size)
-        made = {
-            metric: _make_metric(metric, maker, extractor, logits_fn, batch_size) for metric, maker in makers.items()
-        }
-        for metric in made.values():
-            metric.to(device if device.type == "cuda" else "cpu").persistent(True)
+        made = {}
+        for key, maker in makers.items():
+            is_class = isinstance(_unwrapped(maker), type)
+            options = _missing_options(maker, logits_fn=logits_fn, batch_size=batch_size) if is_class else {}
+            with error_note(f"the metric {key}"):
+                metric = maker(extractor, **options)
+            if not isinstance(metric, Metric):
+                raise TypeError(f"`metrics` entry '{key}' must make a torchmetrics.Metric, got {type(metric).__name__}")
+            metric.persistent(True)
+            made[key] = metric.to(device if device.type == "cuda" else "cpu")
         contestants.append(Contestant(name, extractor, made, f"{describe(entry)}: {describe(extractor)}", sources))
     return contestants
 
@@ -164,16 +169,6 @@ def _make_extractor(
     if not made and hasattr(extractor, "__exit__"):
         stack.enter_context(extractor)
     return extractor
-
-
-def _make_metric(name: str, entry: Any, extractor: Any, logits_fn: LogitsFn | None, batch_size: int | None) -> Metric:
-    is_class = isinstance(_unwrapped(entry), type)
-    options = _missing_options(entry, logits_fn=logits_fn, batch_size=batch_size) if is_class else {}
-    with error_note(f"the metric {name}"):
-        metric = entry(extractor, **options)
-    if not isinstance(metric, Metric):
-        raise TypeError(f"`metrics` entry '{name}' must make a torchmetrics.Metric, got {type(metric).__name__}")
-    return metric
 
 
 @contextmanager

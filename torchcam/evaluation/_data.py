@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -162,23 +163,9 @@ def _skipping(batches: Iterable[Any], finished: int, start: int, step: int) -> I
 
 def _with_batches(loader: DataLoader[Any], batches: list[list[int]]) -> DataLoader[Any]:
     """Return a loader with the same options for some of the batches."""
-    workers: dict[str, Any] = {}
-    if loader.num_workers:
-        workers = {
-            "timeout": loader.timeout,
-            "worker_init_fn": loader.worker_init_fn,
-            "multiprocessing_context": loader.multiprocessing_context,
-            "prefetch_factor": loader.prefetch_factor,
-        }
-    return DataLoader(
-        loader.dataset,
-        batch_sampler=batches,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        generator=loader.generator,
-        **workers,
-    )
+    some = copy.copy(loader)
+    vars(some).update(batch_sampler=batches, _iterator=None)  # the attributes of a loader refuse to be set
+    return some
 
 
 def length(batches: Any) -> int | None:

@@ -103,9 +103,9 @@ class ExplainedModel(nn.Module):
 
         # Runtimes lose NaN on the way, in a ReLU or a maximum: samples are marked at the end.
         finite = torch.ones_like(is_finite(images)) if select is None else select.exists(scores)
-        gradients = extractor._gradient_grids(recorded, recorded.gradients, None) if recorded.gradients else []
+        gradients = extractor._gradient_grids(recorded)
         for tensor in [*extractor._activations(request), *gradients, *raw]:
-            finite = finite & is_finite(tensor)  # type: ignore[arg-type]
+            finite = finite & is_finite(tensor)
         scores = scores.detach()
         if self._checks_input:
             finite = finite & is_finite(images)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -30,10 +31,8 @@ def scale_signed(maps: Tensor) -> Tensor:
 
 def all_finite(tensors: Iterable[Tensor | None]) -> bool:
     """Check whether a sum over all values is finite: if one value is not, it is not; if all are, it may overflow."""
-    total, *others = [tensor.sum() for tensor in tensors if tensor is not None]
-    for one in others:
-        total = total + one
-    return math.isfinite(total.detach())
+    total = reduce(torch.add, [tensor.sum() for tensor in tensors if tensor is not None])
+    return math.isfinite(total.item())
 
 
 def broken_samples(cam: Tensor, activation: Tensor | None, gradient: Tensor | None, layer: str) -> Tensor:

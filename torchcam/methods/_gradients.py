@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from ._balanced import balanced_grad
 from ._recorder import Row
 
-__all__ = ["OTHER_SIGN", "differentiate", "share_of_other_sign", "share_of_score", "with_graph"]
+__all__ = ["OTHER_SIGN", "differentiate", "share_of_other_sign", "share_of_score"]
 
 OTHER_SIGN = 0.1
 """The share of the rarer sign from which on activations count as of both signs."""
@@ -20,12 +20,6 @@ OTHER_SIGN = 0.1
 
 # What `torch.autograd.grad` calls after checks that take as long as the whole pass on a small model.
 _engine = torch.autograd.Variable._execution_engine
-
-
-def with_graph() -> AbstractContextManager[Any]:
-    """Return a context in which graphs are recorded."""
-    # Whoever leaves inference mode records graphs.
-    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else torch.enable_grad()
 
 
 def differentiate(
@@ -39,7 +33,7 @@ def differentiate(
 
     Args:
         score: one score of each sample (N,), or several (N, K)
-        rows: what the layers returned
+        rows: what the layers returned; all were reached
         retain_graph: whether the graph is kept
         create_graph: whether the gradients have a graph of their own
         balanced: for balanced gradients, the model's output, and a set that the names of operations without a rule are
@@ -51,23 +45,24 @@ def differentiate(
     Raises:
         RuntimeError: if the score does not depend on a layer
     """
-    rows = [row for row in rows if row.edge is not None]
     gradients: Sequence[Tensor | None] = [None] * len(rows)
-    many = score.ndim > 1
     if score.requires_grad:
         edges: Any = tuple([row.edge for row in rows])
         retain_graph |= create_graph
-        total = score.sum(0) if many else score  # the samples do not depend on each other
-        start = torch.eye(len(total), dtype=total.dtype, device=total.device) if many else torch.ones_like(total)
-        options: Any = {"allow_unused": True, "is_grads_batched": many}
         try:
-            if balanced is not None:
-                gradients = balanced_grad(*balanced, total, edges, start, retain_graph, create_graph, **options)
-            elif many:
-                gradients = torch.autograd.grad(total, edges, start, retain_graph, create_graph, **options)
-            else:
+            many = score.ndim > 1
+            if balanced is None and not many:
                 gradients = _engine.run_backward(
-                    (total,), (start,), retain_graph, create_graph, edges, True, accumulate_grad=False
+                    (score,), (torch.ones_like(score),), retain_graph, create_graph, edges, True, accumulate_grad=False
+                )
+            else:
+                grad: Any = torch.autograd.grad if balanced is None else partial(balanced_grad, *balanced)
+                total = score.sum(0) if many else score  # the samples do not depend on each other
+                start = (
+                    torch.eye(len(total), dtype=total.dtype, device=total.device) if many else torch.ones_like(total)
+                )
+                gradients = grad(
+                    total, edges, start, retain_graph, create_graph, allow_unused=True, is_grads_batched=many
                 )
         except RuntimeError as error:
             if "second time" in str(error):

@@ -28,7 +28,7 @@ class Layouts:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._found: dict[tuple[str, torch.Size, tuple[int, ...] | None], Reading] = {}
+        self._found: dict[tuple[str, torch.Size, tuple[int, ...] | None], tuple[Layout, tuple[int, ...] | None]] = {}
         self._proven: dict[str, Layout] = {}
 
     def prove(self, name: str, layout: Layout) -> None:
@@ -64,10 +64,12 @@ class Layouts:
         found = self._found.get(key)
         if found is None:
             layer = _layer_of(name, target_names)
-            found = self._found[key] = self._decide(tuple(shape), layer, name, call)
-        if found.axes:
-            call.axes = unusual_axes(found.axes)
-        return found.placed
+            layout = self._decide(tuple(shape), layer, name, call).placed
+            found = self._found[key] = layout, unusual_axes(layout.axes)
+        layout, axes = found
+        if layout.axes:
+            call.axes = axes
+        return layout
 
     def axes(self, layout: Layout, name: str, target_names: Sequence[str], call: Call) -> tuple[int, ...]:
         """Return the dimensions of the image-like input that a grid follows, by an experiment where they are in doubt.

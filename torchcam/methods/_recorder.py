@@ -6,8 +6,7 @@ import asyncio
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Sequence, Set
 from contextvars import ContextVar
 from functools import partial
 from types import FunctionType, NoneType
@@ -18,10 +17,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from torchcam._passes import Call, image_shape
-from torchcam._replica import CallWrapper, ExtractorHook
+from torchcam._passes import Call, image_shape, without_inference
+from torchcam._replica import CallWrapper, ExtractorHook, KeptReplica, modules_of
 from torchcam._tensors import map_tensors, tensors_in
-from torchcam.layout import Layout, axes_of, primary_tensors, replace_tensors
+from torchcam.layout import Layout, axes_of, primary_tensors, replace_tensors, unusual_axes
 
 from ._fused import FusedCall, SharedWrapper, attached, fused_modules
 from ._layouts import Layouts
@@ -29,11 +28,9 @@ from ._running import thread
 
 __all__ = ["Pass", "Recorder", "Row"]
 
+ChooseLayers = Callable[[tuple[Any, ...], dict[str, Any]], list[str] | None]
+
 _numbers = itertools.count()
-
-
-def _in_event_loop() -> bool:
-    return asyncio._get_running_loop() is not None
 
 
 class _Key:
@@ -87,13 +84,10 @@ class Pass:
         returned: weak references to the tensors that the caller got
         private: whether gradients were turned on for this pass alone
         explained: whether maps were computed from it
-        is_held: whether a context that it belongs to lives
         superseded: whether its context has run the model again
         layers: of each target layer that was reached, what it returned, by what tells several tensors apart, with what
             to differentiate for
         rows: the same in the order of the target layers, with a row without values for one that was not reached
-        names: the names of the rows
-        activations: their values
         grids: these in grid form, once somebody has asked
         is_partial: whether some use of a layer's output may lie outside of the graph: that output is the caller's input
         owns_input: whether the arguments are copies, which the caller does not use
@@ -105,36 +99,45 @@ class Pass:
         watch: what notes them while the pass runs
     """
 
+    predecessor: int | None = None
+    output: Any = None
+    explained = False
+    superseded = False
+    is_partial = False
+    watch: Any = None
+    rows: Sequence[Row] = ()
+    grids: list[Tensor] | None = None
+    gradients: Sequence[Tensor] = ()
+    num_scores: int | None = None
+    score: Tensor | None = None
+    unbalanced: Set[str] = frozenset()
+
     def __init__(self, recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], private: bool) -> None:
         self.number = next(_numbers)
         self.thread = threading.get_ident()
-        self.in_event_loop = _in_event_loop()
-        self.predecessor: int | None = None
+        self.in_event_loop = asyncio._get_running_loop() is not None
+        self.private = private
         self.call = Call(args, kwargs, recorder.wanted_input)
         self.input_shape = image_shape(self.call.found)
         self.call.axes = axes_of(self.input_shape)
-        self.private = private
-        self.output: Any = None
-        self.returned: list[weakref.ref[Tensor]] = []
-        self.explained = False
-        self.is_held = True
-        self.superseded = False
-        self.is_partial = False
         self.owns_input = recorder.owns_input
-        self.gradients: list[Tensor | None] = []
-        self.num_scores: int | None = None
-        self.score: Tensor | None = None
-        self.unbalanced: set[str] = set()
+        self.returned: list[weakref.ref[Tensor]] = []
         self.target_names = recorder.target_names
         self.attentions: list[list[Tensor] | None] = [None] * len(self.target_names)
-        self.watch: Any = None
+        self.layers: dict[int, dict[str, tuple[Tensor, Tensor | GradientEdge]]] = {}
         self.layouts: dict[str, Layout] = {}
         self._layouts = recorder.layouts
-        self.layers: dict[int, dict[str, tuple[Tensor, Tensor | GradientEdge]]] = {}
-        self.rows: list[Row] = []
-        self.names: list[str] = []
-        self.activations: list[Tensor | None] = []
-        self.grids: list[Tensor] | None = None
+        self._reads_layers = recorder.keeps_outputs
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the rows."""
+        return [row.name for row in self.rows]
+
+    @property
+    def activations(self) -> list[Tensor | None]:
+        """What the target layers returned."""
+        return [row.values for row in self.rows]
 
     def has_returned(self, scores: Any) -> bool:
         """Check whether these scores are the one tensor that the model returned."""
@@ -147,12 +150,14 @@ class Pass:
         """
         if other.number <= self.number or other.explained:
             return False
-        return other.predecessor == self.number or (_in_event_loop() and not other.in_event_loop)
+        in_event_loop = asyncio._get_running_loop() is not None
+        return other.predecessor == self.number or (in_event_loop and not other.in_event_loop)
 
     def finish(self, output: Any, returned: Any) -> None:
         """Take note of what the model returned, and of what the caller gets."""
         self.output = output
-        self.returned = [weakref.ref(tensor) for tensor in tensors_in(returned)]
+        returned = [returned] if isinstance(returned, Tensor) else tensors_in(returned)
+        self.returned = [weakref.ref(tensor) for tensor in returned]
 
     def fail(self) -> None:
         """Forget what the pass has recorded: it was cut short."""
@@ -162,11 +167,11 @@ class Pass:
 
     def collect(self) -> None:
         """Take note of what the target layers returned: nothing is recorded any more."""
-        for index, layer in enumerate(self.target_names):
-            for level, (values, edge) in self.layers.get(index, _NOT_REACHED).items():
-                self.rows.append(Row(layer, layer + level, values, edge))
-        self.names = [row.name for row in self.rows]
-        self.activations = [row.values for row in self.rows]
+        self.rows = [
+            Row(layer, layer + level, values, edge)
+            for index, layer in enumerate(self.target_names)
+            for level, (values, edge) in self.layers.get(index, _NOT_REACHED).items()
+        ]
 
     def layout(self, tensor: Tensor, name: str) -> Layout:
         """Return the layout of a layer's output, found for the first tensor that is asked about."""
@@ -176,10 +181,15 @@ class Pass:
             self.layouts[name] = found
         return found
 
-    def axes(self, tensor: Tensor, name: str) -> tuple[int, ...]:
-        """Return the dimensions of the image-like input that the grid of a layer's output follows."""
-        layout = self.layout(tensor, name)
-        return layout.axes or self._layouts.axes(layout, name, self.target_names, self.call)
+    def settle_axes(self) -> None:
+        """Note in the call along which of its axes the positions of a signal or a spectrogram are."""
+        if not self._reads_layers or len(self.input_shape or ()) > 3:
+            return
+        for row in self.rows:
+            if row.values is not None:
+                layout = self.layout(row.values, row.name)
+                axes = layout.axes or self._layouts.axes(layout, row.name, self.target_names, self.call)
+                self.call.axes = unusual_axes(axes)
 
 
 class Recorder:
@@ -198,11 +208,12 @@ class Recorder:
         enabled: whether passes are recorded from the start
         choose_layers: called with the arguments of a pass before it starts; returns target layers, None for no change
         layouts: finds the layouts of the target layers
-        around: called with a pass when it starts; returns a context that the model runs in
+        around: called in the place of the model, with the pass that starts, the model and its arguments
         ended: called with a pass when the model has returned
 
     Attributes:
         owns_input: whether the model is called with copies, which nobody else uses
+        replicas: replicas of the model that ran in earlier calls, and may run again
     """
 
     def __init__(
@@ -215,8 +226,8 @@ class Recorder:
         keeps_outputs: bool = True,
         wanted_input: str | int | None = None,
         enabled: bool = True,
-        choose_layers: Callable[[tuple[Any, ...], dict[str, Any]], list[str] | None] | None = None,
-        around: Callable[[Pass], AbstractContextManager[Any]] | None = None,
+        choose_layers: ChooseLayers | None = None,
+        around: Callable[..., Any] | None = None,
         ended: Callable[[Pass], None] | None = None,
         layouts: Layouts | None = None,
     ) -> None:
@@ -230,6 +241,7 @@ class Recorder:
         self.wanted_input = wanted_input
         self.enabled = enabled
         self.owns_input = False
+        self.replicas: list[KeptReplica] = []
         self.handles: list[RemovableHandle] = []
         self.choose_layers = choose_layers
         self.around = around
@@ -277,22 +289,17 @@ class Recorder:
 
     def remove(self) -> None:
         """Take all hooks off the model. May be called more than once."""
+        self.replicas.clear()
         _remove_all(self.handles, self._leave)
 
     # Passes.
 
-    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], private: bool) -> Pass:
-        """Start a pass of this thread."""
-        started = thread.passes[id(self)] = Pass(self, args, kwargs, private)
-        return started
-
-    def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def prepare(self, choose_layers: ChooseLayers, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Choose the default layers before the first pass."""
-        if self.choose_layers is not None:
-            with self._lock:
-                names = self.choose_layers(args, kwargs)
-                if names is not None and names != self.target_names:
-                    self.move(names)
+        with self._lock:
+            names = choose_layers(args, kwargs)
+            if names is not None and names != self.target_names:
+                self.move(names)
 
     def end(self, ended: Pass) -> None:
         """Make a pass the one that its context means, now that the model has returned or raised."""
@@ -306,9 +313,9 @@ class Recorder:
                     self._passes[before.number].superseded = True
             self._passes[ended.number] = ended
             self._last_ended = None  # there is a later one
-        alive = {identity: key for identity, key in keys.items() if key.recorder() is not None}
-        alive[id(self)] = _Key(self._reference, ended.number)
-        _own_keys.set(alive)
+        if before is None:  # other recorders may be gone
+            keys = {identity: key for identity, key in keys.items() if key.recorder() is not None}
+        _own_keys.set(keys | {id(self): _Key(self._reference, ended.number)})
 
     def find(self, scores: Any = None) -> Pass:
         """Return the pass that is meant: the one with these scores, else that of this thread or task.
@@ -376,7 +383,6 @@ class Recorder:
                 return
             if not ended.private:
                 ended.output = None  # who asks for its maps hands it over, with its graph
-            ended.is_held = False
             alive = [tensor for tensor in (known() for known in ended.returned) if tensor is not None]
             ended.returned = [weakref.ref(one, partial(_output_gone, self._reference, number)) for one in alive]
             if not alive:
@@ -431,13 +437,15 @@ class _ModelCall(SharedWrapper):
         if not recorders or torch._C._get_tracing_state() is not None:
             return self.run(module, args, kwargs)
         for recorder in recorders:
-            recorder.prepare(args, kwargs)
-        if thread.private or not differentiates or (torch.is_grad_enabled() and not torch.is_inference_mode_enabled()):
+            if recorder.choose_layers is not None:
+                recorder.prepare(recorder.choose_layers, args, kwargs)
+        in_inference_mode = torch.is_inference_mode_enabled()
+        if thread.private or not differentiates or (torch.is_grad_enabled() and not in_inference_mode):
             return self._recorded(module, recorders, args, kwargs)
-        if not torch.is_inference_mode_enabled():
+        if not in_inference_mode:
             return self._recorded_privately(module, recorders, args, kwargs)
         with torch.inference_mode(False):  # a graph may use none of its tensors
-            args, kwargs = map_tensors(lambda t: t.clone() if t.is_inference() else t, (args, kwargs))
+            args, kwargs = without_inference((args, kwargs))
             return self._recorded_privately(module, recorders, args, kwargs)
 
     def _recorded_privately(self, module: nn.Module, recorders: list[Recorder], args: Any, kwargs: Any) -> Any:
@@ -455,25 +463,22 @@ class _ModelCall(SharedWrapper):
     def _recorded(
         self, module: nn.Module, recorders: list[Recorder], args: Any, kwargs: Any, *, detached: bool = False
     ) -> Any:
-        passes: list[Pass] = []
+        passes: list[tuple[Recorder, Pass]] = []
+        run: Callable[..., Any] = module._call_impl if self.inner is None else self.inner
         try:
             for recorder in recorders:  # one after the other: those that have begun have to end
-                passes += [recorder.begin(args, kwargs, thread.private)]
-            if all(one.around is None for one in recorders):
-                output = self.run(module, args, kwargs)
-            else:
-                with ExitStack() as stack:
-                    for recorder, started in zip(recorders, passes, strict=True):
-                        if recorder.around is not None:
-                            stack.enter_context(recorder.around(started))
-                    output = self.run(module, args, kwargs)
+                started = thread.passes[id(recorder)] = Pass(recorder, args, kwargs, thread.private)
+                passes.append((recorder, started))
+                if recorder.around is not None:
+                    run = partial(recorder.around, started, run)
+            output = run(*args, **kwargs)
         except BaseException:
-            for started in passes:
+            for _, started in passes:
                 started.fail()
             raise
         else:
             returned = map_tensors(Tensor.detach, output) if detached else output
-            for recorder, started in zip(recorders, passes, strict=True):
+            for recorder, started in passes:
                 started.finish(output if recorder.differentiates else map_tensors(Tensor.detach, output), returned)
                 if recorder.ended is not None:
                     recorder.ended(started)
@@ -481,7 +486,7 @@ class _ModelCall(SharedWrapper):
         finally:
             for recorder in recorders:
                 thread.passes.pop(id(recorder), None)
-            for recorder, started in zip(recorders, passes, strict=False):
+            for recorder, started in passes:
                 recorder.end(started)
 
 
@@ -491,7 +496,7 @@ _PLAIN = frozenset({bool, int, float, str, NoneType, FunctionType, torch.dtype, 
 
 def _drop_graphs(model: nn.Module) -> None:
     """Detach what modules keep in buffers and attributes, as the caller has turned gradients off."""
-    for module in model.modules():
+    for module in modules_of(model):
         buffers, attributes = module._buffers, vars(module)
         for fields, names in ((buffers, list(buffers.keys())), (attributes, attributes.keys() - _OF_EVERY_MODULE)):
             for name in names:

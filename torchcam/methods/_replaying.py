@@ -58,6 +58,7 @@ class _ReplayCAM(_CAM):
             description=type(self).__name__,
             autocast=self.autocast,
             output=request.recorded.output,
+            kept=self._recorder.replicas,
             **options,
         )
 

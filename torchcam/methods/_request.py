@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from torchcam._tensors import tensors_in
 from torchcam.targets import Selector
 
 from ._recorder import Pass
@@ -39,6 +43,44 @@ class Request:
 
     def selector(self, batch_size: int) -> Selector:
         """Return the explained score, as a function of the model's output."""
-        made = next((given for given in (self.class_idx, self.targets) if isinstance(given, Selector)), None)
-        one = Selector(self.class_idx, self.targets, batch_size) if made is None else made
+        asked = self.class_idx if self.targets is None else self.targets
+        one = asked if isinstance(asked, Selector) else Selector(self.class_idx, self.targets, batch_size)
         return one.negative() if self.relu == "negative" else one
+
+    def attached(self) -> Any:
+        """Return the output with its graph: the one handed over, or else the one of the recorded pass."""
+        recorded, scores = self.recorded, self.scores
+        if recorded.output is not None and (scores is None or recorded.has_returned(scores)):
+            return recorded.output
+        if any(tensor.requires_grad for tensor in tensors_in(scores)):
+            return scores
+        if recorded.output is None:
+            raise RuntimeError("no output of the model was recorded: call the model itself, or pass `scores`")
+        self.check_recorded()
+        return recorded.output
+
+    def check_scores(self, batch_size: int, differentiated: bool) -> None:
+        """Check that other scores than the recorded output are equal to it, or carry a graph that is differentiated."""
+        scores = self.scores
+        if isinstance(scores, Tensor) and scores.ndim and scores.shape[0] != batch_size:
+            raise ValueError(
+                f"`scores` has shape {tuple(scores.shape)}, but the recorded pass had a batch of {batch_size}"
+            )
+        if not (differentiated and any(tensor.requires_grad for tensor in tensors_in(scores))):
+            self.check_recorded()
+
+    def check_recorded(self) -> None:
+        """Check that the scores that were handed over are the recorded output.
+
+        Raises:
+            RuntimeError: if they are not, and carry no graph to tell what they are
+        """
+        known = list(tensors_in(self.recorded.output))
+        for tensor in tensors_in(self.scores):
+            if any(tensor is returned() for returned in self.recorded.returned):
+                continue
+            if not any(tensor.shape == one.shape and torch.equal(tensor.to(one), one) for one in known):
+                raise RuntimeError(
+                    f"`scores` of shape {tuple(tensor.shape)} carry no graph and are not the output of the recorded "
+                    "pass: pass that output as it came, leave `scores` out, or compute them with gradients on"
+                )

@@ -5,10 +5,15 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
-__all__ = ["quietly", "thread", "warn"]
+import torch
+
+from torchcam._passes import Call
+
+__all__ = ["computing", "plain_tensors", "quietly", "thread", "warn", "with_graph"]
 
 
 class _ThreadState(threading.local):
@@ -45,3 +50,37 @@ def warn(message: str, category: type[Warning] = UserWarning, *, stacklevel: int
     """Warn of what an extractor met, unless it is asked quietly."""
     if not thread.quiet:
         warnings.warn(message, category, stacklevel=stacklevel + 1)
+
+
+class _GradMode:
+    """A context with or without graphs, outside of inference mode; less work than those of torch."""
+
+    def __init__(self, graph: bool) -> None:
+        self._graph = graph
+
+    def __enter__(self) -> None:
+        self._left = torch.inference_mode(False) if torch.is_inference_mode_enabled() else None
+        if self._left is not None:
+            self._left.__enter__()
+        self._before = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(self._graph)
+
+    def __exit__(self, *raised: object) -> None:
+        torch._C._set_grad_enabled(self._before)
+        if self._left is not None:
+            self._left.__exit__(*raised)
+
+
+plain_tensors = partial(_GradMode, False)  # no graph, and not the restrictions that tensors made in inference mode keep
+with_graph = partial(_GradMode, True)
+
+
+def computing(call: Call, graph: bool) -> AbstractContextManager[None]:
+    """Return the context that the maps of a call are computed in: with or without a graph, in full precision."""
+    return _full_precision(call.device_type, graph) if torch._C._is_any_autocast_enabled() else _GradMode(graph)
+
+
+@contextmanager
+def _full_precision(device_type: str, graph: bool) -> Iterator[None]:
+    with _GradMode(graph), torch.autocast(device_type, enabled=False):
+        yield

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -16,9 +16,9 @@ from torchcam._tensors import to_float
 from torchcam.layers import TargetLayer
 from torchcam.layout import patch_grid
 
-from ._gradients import differentiate, with_graph
+from ._gradients import differentiate
 from ._recorder import Pass, Recorder, Row
-from ._running import thread
+from ._running import thread, with_graph
 from ._watched import AttentionWatched, BlockStarts, Watch
 from .core import _CAM, Request
 
@@ -75,13 +75,12 @@ class _AttentionCAM(_CAM):
         everywhere = list(names) == [""]
         differentiates = self._differentiates
 
-        @contextmanager
-        def watching(started: Pass) -> Iterator[None]:
+        def watching(started: Pass, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             started.watch = Watch(started, differentiates, everywhere)
             thread.watches.append(started.watch)
             try:
                 with AttentionWatched() if len(thread.watches) == 1 else nullcontext():
-                    yield
+                    return run(*args, **kwargs)
             finally:
                 thread.watches.remove(started.watch)
                 started.watch = None
@@ -250,7 +249,7 @@ class LeGrad(_AttentionCAM):
         return evidence
 
     def _check_scores(self, request: Request) -> None:
-        self._check_recorded(request)  # each block has a score of its own
+        request.check_recorded()  # each block has a score of its own
 
     def _scores_of(self, tokens: Tensor) -> Tensor:
         if self.score_projection is not None:

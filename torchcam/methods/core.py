@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
-from types import TracebackType
 from typing import Any, Literal, Self
 
 import torch
@@ -16,25 +13,24 @@ from torch.utils.hooks import RemovableHandle
 
 from torchcam._checks import one_of, torch_module
 from torchcam._passes import Call
-from torchcam._tensors import map_tensors, min_max, tensors_in, to_float
+from torchcam._tensors import map_tensors, min_max, to_float
 from torchcam.layers import TargetLayer, layer_names
-from torchcam.layout import unusual_axes
 from torchcam.targets import ClassIndex, OutputTarget, Selector, check_one_of, class_columns
 
 from ._default_layer import DefaultLayer
-from ._diagnose import Diagnosis, diagnose
 from ._finish import all_finite, broken_samples, scale_signed, to_one_shape, weighted_sum
-from ._gradients import differentiate, share_of_score, with_graph
+from ._gradients import differentiate, share_of_score
 from ._layouts import Layouts
 from ._recorder import Pass, Recorder
 from ._replicas import on_replica
 from ._request import Request
-from ._stream import stream
+from ._running import computing, plain_tensors, with_graph
+from ._stream import Repeats
 
-__all__ = ["_CAM", "OutputTarget", "Request", "on_replica", "one_by_one", "plain_tensors"]
+__all__ = ["_CAM", "OutputTarget", "Request", "on_replica", "plain_tensors"]
 
 
-class _CAM:
+class _CAM(Repeats):
     r"""Hook a model, watch one forward pass, and answer which regions of the input made a score.
 
     The raw map of a target layer with activation :math:`A` is :math:`M(s) = \sum_k w_k A_k(s)`; a method is a subclass
@@ -71,14 +67,11 @@ class _CAM:
     _relu = False
     _differentiates = False  # the pass keeps its graph from the target layers on
     _weighs_gradients = False  # gradients of the score for what layers return make the map
+    _hides_gradients = True  # a map may be finite although a gradient is not
     _expects_one_sign = False  # the weights are meant for activations of one sign
     _runs_model = False  # the model runs again when maps are computed
     _explains_many = False  # several classes of a sample are explained at once
     _options: tuple[str, ...] = ("target_layer",)  # what `repr` shows
-    _sums_activations = True  # a map is the weighted sum of the activations
-
-    def __init_subclass__(cls) -> None:
-        cls._sums_activations = cls.map is _CAM.map and cls._raw_maps is _CAM._raw_maps
 
     def __init__(
         self,
@@ -95,8 +88,10 @@ class _CAM:
         torch_module("model", model)
         if isinstance(model, torch.jit.ScriptModule):
             raise TypeError("`model` is one of TorchScript, whose layers run no hooks: pass the model it was made from")
-        if isinstance(model, torch.fx.GraphModule) and not any(map(_calls_layer, model.graph.nodes)):
-            raise TypeError("`model` is an exported graph, whose layers are gone: pass the model it was made from")
+        if isinstance(model, torch.fx.GraphModule):
+            called = [str(node.target) for node in model.graph.nodes if node.op == "call_module"]
+            if all(name.startswith("_guards") for name in called):  # which an export checks inputs by
+                raise TypeError("`model` is an exported graph, whose layers are gone: pass the model it was made from")
         if gradients is not None and not self._weighs_gradients:
             raise ValueError(
                 f"{type(self).__name__} takes no gradients at a layer, so there is no `gradients`, got {gradients!r}: "
@@ -173,12 +168,7 @@ class _CAM:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.remove_hooks()
         self._recorder.forget(every=True)
 
@@ -215,14 +205,17 @@ class _CAM:
 
     # What was recorded, in grid form.
 
+    def _last_pass(self) -> Pass | None:
+        try:
+            return self._recorder.find()
+        except AssertionError:
+            return None
+
     @property
     def hook_a(self) -> list[Tensor | None]:
         """The activation of each target layer in grid form, (N, C, *spatial), in float32 at least."""
-        try:
-            recorded = self._recorder.find()
-        except AssertionError:
-            return [None] * len(self.target_names)
-        return self._grids(recorded, recorded.activations)
+        recorded = self._last_pass()
+        return [None] * len(self.target_names) if recorded is None else self._grids(recorded, recorded.activations)
 
     @property
     def hook_g(self) -> list[Tensor | None]:
@@ -230,11 +223,9 @@ class _CAM:
 
         Of several scores of each sample, (N * K, C, *spatial): those of the first sample come first.
         """
-        try:
-            recorded = self._recorder.find()
-        except AssertionError:
-            return [None] * len(self.target_names)
-        return self._gradient_grids(recorded, recorded.gradients or [None] * len(recorded.names), recorded.num_scores)
+        recorded = self._last_pass()
+        grids: list[Tensor] = [] if recorded is None else self._gradient_grids(recorded)
+        return [*grids] or [None] * len(self.target_names if recorded is None else recorded.rows)
 
     @property
     def unbalanced(self) -> list[str]:
@@ -242,10 +233,8 @@ class _CAM:
 
         By the names of torch's functions, or of the node in the graph for others; empty with plain gradients.
         """
-        try:
-            return sorted(self._recorder.find().unbalanced)
-        except AssertionError:
-            return []
+        recorded = self._last_pass()
+        return [] if recorded is None else sorted(recorded.unbalanced)
 
     @property
     def completeness(self) -> list[Tensor]:
@@ -255,39 +244,33 @@ class _CAM:
         biases, class tokens and paths around the layer add is missing. Empty before a call, and for methods that take
         no gradients of the recorded pass.
         """
-        try:
-            recorded = self._recorder.find()
-        except AssertionError:
-            return []
-        if recorded.score is None or not self._weighs_gradients:
+        recorded = self._last_pass()
+        if recorded is None or recorded.score is None or not self._weighs_gradients:
             return []
         found = zip(self.hook_a, self.hook_g, strict=True)
         return [share_of_score(a, g, recorded.score) for a, g in found if a is not None and g is not None]
 
     def _grids(self, recorded: Pass, tensors: Sequence[Tensor | None], graph: bool = False) -> list[Tensor | None]:
-        grids: list[Tensor | None] = []
-        for tensor, name in zip(tensors, recorded.names, strict=True):
-            values = tensor if graph or tensor is None else tensor.detach()
-            grids.append(None if values is None else self._to_grid(recorded, values, name))
-        return grids
-
-    def _gradient_grids(
-        self, recorded: Pass, gradients: Sequence[Tensor | None], num_scores: int | None, graph: bool = False
-    ) -> list[Tensor | None]:
-        if num_scores is None:
-            return self._grids(recorded, gradients, graph)
-        found = zip(gradients, recorded.activations, recorded.names, strict=True)
+        """Lay out tensors shaped as the target layers' outputs as (N, C, *spatial)."""
         return [
-            None if g is None or a is None else self._grid_of_scores(recorded, g if graph else g.detach(), a, name)
-            for g, a, name in found
+            None if tensor is None else self._to_grid(recorded, tensor if graph else tensor.detach(), row.name)
+            for tensor, row in zip(tensors, recorded.rows, strict=True)
         ]
 
-    def _grid_of_scores(self, recorded: Pass, gradients: Tensor, activation: Tensor, name: str) -> Tensor:
-        """Lay out the gradients of K scores of each sample, (K, ...), as (N * K, C, *spatial)."""
-        if self.reshape_transform is not None:  # which may expect as many samples as the model had
-            return torch.stack([self._to_grid(recorded, gradient, name) for gradient in gradients], 1).flatten(0, 1)
-        batch = self._batch_dimension(recorded, activation, name)
-        return self._to_grid(recorded, gradients.movedim(0, batch + 1).flatten(batch, batch + 1), name)
+    def _gradient_grids(self, recorded: Pass, graph: bool = False) -> list[Tensor]:
+        """Lay out the gradients, if any; those of K scores of each sample, (K, ...), as (N * K, C, *spatial)."""
+        grids: list[Tensor] = []
+        for gradient, row in zip(recorded.gradients, recorded.rows, strict=False):
+            found = gradient if graph or not gradient.requires_grad else gradient.detach()
+            if recorded.num_scores is None:
+                grids.append(self._to_grid(recorded, found, row.name))
+            elif self.reshape_transform is None:
+                batch = self._batch_dimension(recorded, found[0], row.name)
+                grids.append(self._to_grid(recorded, found.movedim(0, batch + 1).flatten(batch, batch + 1), row.name))
+            else:  # which may expect as many samples as the model had
+                each = [self._to_grid(recorded, one, row.name) for one in found]
+                grids.append(torch.stack(each, 1).flatten(0, 1))
+        return grids if len(grids) == len(recorded.rows) else []
 
     def _batch_dimension(self, recorded: Pass, tensor: Tensor, name: str) -> int:
         """Return which dimension of a layer's output is the batch."""
@@ -303,7 +286,8 @@ class _CAM:
             ValueError: if they do not, as far as the target layers show
         """
         recorded = self._recorder.find(scores)
-        self._settle_axes(recorded)
+        if self.reshape_transform is None:
+            recorded.settle_axes()
         axes = recorded.call.axes
         if axes is not None:
             raise ValueError(
@@ -313,17 +297,11 @@ class _CAM:
                 "permutes it"
             )
 
-    def _settle_axes(self, recorded: Pass) -> None:
-        """Note in the call along which of its axes the positions of a signal or a spectrogram are."""
-        if len(recorded.input_shape or ()) < 4 and self._recorder.keeps_outputs and self.reshape_transform is None:
-            for name, activation in zip(recorded.names, recorded.activations, strict=True):
-                if activation is not None:
-                    recorded.call.axes = unusual_axes(recorded.axes(activation, name))
-
     def _to_grid(self, recorded: Pass, tensor: Tensor, name: str) -> Tensor:
         """Lay out a layer's output as (N, C, *spatial), in float32 at least."""
         if self.reshape_transform is None:
-            return to_float(recorded.layout(tensor, name).to_grid(tensor))
+            layout = recorded.layout(tensor, name)
+            return to_float(tensor if layout.is_plain else layout.to_grid(tensor))
         grid = self.reshape_transform(tensor)
         if not isinstance(grid, Tensor) or grid.ndim < 3:
             found = tuple(grid.shape) if isinstance(grid, Tensor) else type(grid).__name__
@@ -333,19 +311,17 @@ class _CAM:
     def _activations(self, request: Request) -> list[Tensor]:
         """Return the recorded activations: (N, C, *spatial), or (N * K, C, *spatial) for K classes of each sample."""
         recorded, count = request.recorded, request.num_classes
-        if request.create_graph:
-            found = self._complete_grids(recorded, graph=True)
-        elif recorded.grids is None:
-            found = recorded.grids = self._complete_grids(recorded)
-        else:
-            found = recorded.grids
+        found = None if request.create_graph else recorded.grids
+        if found is None:
+            found = [
+                self._to_grid(recorded, row.values if request.create_graph else row.values.detach(), row.name)
+                for row in recorded.rows
+                if row.values is not None
+            ]
+            if len(found) < max(len(recorded.rows), 1):
+                raise AssertionError(self._recorder.nothing_recorded(recorded))
+            recorded.grids = None if request.create_graph else found
         return found if count == 1 else [grid.repeat_interleave(count, 0) for grid in found]
-
-    def _complete_grids(self, recorded: Pass, graph: bool = False) -> list[Tensor]:
-        grids = [grid for grid in self._grids(recorded, recorded.activations, graph) if grid is not None]
-        if len(grids) < max(len(recorded.rows), 1):
-            raise AssertionError(self._recorder.nothing_recorded(recorded))
-        return grids
 
     # What a method defines: pure functions of a layer's activation (N, C, *spatial) and of what else it looks at.
 
@@ -442,18 +418,19 @@ class _CAM:
         **kwargs: Any,
     ) -> list[Tensor]:
         """Compute the maps as a call does, without its checks."""
-        columns = class_columns(class_idx, targets)
+        columns = None if type(class_idx) is int else class_columns(class_idx, targets)
         recorded = self._recorder.find(scores)
         if columns is not None and not self._explains_many:
-            explain = partial(self.compute_cams, scores=scores, normalized=normalized, **kwargs)
-            return one_by_one(columns, explain, self._differentiates)
+            asked = kwargs | {"scores": scores, "normalized": normalized}
+            keep = {"retain_graph": True} if self._differentiates else {}
+            each = [self.compute_cams(**asked | keep, **column) for column in columns[:-1]]
+            each.append(self.compute_cams(**asked, **columns[-1]))
+            return [torch.stack(of_layer, 1) for of_layer in zip(*each, strict=True)]
         count = 1 if columns is None else len(columns)
-        if targets is not None:
-            kwargs["targets"] = targets
-        request, options = self._request(recorded, class_idx, scores, num_classes=count, **kwargs)
+        request, options = self._request(recorded, class_idx, scores, targets, num_classes=count, **kwargs)
         if scores is not None and not recorded.has_returned(scores):
             self._check_scores(request)
-        with self._computing(request):
+        with computing(recorded.call, request.create_graph):
             maps = self._finished(self._raw_maps(request, **options), request, normalized)
         recorded.explained = True
         return maps if columns is None else [cam.reshape(-1, count, *cam.shape[1:]) for cam in maps]
@@ -463,8 +440,8 @@ class _CAM:
         recorded: Pass,
         class_idx: Any,
         scores: Any,
-        *,
         targets: Any = None,
+        *,
         relu: bool | Literal["negative"] | None = None,
         create_graph: bool = False,
         num_classes: int = 1,
@@ -480,44 +457,31 @@ class _CAM:
                 raise ValueError(f"`create_graph`: {type(self).__name__} does not differentiate the recorded pass")
             if recorded.private:
                 raise ValueError("`create_graph` needs the forward pass to be run with gradients on")
-        retain_graph = bool(options.pop("retain_graph", False)) if self._differentiates else False
-        return (
-            Request(recorded, class_idx, scores, targets, relu, create_graph, retain_graph, num_classes),
-            options,
-        )
-
-    @staticmethod
-    def _computing(request: Request) -> AbstractContextManager[Any]:
-        """Return the context that maps are computed in: without a graph, in full precision."""
-        device_type = request.recorded.call.autocast[0]
-        if torch.is_autocast_enabled(device_type):
-            return _full_precision(device_type, request.create_graph)
-        return torch.enable_grad() if request.create_graph else plain_tensors()
+        retain_graph = self._differentiates and bool(options.pop("retain_graph", False))
+        return Request(recorded, class_idx, scores, targets, relu, create_graph, retain_graph, num_classes), options
 
     def _finished(self, raw: list[Tensor], request: Request, normalized: bool) -> list[Tensor]:
         """Turn raw maps into those to return: broken samples marked, layers pooled, ReLU, scaled."""
         maps = self._pool_layers(self._mark_broken(raw, request), request)
-        if self._relu if request.relu is None else request.relu:
-            maps = [cam.relu() for cam in maps]
-        if not normalized:
-            return maps
-        return [min_max(cam) if request.relu is not False else scale_signed(cam) for cam in maps]
+        keeps_evidence = self._relu if request.relu is None else request.relu
+        scale = scale_signed if request.relu is False else min_max
+        kept = [*map(torch.relu, maps)] if keeps_evidence else maps
+        return [*map(scale, kept)] if normalized else kept
 
     def _mark_broken(self, maps: list[Tensor], request: Request) -> list[Tensor]:
         """Set the maps of samples with values that are not finite to NaN, and warn of them."""
         recorded = request.recorded
         # What is traced has no values to look at: `torchcam.export` marks samples at the end of the graph.
-        seen = () if type(self)._sums_activations else recorded.activations  # a sum is no more finite than its parts
-        if torch.compiler.is_compiling() or all_finite([*maps, *seen, *recorded.gradients]):
+        seen: list[Tensor | None] = [*maps, *recorded.gradients] if self._hides_gradients else [*maps]
+        if type(self).map is not _CAM.map or type(self)._raw_maps is not _CAM._raw_maps:  # sums show their parts
+            seen = [*seen, *recorded.activations]
+        if torch.compiler.is_compiling() or all_finite(seen):
             return maps
+        if len(maps) != len(recorded.rows):  # of all layers together
+            return [broken_samples(cam, None, None, ", ".join(recorded.names)) for cam in maps]
         activations = self._grids(recorded, recorded.activations)
-        gradients: list[Tensor | None] = [None] * len(activations)
-        if len(recorded.gradients) == len(activations):
-            gradients = self._gradient_grids(recorded, recorded.gradients, recorded.num_scores)
-        names = recorded.names
-        if len(maps) != len(names):  # of all layers together
-            activations, gradients, names = [None] * len(maps), [None] * len(maps), [", ".join(names)] * len(maps)
-        found = zip(maps, activations, gradients, names, strict=True)
+        gradients: Sequence[Tensor | None] = self._gradient_grids(recorded) or [None] * len(maps)
+        found = zip(maps, activations, gradients, recorded.names, strict=True)
         return [broken_samples(*of_layer) for of_layer in found]
 
     # Gradients.
@@ -535,17 +499,8 @@ class _CAM:
         Only what follows the target layers is traversed, and no ``.grad`` field is written. With ``create_graph``, the
         recorded gradients can be differentiated once more, and the graph is kept.
         """
-        recorded = self._recorder.find(scores)
-        self._gradients(
-            Request(
-                recorded,
-                class_idx,
-                scores,
-                targets,
-                retain_graph=retain_graph or create_graph,
-                create_graph=create_graph,
-            )
-        )
+        recorded, keep = self._recorder.find(scores), retain_graph or create_graph
+        self._gradients(Request(recorded, class_idx, scores, targets, None, create_graph, keep))
 
     def _gradients(self, request: Request) -> list[Tensor]:
         """Differentiate the explained score for every target layer's output, shaped as the activations."""
@@ -553,11 +508,13 @@ class _CAM:
         if recorded.is_partial:
             return self._gradients_of_copies(request)
         with with_graph():
-            output = self._attached(request)
+            output = request.attached()
             select = self._selector(request)
             score = select(output)
-            recorded.unbalanced = set()
-            balanced = (output, recorded.unbalanced) if self.gradients == "balanced" else None
+            balanced: tuple[Any, set[str]] | None = None
+            if self.gradients == "balanced":
+                recorded.unbalanced = set()
+                balanced = output, recorded.unbalanced
             try:
                 gradients = differentiate(score, recorded.rows, request.retain_graph, request.create_graph, balanced)
             except RuntimeError:
@@ -567,10 +524,9 @@ class _CAM:
         if self._default is not None:
             effects = map(self._default.of_positions, gradients)
             self._default.check_target(recorded.call, select, effects)
-        recorded.gradients, recorded.num_scores = list(gradients), None if score.ndim == 1 else score.shape[1]
+        recorded.gradients, recorded.num_scores = gradients, None if score.ndim == 1 else score.shape[1]
         recorded.score = score.detach()
-        grids = self._gradient_grids(recorded, gradients, recorded.num_scores, request.create_graph)
-        return [grid for grid in grids if grid is not None]
+        return self._gradient_grids(recorded, request.create_graph)
 
     def _gradients_of_copies(self, request: Request) -> list[Tensor]:
         """Repeat the recorded pass on copies of its inputs, and differentiate that."""
@@ -591,117 +547,17 @@ class _CAM:
     def _batch_size(self, request: Request) -> int:
         return self._activations(request)[0].shape[0] // request.num_classes
 
-    def _attached(self, request: Request) -> Any:
-        """Return the output with its graph: the one handed over, or else the one of the recorded pass."""
-        recorded, scores = request.recorded, request.scores
-        if recorded.output is not None and (scores is None or recorded.has_returned(scores)):
-            return recorded.output
-        if any(tensor.requires_grad for tensor in tensors_in(scores)):
-            return scores
-        if recorded.output is None:
-            raise RuntimeError("no output of the model was recorded: call the model itself, or pass `scores`")
-        self._check_recorded(request)
-        return recorded.output
-
-    def _check_recorded(self, request: Request) -> None:
-        """Check that the scores that were handed over are the recorded output.
-
-        Raises:
-            RuntimeError: if they are not, and carry no graph to tell what they are
-        """
-        given, known = list(tensors_in(request.scores)), list(tensors_in(request.recorded.output))
-        for tensor in given:
-            if any(tensor is returned() for returned in request.recorded.returned):
-                continue
-            if not any(tensor.shape == one.shape and torch.equal(tensor.to(one), one) for one in known):
-                raise RuntimeError(
-                    f"`scores` of shape {tuple(tensor.shape)} carry no graph and are not the output of the recorded "
-                    "pass: pass that output as it came, leave `scores` out, or compute them with gradients on"
-                )
-
     def _check_scores(self, request: Request) -> None:
-        """Check that other scores than the recorded output are equal to it, or carry a graph that is differentiated."""
-        scores, batch_size = request.scores, self._batch_size(request)
-        if isinstance(scores, Tensor) and scores.ndim and scores.shape[0] != batch_size:
-            raise ValueError(
-                f"`scores` has shape {tuple(scores.shape)}, but the recorded pass had a batch of {batch_size}"
-            )
-        has_graph = any(tensor.requires_grad for tensor in tensors_in(request.scores))
-        if not (has_graph and self._differentiates and not self._runs_model):
-            self._check_recorded(request)
+        """Check scores other than the recorded output."""
+        request.check_scores(self._batch_size(request), self._differentiates and not self._runs_model)
 
     def _recorded_call(self, request: Request) -> Call:
-        """Return the arguments of the recorded pass."""
+        """Return the arguments of the recorded pass, with the axes along which its positions are."""
         recorded = request.recorded
         recorded.call.check_unchanged()
-        self._settle_axes(recorded)
+        if self.reshape_transform is None:
+            recorded.settle_axes()
         return recorded.call
-
-    # More than one pass.
-
-    def stream(
-        self,
-        batches: Iterable[Any],
-        class_idx: ClassIndex | Callable[[Any], ClassIndex] | None = None,
-        *,
-        targets: OutputTarget | Sequence[OutputTarget] | None = None,
-        **kwargs: Any,
-    ) -> Iterator[list[Tensor]]:
-        """Run the model on batches, in evaluation mode and without gradients, and yield the maps of each.
-
-        Nothing of a batch is kept when the next one is asked for: memory stays the same over any number of them. A pass
-        that was recorded before is still there afterwards.
-
-        Example:
-            >>> from torchcam.methods import GradCAM
-            >>> from torchvision.models import resnet18
-            >>> model = resnet18().eval()
-            >>> loader = [torch.rand(2, 3, 64, 64) for _ in range(3)]
-            >>> with GradCAM(model, "layer4") as extractor:
-            ...     peaks = [cam.flatten(1).argmax(1) for (cam,) in extractor.stream(loader)]
-            >>> len(peaks)
-            3
-
-        Args:
-            batches: the model's inputs, say a ``DataLoader``: a tensor each, a tuple or list that begins with it (the
-                rest is not looked at), or a mapping of the model's keyword arguments (but for ``label`` and
-                ``labels``); moved to the model's device
-            class_idx: the class to explain, as a call takes it, or a function from the model's output to that; by
-                default the one with the highest score of each sample
-            targets: in place of ``class_idx``, what a call takes
-            kwargs: what else a call takes
-
-        Yields:
-            the maps of each batch, as a call returns them
-
-        Raises:
-            ValueError: if both ``class_idx`` and ``targets`` are given, and for what a call raises it
-        """
-        yield from stream(self, batches, class_idx, targets, **kwargs)
-
-    def diagnose(
-        self,
-        class_idx: ClassIndex | None = None,
-        *,
-        targets: OutputTarget | Sequence[OutputTarget] | None = None,
-    ) -> Diagnosis:
-        """Find out why a map is blank, constant, NaN, inverted, the same for every class or too coarse.
-
-        The recorded pass is repeated in evaluation mode, and left as it was.
-
-        Args:
-            class_idx: the class whose map is wrong, for the whole batch or one per sample; by default the one with the
-                highest score
-            targets: in place of ``class_idx``, a callable (or one per sample) from one sample's output to a scalar
-
-        Returns:
-            the findings, each with what to do: a sequence that prints as a report, empty if nothing wrong was found
-
-        Raises:
-            TypeError: if an argument has the wrong type
-            ValueError: if a class does not exist, there are several per sample, or both arguments are given
-        """
-        return diagnose(self, class_idx, targets=targets)
 
     # Fusion.
 
@@ -741,37 +597,3 @@ class _CAM:
         if self.gradients == "balanced":
             values["gradients"] = self.gradients
         return f"{type(self).__name__}({', '.join(f'{option}={value}' for option, value in values.items())})"
-
-
-def _calls_layer(node: torch.fx.Node) -> bool:
-    return node.op == "call_module" and not str(node.target).startswith("_guards")  # which an export checks inputs by
-
-
-def plain_tensors() -> AbstractContextManager[Any]:
-    """Return a context without a graph, and without the restrictions that tensors made in inference mode keep."""
-    return _LeftInferenceMode() if torch.is_inference_mode_enabled() else torch.no_grad()
-
-
-class _LeftInferenceMode:
-    """A context outside of inference mode, without a graph."""
-
-    def __enter__(self) -> None:
-        self._left = torch.inference_mode(False)
-        self._left.__enter__()
-        torch.set_grad_enabled(False)  # until the mode is entered again
-
-    def __exit__(self, *raised: object) -> None:
-        self._left.__exit__(*raised)
-
-
-@contextmanager
-def _full_precision(device_type: str, create_graph: bool) -> Iterator[None]:
-    with torch.enable_grad() if create_graph else plain_tensors(), torch.autocast(device_type, enabled=False):
-        yield
-
-
-def one_by_one(columns: list[dict[str, Any]], explain: Callable[..., list[Tensor]], keeps_graph: bool) -> list[Tensor]:
-    """Explain one class of each sample after the other, keeping the graph in between: (N, K, *spatial) per map."""
-    keep = {"retain_graph": True} if keeps_graph else {}
-    maps = [explain(**column, **(keep if k < len(columns) - 1 else {})) for k, column in enumerate(columns)]
-    return [torch.stack(layer, 1) for layer in zip(*maps, strict=True)]

@@ -80,6 +80,8 @@ class GradCAM(_GradientCAM):
         torch.Size([2, 7, 7])
     """
 
+    _hides_gradients = False
+
     @staticmethod
     def weights(activation: Tensor, gradient: Tensor) -> Tensor:
         """Return the mean gradient of each channel, (N, C)."""
@@ -348,7 +350,7 @@ class ShapleyCAM(_GradientCAM):
         recorded = request.recorded
         twice = replace(request, create_graph=True)
         activations, gradients = self._activations(request), self._gradients(twice)
-        attached = [gradient for gradient in recorded.gradients if gradient is not None]
+        attached = recorded.gradients
         if not request.create_graph:
             recorded.gradients = [gradient.detach() for gradient in attached]
             gradients = [gradient.detach() for gradient in gradients]

@@ -88,32 +88,40 @@ class ScoreCAM(_ChannelCAM):
         How many masks differ is up to the activation, so a device is waited for, once.
         """
         image = replay.call.image
-        num_channels = activation.shape[1]
-        channels = activation.flatten(0, 1).unsqueeze(1)  # (N * C, 1, *spatial)
-        flat = activation.flatten(2)
+        num_samples, num_channels = activation.shape[:2]
         chosen = self._chosen(activation)
-        constant = is_constant(flat.amin(-1), flat.amax(-1))  # (N, C)
-        constant = constant if chosen is None else constant & chosen
-        stand_in = constant & (constant.cumsum(1) == 1)  # each sample's first constant channel
-        distinct = ~constant | stand_in
-        distinct = distinct if chosen is None else distinct & chosen
-        evaluated = distinct.flatten().nonzero().squeeze(1)  # (V,)
+        constant = is_constant(*activation.flatten(2).aminmax(dim=-1))  # (N, C)
+        evaluated = torch.arange(num_samples * num_channels, device=activation.device)  # (V,)
+        channels = activation.flatten(0, 1).unsqueeze(1)  # (V, 1, *spatial)
+        has_constant = bool(constant.any())
+        if has_constant or chosen is not None:
+            constant = constant if chosen is None else constant & chosen
+            stand_in = constant & (constant.cumsum(1) == 1)  # each sample's first constant channel
+            distinct = ~constant | stand_in
+            evaluated = evaluated[(distinct if chosen is None else distinct & chosen).flatten()]
+            channels = channels[evaluated]
         samples = evaluated.div(num_channels, rounding_mode="floor")
-        blank = constant.flatten()[evaluated].reshape(-1, *[1] * (activation.ndim - 1))
         perturbations = list(self._perturbations(image))
 
         def variants(chunk: slice) -> Iterator[Tensor]:
-            masks = min_max(resize(channels[evaluated[chunk]], image.shape[2:])).masked_fill(blank[chunk], 0.0)
-            inputs, masks = image[samples[chunk]], masks.to(image.dtype)
+            masks = min_max(resize(channels[chunk], image.shape[2:]))
+            if has_constant:
+                blank = constant.flatten()[evaluated[chunk]]
+                masks = masks.masked_fill(blank.reshape(-1, *[1] * (masks.ndim - 1)), 0.0)
+            masks = masks.to(image.dtype)
+            inputs = image if num_samples == 1 else image[samples[chunk]]
             for perturb in perturbations[:-1]:
                 yield perturb(inputs, masks)
             inputs = perturbations[-1](inputs, masks)
             del masks  # the passes need the memory
             yield inputs
 
-        scores = activation.new_full(activation.shape[:2], -torch.inf).flatten()
-        scores[evaluated] = replay.averaged(variants, samples).to(scores)
-        scores = scores.reshape(activation.shape[:2])
+        found = replay.averaged(variants, samples).to(activation)
+        if found.shape[0] == num_samples * num_channels:
+            return found.reshape(num_samples, num_channels)
+        scores = activation.new_full((num_samples * num_channels,), -torch.inf)
+        scores[evaluated] = found
+        scores = scores.reshape(num_samples, num_channels)
         shared = torch.where(stand_in, scores, 0.0).sum(1, keepdim=True)
         return torch.where(constant, shared, scores)
 

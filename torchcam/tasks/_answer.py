@@ -6,6 +6,7 @@ import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,10 +156,9 @@ class AnswerExplanation(Pictures):
         values = np.asarray(relevance, dtype=np.float64) / area
         values = np.where(is_padding | ~np.isfinite(values), np.nan, values)
         values = (values if signed else np.maximum(values, 0)).astype(np.float32)
-        rasters, peak, start = [], 0.0, 0
-        for picture, (cells, image) in enumerate(zip(self.cells, self.images, strict=True)):
-            own = values[start : start + len(cells.boxes)]
-            start += len(cells.boxes)
+        parts = np.split(values, np.cumsum([len(cells.boxes) for cells in self.cells])[:-1])
+        rasters, peak = [], 0.0
+        for picture, (cells, image, own) in enumerate(zip(self.cells, self.images, parts, strict=True)):
             is_plain = cells.grid is not None and _covers(cells)
             size = fitted_size(image.size, _EDGE)
             rasters.append(own.reshape(cells.grid) if is_plain else on_picture(own, cells, size, picture))
@@ -204,14 +204,8 @@ class AnswerExplanation(Pictures):
     def _sentence(self) -> list[tuple[str, int | None]]:
         """The pieces of the answer, each with the number of its map."""
         numbers = {token: number for number, group in enumerate(self.explained) for token in group}
-        pieces: list[tuple[str, int | None]] = []
-        for token, text in enumerate(self.tokens):
-            number = numbers.get(token)
-            if pieces and pieces[-1][1] == number:
-                pieces[-1] = pieces[-1][0] + text, number
-            else:
-                pieces.append((text, number))
-        return pieces
+        parts = groupby(enumerate(self.tokens), key=lambda part: numbers.get(part[0]))
+        return [("".join(text for _, text in part), number) for number, part in parts]
 
     def _repr_html_(self) -> str:
         page = html.escape(self.to_html(), quote=True)
@@ -230,11 +224,10 @@ class AnswerExplanation(Pictures):
         return "<0.1%" if share < 0.0005 else f"{share:.1%}"
 
     def _origin(self) -> list[tuple[str, str]]:
-        lines = [("model", self.model), ("prompt", self.prompt), ("explained", self.question)]
-        lines.append((_METHOD, f"of {_LAYER}, at {self.maps.shape[1]} visual tokens"))
-        if self.unbalanced:
-            lines.append(("without a rule", ", ".join(self.unbalanced)))
-        return [*lines, *self.versions.items()]
+        where = f"of {_LAYER}, at {self.maps.shape[1]} visual tokens"
+        lines = [("model", self.model), ("prompt", self.prompt), ("explained", self.question), (_METHOD, where)]
+        without = [("without a rule", ", ".join(self.unbalanced))] if self.unbalanced else []
+        return [*lines, *without, *self.versions.items()]
 
     # Files.
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
+from torchcam._inputs import transformed
 from torchcam._views import FULL, View, find_view
 from torchcam.layout import Cells
 
@@ -121,12 +123,7 @@ def _tile(row: float, column: float, height: float, width: float) -> View:
 def _whole(picture: _Picture) -> Cells:
     """Return the cells of a picture that is seen whole, or cropped."""
     side = math.isqrt(picture.tokens // picture.together)
-
-    def to_tensor(image: Image.Image) -> Tensor:
-        pixels: Tensor = picture.processor.image_processor(images=image, return_tensors="pt")["pixel_values"][0]
-        return pixels
-
-    view = find_view(to_tensor, picture.image.size)
+    view = find_view(partial(transformed, picture.processor.image_processor, None), picture.image.size)
     if view is None:
         raise ValueError(
             f"where `processor` lays a picture of {picture.image.width} × {picture.image.height} pixels out for the "

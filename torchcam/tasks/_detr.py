@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -31,25 +32,17 @@ def is_detector(model: nn.Module) -> bool:
     return is_one and type(model).__name__.endswith("ForObjectDetection") and not hasattr(config, "text_config")
 
 
-def find(
-    model: Any,
-    _given: Any,
-    picture: Image.Image,
-    threshold: float | None,
-    *,
-    processor: Any,
-    transform: Any = None,
-    weights: Any = None,
-) -> Found:
+def find(model: Any, _given: Any, picture: Image.Image, threshold: float | None, options: Mapping[str, Any]) -> Found:
     """Ask a detector about a picture."""
-    processor = transform if processor is None else split_processor(processor)[0]
+    given = options["processor"]
+    processor = options["transform"] if given is None else split_processor(given)[0]
     if not callable(getattr(processor, "post_process_object_detection", None)):
-        given = "is missing" if processor is None else f"is a {type(processor).__name__}, which makes no boxes"
+        found = "is missing" if processor is None else f"is a {type(processor).__name__}, which makes no boxes"
         raise ValueError(  # noqa: TRY004 - most often it is missing
-            f"`processor` {given}: {type(model).__name__} needs its own, "
+            f"`processor` {found}: {type(model).__name__} needs its own, "
             "`processor=AutoImageProcessor.from_pretrained(...)`"
         )
-    inputs = read_inputs(model, picture, processor, weights, image=picture)
+    inputs = read_inputs(model, picture, processor, options["weights"], image=picture)
     kwargs = inputs.kwargs or {}
     if set(kwargs) == {"pixel_values", "pixel_mask"} and bool(kwargs["pixel_mask"].all()):  # which leaves out nothing
         inputs = replace(inputs, kwargs=None)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
 from torchcam._detections import Detections
 from torchcam._inputs import Inputs
+from torchcam.targets import Box
 
 __all__ = ["Found", "match_rows"]
 
@@ -28,6 +30,8 @@ class Found:
             explained
         least_stride: of the layers, first those whose positions span so many pixels of the input or more, the finest
             first; None for the order as it is
+        targets: the target of each box that is asked about, by its name
+        layer: the one of the layers that is explained by default
     """
 
     model: nn.Module
@@ -37,6 +41,8 @@ class Found:
     near: Tensor | None
     layers: Sequence[str]
     least_stride: int | None = None
+    targets: Mapping[str, Box] = field(default_factory=lambda: MappingProxyType({}))
+    layer: str | None = None
 
 
 def match_rows(rows: Tensor, shares: Tensor, boxes: Tensor, labels: Tensor, scores: Tensor, argument: str) -> list[int]:
@@ -54,23 +60,19 @@ def match_rows(rows: Tensor, shares: Tensor, boxes: Tensor, labels: Tensor, scor
         ValueError: if there is no row with these values
     """
     tolerance = max(1.0, 1e-3 * float(boxes.abs().amax())) if len(boxes) else 1.0
-    taken: set[tuple[int, int]] = set()
-    found = []
+    found: list[int] = []
     for box, label, score in zip(boxes, labels.tolist(), scores, strict=True):
         if label >= shares.shape[1]:
             raise ValueError(f"{argument}: a box has class {label}, the model scores {shares.shape[1]}")
         # A thousandth of a score weighs as much as a pixel.
         miss = (rows - box).abs().amax(1) + 1e3 * (shares[:, label] - score).abs()
         miss = miss.nan_to_num(torch.inf)
-        for row, other in taken:
-            if other == label:
-                miss[row] = torch.inf
+        miss[[row for row, other in zip(found, labels.tolist(), strict=False) if other == label]] = torch.inf
         row = int(miss.argmin())
         if not miss[row] <= tolerance:
             raise ValueError(
                 f"{argument}: no row of the model's output is the box {[round(side, 1) for side in box.tolist()]} of "
                 f"class {label} with score {float(score):.3f}"
             )
-        taken.add((row, label))
         found.append(row)
     return found

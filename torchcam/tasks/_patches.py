@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["PatchTransform", "as_patches", "from_patches", "takes_patches"]
-
-
-def takes_patches(encode: Any) -> bool:
-    """Check whether a method that embeds images wants them as patches with the shapes of their grids."""
-    return "spatial_shapes" in inspect.signature(encode).parameters
+__all__ = ["PatchTransform", "as_patches", "from_patches"]
 
 
 def as_patches(pixel_values: Tensor, size: int) -> dict[str, Tensor]:

@@ -25,10 +25,8 @@ def opened(model: Any, given: Any, transform: Any, processor: Any) -> tuple[Any,
     images, tokenizer, sounds = (
         getattr(model, part, None) for part in ("image_processor", "tokenizer", "feature_extractor")
     )
-    if processor is None and tokenizer is None:
-        processor = images
-    elif processor is None:
-        transform, processor = transform or images, tokenizer
+    if processor is None:
+        transform, processor = transform or images, images if tokenizer is None else tokenizer
     if images is None and sounds is not None and isinstance(given, np.ndarray) and given.ndim == 1:
         given = dict(sounds(given, sampling_rate=sounds.sampling_rate, return_tensors="pt"))
     return inside, given, transform, processor

@@ -66,8 +66,6 @@ class VisualStreams:
         mask: which positions hold visual tokens: of the input, or of the states that cross-attention reads
     """
 
-    _layer_handles: Sequence[Any] = ()
-
     def __init__(self, model: nn.Module, positions: Tensor | None = None, checkpointing: bool = False) -> None:
         self.unbalanced: set[str] = set()
         self.mask = positions
@@ -79,6 +77,7 @@ class VisualStreams:
         self._segments: list[_Segment] = []
         self._last: Tensor | None = None
         self._output: Tensor | None = None
+        self._handles: list[Any] = []
 
     def run(self, inputs: dict[str, Any]) -> Tensor:
         """Run the model.
@@ -154,11 +153,11 @@ class VisualStreams:
         """Let the decoder of the model begin the streams inside the block."""
         enter = partial(self._enter, placement, shape)
         stacks = [m for m in self._model.modules() if any(isinstance(child, nn.ModuleList) for child in m.children())]
-        handles = [stack.register_forward_pre_hook(enter, with_kwargs=True) for stack in stacks]
+        self._handles = [stack.register_forward_pre_hook(enter, with_kwargs=True) for stack in stacks]
         try:
             yield
         finally:
-            for handle in (*handles, *self._layer_handles):
+            for handle in self._handles:
                 handle.remove()
 
     def _enter(
@@ -208,12 +207,9 @@ class VisualStreams:
 
     def _cut(self, decoder: nn.Module) -> None:
         """Let each layer of a decoder run without a graph, and note what it gets."""
-        layers = max((m for m in decoder.modules() if isinstance(m, nn.ModuleList)), key=len)
-        handles = []
-        for layer in layers:
-            handles.append(layer.register_forward_pre_hook(self._before, with_kwargs=True))
-            handles.append(layer.register_forward_hook(self._after))
-        self._layer_handles = handles
+        for layer in max((m for m in decoder.modules() if isinstance(m, nn.ModuleList)), key=len):
+            self._handles.append(layer.register_forward_pre_hook(self._before, with_kwargs=True))
+            self._handles.append(layer.register_forward_hook(self._after))
 
     def _before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not args or not isinstance(args[0], Tensor):
@@ -224,7 +220,7 @@ class VisualStreams:
 
     def _after(self, _layer: nn.Module, _args: Any, output: Any) -> Any:
         torch.set_grad_enabled(True)
-        returned = _first(output)
+        returned = next(tensors_in(output))
         self._last = returned.detach().requires_grad_()
         return map_tensors(lambda tensor: self._last if tensor is returned else tensor, output)
 
@@ -241,7 +237,7 @@ class VisualStreams:
         given = segment.given.detach().requires_grad_()
         args, kwargs = map_tensors(substitute, segment.arguments)
         with torch.enable_grad():
-            output = _first(segment.layer(given, *args, **kwargs))
+            output = next(tensors_in(segment.layer(given, *args, **kwargs)))
         lower: list[Tensor | None] = []
         is_first = segment is self._segments[0]
         for one, gradient in zip(gradients, upper, strict=True):
@@ -258,11 +254,6 @@ class VisualStreams:
                 _add(one, found if is_first else found[1:])
             lower.append(own)
         return lower
-
-
-def _first(output: Any) -> Tensor:
-    """Return the hidden states that a layer returns."""
-    return next(tensors_in(output))
 
 
 def _add(total: list[Tensor | None], more: Sequence[Tensor | None]) -> None:

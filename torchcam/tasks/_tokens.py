@@ -108,10 +108,9 @@ def token_id(tokenizer: Any, token: Any) -> Any:
         return token
     if not isinstance(token, str):
         raise TypeError(f'`against` must be a token\'s id or text, or "others", got {token!r}')
-    for text in (token, " " + token):
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    tried = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (token, " " + token)]
+    for ids in tried:
         if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
             return int(ids[0])
-    ids = tokenizer(token, add_special_tokens=False)["input_ids"]
-    parts = [tokenizer.decode([one]) for one in ids]
+    parts = [tokenizer.decode([one]) for one in tried[0]]
     raise ValueError(f"`against` {token!r} is not one token but {parts}: pass the id of one token")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -27,26 +28,17 @@ def is_detector(model: nn.Module) -> bool:
 
 
 def find(
-    model: nn.Module,
-    given: Any,
-    picture: Image.Image | None,
-    threshold: float | None,
-    *,
-    transform: Any = None,
-    weights: Any = None,
-    **_others: Any,
+    model: nn.Module, given: Any, picture: Image.Image | None, threshold: float | None, options: Mapping[str, Any]
 ) -> Found:
     """Ask a detector about a picture, or a tensor (1, C, H, W) in place of one."""
-    is_tensor = picture is None
-    inputs = read_inputs(
-        model, given if is_tensor else picture, None if is_tensor else transform or _unit_tensor, weights
-    )
+    transform = None if picture is None else options["transform"] or _unit_tensor
+    inputs = read_inputs(model, given if picture is None else picture, transform, options["weights"])
     with replicated(model) as replica, torch.inference_mode(False), torch.no_grad():
         (answer,) = replica(inputs.tensor)
         view = _padded(replica, inputs.tensor)
     height, width = inputs.tensor.shape[2:]
-    picture = inputs.pictures[0] if picture is None else picture
-    size = (width, height) if is_tensor else picture.size
+    shown = inputs.pictures[0] if picture is None else picture
+    size = (width, height) if picture is None else picture.size
     kept = torch.arange(len(answer["scores"]))
     if threshold is not None:
         kept = kept[(answer["scores"] >= threshold).cpu()]
@@ -55,7 +47,7 @@ def find(
     names = MappingProxyType(dict(enumerate(inputs.class_names or ())))
     return Found(
         model,
-        replace(inputs, pictures=(picture,), shown=(view,), views=(known,)),
+        replace(inputs, pictures=(shown,), shown=(view,), views=(known,)),
         Detections(boxes * torch.tensor([size[0] / width, size[1] / height] * 2), labels, scores, size, names),
         kept.tolist(),
         boxes,

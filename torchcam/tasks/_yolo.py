@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -39,7 +38,7 @@ def is_detector(model: nn.Module) -> bool:
     return any(base.__module__ == "ultralytics.engine.model" for base in type(model).__mro__)
 
 
-def find(wrapper: Any, given: Any, picture: Image.Image, threshold: float | None, **_others: Any) -> Found:
+def find(wrapper: Any, given: Any, picture: Image.Image, threshold: float | None, _options: Any) -> Found:
     """Ask a wrapper about a picture: it predicts as it does for its user, and the model inside is what is explained."""
     model = wrapper.model
     if not isinstance(model, nn.Module):
@@ -88,21 +87,14 @@ def _predicted(wrapper: Any, source: Any, threshold: float | None) -> tuple[Any,
     asked = {name: getattr(last, name) for name in _ASKED if hasattr(last, name)}
     if threshold is not None:
         asked["conf"] = threshold
-    with _threads_kept():
+    threads = torch.get_num_threads()
+    try:
         (result,) = twin.predict(source, verbose=False, save=False, show=False, stream=False, **asked)
         prepared = twin.predictor.preprocess([result.orig_img])
-    return result, prepared, bool(getattr(twin.predictor, "scale_fill", False))
-
-
-@contextmanager
-def _threads_kept() -> Iterator[None]:
-    """Restore the number of threads, which the library sets for a CPU."""
-    count = torch.get_num_threads()
-    try:
-        yield
     finally:
-        if torch.get_num_threads() != count:
-            torch.set_num_threads(count)
+        if torch.get_num_threads() != threads:  # the library sets their number for a CPU
+            torch.set_num_threads(threads)
+    return result, prepared, bool(getattr(twin.predictor, "scale_fill", False))
 
 
 def _letterbox(size: tuple[int, int], seen: tuple[int, int]) -> View:
@@ -126,8 +118,7 @@ def _rows_of(read: Rows, found: Detections, view: View, seen: tuple[int, int]) -
 
     if read.labels is not None and read.boxes is not None:  # RT-DETR: shares of the picture, a row for each class
         places = read.boxes.float().cpu()
-        shares = torch.zeros(len(places), int(read.labels.amax()) + 1)
-        shares[torch.arange(len(places)), read.labels.cpu()] = read.scores[:, 0].float().cpu().sigmoid()
+        shares = F.one_hot(read.labels.cpu()) * read.scores.float().cpu().sigmoid()
         rows = match_rows(places * torch.tensor(2 * seen), shares, *wanted)
         return rows, places[rows]
     shares = read.scores.float().cpu().sigmoid()
@@ -135,8 +126,7 @@ def _rows_of(read: Rows, found: Detections, view: View, seen: tuple[int, int]) -
         return match_rows(cut(read.boxes), shares, *wanted), None
     assert read.ranked is not None  # noqa: S101 - for the type checker: one of both is there
     ranked = read.ranked.float().cpu()
-    best = torch.zeros(len(ranked), shares.shape[1])
-    best[torch.arange(len(ranked)), ranked[:, 5].long()] = ranked[:, 4]
+    best = F.one_hot(ranked[:, 5].long(), shares.shape[1]) * ranked[:, 4:5]
     among = match_rows(cut(ranked[:, :4]), best, *wanted)
     chosen: list[int] = []
     for place, label in zip(among, labels.tolist(), strict=True):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from importlib import import_module
 from types import MappingProxyType
 from typing import Any, Literal, overload
 
@@ -16,7 +17,7 @@ from torchcam._inputs import as_rgb, read_picture
 from torchcam._numbers import versions
 from torchcam._replica import freeze, random_states_kept, replicated
 from torchcam.layout import Cells
-from torchcam.methods._gradients import with_graph
+from torchcam.methods._running import with_graph
 from torchcam.targets import token_scores
 
 from ._answer import AnswerExplanation
@@ -120,8 +121,9 @@ def explain_answer(
         raise ValueError(f"`answer` is given, so nothing is generated: leave out {', '.join(generation)}")
     is_batch = isinstance(prompt, (list, tuple)) and not all(isinstance(item, dict) for item in prompt)
     prompts = list(prompt) if is_batch else [prompt]
-    pictures = _pictures(images, len(prompts) if is_batch else None)
-    given = None if answer is None else _given(processor, answer, len(prompts) if is_batch else None)
+    count = len(prompts) if is_batch else None
+    pictures = _pictures(_per_prompt("images", images, count))
+    given = None if answer is None else _given(processor, _per_prompt("answer", answer, count))
 
     with random_states_kept(), with_graph(), replicated(model) as replica:
         freeze(replica)
@@ -145,10 +147,10 @@ def explain_answer(
         if cells is None:
             places = find_cells(replica, processor, inputs, pictures, counts)
         else:
-            places = _given_cells(cells, pictures, counts, is_batch)
+            places = _given_cells(_per_prompt("cells", cells, count), pictures, counts)
         scores = token_scores(logits, answers.ids, other, score == "logprob")  # (B, K)
-        weights = _weights(choices, scores)  # (B, G, K)
-        explained = (weights * scores.unsqueeze(1)).sum(-1)  # (B, G)
+        sums = [torch.stack([row[[*group]].sum() for group in own]) for row, own in zip(scores, choices, strict=True)]
+        explained = nn.utils.rnn.pad_sequence(sums, batch_first=True)  # (B, G)
         maps = streams.relevance(explained.sum(0))  # (G, V): the samples do not depend on each other
         probabilities = token_scores(logits.detach(), answers.ids, None, is_log=True).exp()
     if not bool(maps.isfinite().all()):
@@ -158,6 +160,7 @@ def explain_answer(
             stacklevel=2,
         )
     parts = torch.split(maps, counts, 1)
+    made_by = MappingProxyType({**versions(), "transformers": import_module("transformers").__version__})
     found = [
         AnswerExplanation(
             prompt=texts[b],
@@ -173,31 +176,33 @@ def explain_answer(
             model=f"{type(model).__module__}.{type(model).__name__}",
             question=_question(processor, score, other, against),
             unbalanced=tuple(sorted(streams.unbalanced)),
-            versions=_versions(),
+            versions=made_by,
         )
         for b in range(len(prompts))
     ]
     return found if is_batch else found[0]
 
 
-def _pictures(images: Any, prompts: int | None) -> list[list[Image.Image]]:
-    """Return the pictures of each prompt; None for one prompt without a list around it."""
+def _per_prompt(argument: str, given: Any, prompts: int | None) -> list[Any]:
+    """Return what is given for each prompt; None for one prompt without a list around it."""
     if prompts is None:
-        images = [images]
-    elif not isinstance(images, (list, tuple)) or len(images) != prompts:
-        found = len(images) if isinstance(images, (list, tuple)) else type(images).__name__
-        raise ValueError(f"`images` must hold an entry for each of the {prompts} prompts, got {found}")
+        return [given]
+    if not isinstance(given, (list, tuple)) or len(given) != prompts:
+        found = len(given) if isinstance(given, (list, tuple)) else type(given).__name__
+        raise ValueError(f"`{argument}` must be a list with an entry for each of the {prompts} prompts, got {found}")
+    return list(given)
+
+
+def _pictures(images: Sequence[Any]) -> list[list[Image.Image]]:
+    """Return the pictures of each prompt."""
     entries = [list(one) if isinstance(one, (list, tuple)) else [one] for one in images]
     if not all(entries):
         raise ValueError("`images` is empty: there is nothing to explain an answer by")
     return [[as_rgb(read_picture(one)) for one in entry] for entry in entries]
 
 
-def _given(processor: Any, answer: Any, prompts: int | None) -> list[list[int]]:
+def _given(processor: Any, answers: Sequence[Any]) -> list[list[int]]:
     """Return the token ids of given answers."""
-    answers = [answer] if prompts is None else list(answer) if isinstance(answer, (list, tuple)) else []
-    if len(answers) != (prompts or 1):
-        raise ValueError(f"`answer` must be a list with an answer for each of the {prompts} prompts, got {answer!r}")
     found = []
     for one in answers:
         ids = processor.tokenizer(one, add_special_tokens=False)["input_ids"] if isinstance(one, str) else one
@@ -226,30 +231,17 @@ def _grown_positions(positions: Any, ids: Tensor, more: int) -> Tensor | None:
 
 
 def _given_cells(
-    cells: Any, pictures: Sequence[Sequence[Image.Image]], counts: Sequence[int], is_batch: bool
+    cells: Sequence[Any], pictures: Sequence[Sequence[Image.Image]], counts: Sequence[int]
 ) -> list[tuple[Cells, ...]]:
     """Return the given cells of each picture of each prompt."""
-    entries = list(cells) if is_batch and isinstance(cells, (list, tuple)) else [cells]
-    found = [tuple(one) if isinstance(one, (list, tuple)) else (one,) for one in entries]
-    for number, (own, images, count) in enumerate(zip(found, pictures, counts, strict=False)):
+    found = [tuple(one) if isinstance(one, (list, tuple)) else (one,) for one in cells]
+    for number, (own, images, count) in enumerate(zip(found, pictures, counts, strict=True)):
         if len(own) != len(images) or not all(isinstance(one, Cells) for one in own):
             raise ValueError(f"`cells` must hold a `Cells` for each of the {len(images)} pictures of prompt {number}")
         places = sum(len(one.boxes) for one in own)
         if places != count:
             raise ValueError(f"`cells` has {places} places for the {count} visual tokens of prompt {number}")
-    if len(found) != len(pictures):
-        raise ValueError(f"`cells` must hold an entry for each of the {len(pictures)} prompts, got {len(found)}")
     return found
-
-
-def _weights(choices: Sequence[Sequence[Sequence[int]]], scores: Tensor) -> Tensor:
-    """Return which tokens count for each map of each sample, (B, G, K)."""
-    most = max(map(len, choices))
-    weights = torch.zeros(len(scores), most, scores.shape[1], dtype=scores.dtype)
-    for sample, choice in enumerate(choices):
-        for number, group in enumerate(choice):
-            weights[sample, number, list(group)] = 1
-    return weights.to(scores.device)
 
 
 def _question(processor: Any, score: str, other: Any, against: Any) -> str:
@@ -260,9 +252,3 @@ def _question(processor: Any, score: str, other: Any, against: Any) -> str:
     if other == "others":
         return f"{what} less the mean of all others'"
     return f"{what} less that of {processor.tokenizer.decode([other])!r}"
-
-
-def _versions() -> Mapping[str, str]:
-    from transformers import __version__ as of_transformers
-
-    return MappingProxyType({**versions(), "transformers": of_transformers})

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from torchcam._checks import finite_number
 from torchcam._detections import Detections
-from torchcam._inputs import Inputs, as_rgb, read_picture
+from torchcam._inputs import as_rgb, read_picture
 from torchcam._passes import Call
 from torchcam._replica import replicated
 from torchcam.layers import candidates_of, dependence, watch
@@ -22,28 +22,9 @@ from torchcam.targets import Box, Selector
 from . import _detr, _torchvision, _yolo
 from ._found import Found
 
-__all__ = ["Boxes", "as_boxes", "is_detector"]
+__all__ = ["as_boxes", "is_detector"]
 
 _LIBRARIES = (_yolo, _detr, _torchvision)
-
-
-@dataclass(frozen=True)
-class Boxes:
-    """Which boxes of a picture are explained, and how.
-
-    Attributes:
-        model: the model to explain
-        inputs: its inputs, with the original picture
-        targets: the target of each box that is asked about, by its name
-        detections: all boxes that were found
-        layer: the layer that is explained by default
-    """
-
-    model: nn.Module
-    inputs: Inputs
-    targets: Mapping[str, Box]
-    detections: Detections
-    layer: str | None
 
 
 def is_detector(model: Any) -> bool:
@@ -56,12 +37,11 @@ def as_boxes(
     given: Any,
     box: Any,
     *,
-    processor: Any = None,
-    threshold: float | None = None,
-    class_names: Sequence[str] | None = None,
-    needs_layer: bool = True,
+    threshold: float | None,
+    class_names: Sequence[str] | None,
+    needs_layer: bool,
     **options: Any,
-) -> Boxes:
+) -> Found:
     """Ask a detector about a picture, and find the rows of its output behind the boxes that are asked about.
 
     Args:
@@ -69,11 +49,10 @@ def as_boxes(
         given: the picture: a path, a PIL image or an array; for torchvision also a tensor (1, C, H, W)
         box: the number of a box, a :class:`torchcam.targets.Box` with it, ``"all"``, or a list of them; by default the
             one with the highest score
-        processor: of transformers, what makes inputs of pictures and boxes of outputs
         threshold: the least score of a box, by default the detector's own
         class_names: the names of the classes, by default those that the detector knows
         needs_layer: whether the default layer is looked for
-        options: how inputs are read: ``transform`` and ``weights``
+        options: how inputs are read: ``transform``, ``weights`` and, of transformers, ``processor``
 
     Raises:
         TypeError: if the model is no detector, or an argument has the wrong type
@@ -93,16 +72,16 @@ def as_boxes(
         raise ValueError(f"`input_tensor` must be one image, (1, C, H, W), for `box`, got shape {tuple(given.shape)}")
     if isinstance(given, Tensor) and library is not _torchvision:
         raise TypeError("`input_tensor` must be an image for `box`, a path, a PIL image or an array, got a tensor")
-    if processor is not None and library is not _detr:
+    if options["processor"] is not None and library is not _detr:
         raise ValueError(f"`processor` is for transformers: {type(model).__name__} makes boxes by itself")
-    found = library.find(model, given, picture, threshold, processor=processor, **options)
+    found: Found = library.find(model, given, picture, threshold, options)
     asked = _asked(box, found.detections)
     names = found.detections.class_names if class_names is None else MappingProxyType(dict(enumerate(class_names)))
     targets = {_name(one): _target(found, one) for one in asked}
     explained = MappingProxyType({_name(one): one.index for one in asked})
     detections = replace(found.detections, class_names=names, explained=explained)
     layer = _layer(found, list(targets.values())) if needs_layer else None
-    return Boxes(found.model, found.inputs, MappingProxyType(targets), detections, layer)
+    return replace(found, detections=detections, targets=MappingProxyType(targets), layer=layer)
 
 
 def _asked(box: Any, found: Detections) -> list[Box]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ from torchcam._passes import model_device
 from torchcam._replica import replicated
 from torchcam._tensors import map_tensors
 
-from ._patches import PatchTransform, as_patches, from_patches, takes_patches
+from ._patches import PatchTransform, as_patches, from_patches
 
 __all__ = ["Texts", "ZeroShotClassifier", "as_images", "as_texts", "own_scores"]
 
@@ -74,7 +75,8 @@ class Texts:
         embeddings: their embeddings of length 1, (texts, D)
         scale: the factor of the similarities
         bias: what is added to them
-        has_bias: whether the model has been trained with it, on each pair of image and text by itself
+        to_probabilities: the sigmoid for models that judge each text by itself, as those with a bias do; None for a
+            softmax
         against_others: whether the score of a text is explained less the mean of the others
         text_only: the names of the model's children that read texts
     """
@@ -83,14 +85,9 @@ class Texts:
     embeddings: Tensor
     scale: Tensor
     bias: Tensor
-    has_bias: bool
+    to_probabilities: Callable[[Tensor], Tensor] | None
     against_others: bool
     text_only: frozenset[str]
-
-    @property
-    def to_probabilities(self) -> Callable[[Tensor], Tensor] | None:
-        """The sigmoid for models that judge each text by itself; None for a softmax."""
-        return torch.sigmoid if self.has_bias else None
 
     def classifier(self, model: nn.Module) -> ZeroShotClassifier:
         """Return the model as a classifier of the texts; it shares the model's modules."""
@@ -181,7 +178,7 @@ def as_texts(
         F.normalize(embeddings, dim=-1),
         scale.detach().exp(),
         torch.zeros_like(scale) if bias is None else bias.detach().clone(),
-        bias is not None,
+        None if bias is None else torch.sigmoid,
         against is not None,
         text_only,
     )
@@ -229,7 +226,8 @@ def _holder(model: nn.Module) -> nn.Module:
 def _patch_size(model: nn.Module) -> int | None:
     """Return the size of the patches that a model takes in place of an image, None for an image."""
     config: Any = getattr(model, "config", None)
-    return int(config.vision_config.patch_size) if takes_patches(_tower(model)[0]) else None
+    takes_patches = "spatial_shapes" in inspect.signature(_tower(model)[0]).parameters
+    return int(config.vision_config.patch_size) if takes_patches else None
 
 
 def _features(output: Any) -> Tensor:

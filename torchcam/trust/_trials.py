@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partialmethod
 from typing import Any
 
@@ -141,27 +140,26 @@ def trust(
         arguments = {**usual.method_kwargs, **recipe.options}
         recipes.append(Recipe(name, _with_options(recipe.method, options), usual.target_layer, arguments, options))
 
-    question = _Question(model, image, class_idx, targets, to_probabilities, batch_size)
-    if class_names is not None and question.num_classes not in {None, len(class_names)}:
+    trials = _Trials(model, image, class_idx, targets, to_probabilities, batch_size)
+    if class_names is not None and trials.num_classes not in {None, len(class_names)}:
         raise ValueError(
-            f"`class_names` has {len(class_names)} names, but the model gives scores of {question.num_classes} classes"
+            f"`class_names` has {len(class_names)} names, but the model gives scores of {trials.num_classes} classes"
         )
-    trials = _Trials(question)
     checks, cams = trials.judge(recipes)
     items = []
     for sample, cam in enumerate(cams):
-        index = None if question.classes is None else question.classes[sample]
+        index = None if trials.classes is None else trials.classes[sample]
         mask = None if masks is None else masks[sample : sample + 1]
         items.append(
             PredictionTrust(
                 class_idx=index,
                 class_name=None if class_names is None or index is None else class_names[index],
-                probability=float(question.values[sample, 0]),
+                probability=float(trials.values[sample, 0]),
                 checks=tuple(checks[sample]),
                 remarks=tuple(_remarks(cam, mask, image[sample : sample + 1])),
                 cam=cam.cpu(),
                 picture=_picture(image[sample]) if images is None else images[sample],
-                target=_target_name(question.select.targets[sample]) if question.is_score else None,
+                target=_target_name(trials.select.targets[sample]) if trials.is_score else None,
                 completeness=trials.completeness[sample],
             )
         )
@@ -172,12 +170,12 @@ def trust(
         type(model).__name__,
         [recipe.name for recipe in recipes[1:]],
         [remark] if remark else [],
-        question.num_passes,
+        trials.num_passes,
     )
 
 
-class _Question:
-    """What is asked about each input, and how a model answers it.
+class _Trials:
+    """What is asked about each input, how a model answers it, and the trials of the maps.
 
     Attributes:
         model: the model, of which replicas run
@@ -188,6 +186,8 @@ class _Question:
         num_classes: the number of classes; None where targets are asked about
         values: what is asked about the inputs, (N, 1) or with the next best class (N, 2), float64
         num_passes: the number of inputs that the model was run on
+        judged: the method of the maps that are judged, as it prints
+        completeness: of each sample, once it is diagnosed, the share of the score at each layer of the map
     """
 
     def __init__(
@@ -202,6 +202,8 @@ class _Question:
         self.model, self.image = model, image
         self.to_probabilities = to_probabilities
         self.num_passes = 0
+        self.judged = ""
+        self.completeness: list[dict[str, float]] = []
         self.is_score = targets is not None
         self.classes: list[int] | None = None
         self.num_classes: int | None = None
@@ -278,21 +280,6 @@ class _Question:
         self.num_passes += count
         return torch.cat(parts).clone()
 
-
-@dataclass
-class _Trials:
-    """The trials of the maps of some predictions of a model.
-
-    Attributes:
-        question: what is asked
-        judged: the method of the maps that are judged, as it prints
-        completeness: of each sample, once it is diagnosed, the share of the score at each layer of the map
-    """
-
-    question: _Question
-    judged: str = ""
-    completeness: list[dict[str, float]] = field(default_factory=list)
-
     def judge(self, recipes: Sequence[Recipe]) -> tuple[list[list[Check]], Tensor]:
         """Try out the maps of a method.
 
@@ -302,7 +289,6 @@ class _Trials:
         Returns:
             the checks of each sample, and the maps (N, *grid)
         """
-        question = self.question
         diagnoses: list[Check] = []
 
         def diagnose(extractor: Any, size: int, asked: dict[str, Any]) -> None:
@@ -327,15 +313,15 @@ class _Trials:
         if len(samples):
             parts[samples] = torch.minimum(lowest[samples], left.amin(1))
         for sample, rest in enumerate(parts.tolist()):
-            value, is_part = float(question.values[sample, 0]), rest < float(lowest[sample])
-            checks[sample].append(verdicts.check_evidence(value, rest, is_part=is_part, is_score=question.is_score))
+            value, is_part = float(self.values[sample, 0]), rest < float(lowest[sample])
+            checks[sample].append(verdicts.check_evidence(value, rest, is_part=is_part, is_score=self.is_score))
         undecided = [number for number, n in enumerate(samples.tolist()) if checks[n][1].outcome != "failed"]
         samples, left = samples[undecided], left[undecided]
         if not undecided:
             return checks, cams
-        whole = question.strength(question.values[samples, 0])
-        falls = whole.unsqueeze(1) - question.strength(left)
-        largest = falls.amax(1) / (whole - question.strength(parts[samples]))
+        whole = self.strength(self.values[samples, 0])
+        falls = whole.unsqueeze(1) - self.strength(left)
+        largest = falls.amax(1) / (whole - self.strength(parts[samples]))
         found = self._foretold(cams[samples], falls)
         for row, check in enumerate(self._region(cams[samples], baseline[samples], samples)):
             removal = verdicts.check_removal(float(found[row]), float(largest[row]), falls.shape[1])
@@ -349,12 +335,11 @@ class _Trials:
 
     def _maps(self, recipe: Recipe, diagnose: Callable[[Any, int, dict[str, Any]], None] | None = None) -> Tensor:
         """Return the maps of a method, (N, *grid); ``diagnose`` gets the extractor after each pass."""
-        question, maps = self.question, []
-        model, image, select = question.model, question.image, question.select
+        maps, model, image, select = [], self.model, self.image, self.select
         shape = tuple(image.shape[1:])
-        scores = (Call((image[:1],), {}), select.of(question.samples[:1])) if question.is_score else None
+        scores = (Call((image[:1],), {}), select.of(self.samples[:1])) if self.is_score else None
         with replicated(model) as replica, extractors_on(replica, model, [recipe], shape, scores) as (extractor,):
-            for rows in question.batches:
+            for rows in self.batches:
                 with explaining(extractor, None) as own:
                     output = run_to_explain(own, image[rows])
                     asked = select.arguments(output, rows)
@@ -366,17 +351,17 @@ class _Trials:
 
     def _without_content(self) -> tuple[Tensor, Tensor]:
         """Remove the content of each input in three ways: the lowest score, (N,), and the input that has it."""
-        image = self.question.image
+        image = self.image
         means = [image.mean(tuple(range(first, image.ndim)), keepdim=True) for first in (2, 1)]
         without = torch.stack([blurred_out(image), *(mean.expand_as(image) for mean in means)])  # (3, N, C, *spatial)
-        samples = self.question.samples
-        asked = self.question.ask(without.flatten(0, 1), samples.repeat(3))[:, 0].reshape(3, len(image))
+        samples = self.samples
+        asked = self.ask(without.flatten(0, 1), samples.repeat(3))[:, 0].reshape(3, len(image))
         lowest, strongest = asked.min(0)
         return lowest, without[strongest, samples]
 
     def _without_windows(self, baseline: Tensor, samples: Tensor) -> Tensor:
         """Remove one window after the other: the scores of each of the samples, (n, V)."""
-        image = self.question.image
+        image = self.image
         axes = _windows(image.shape[2:], image.device)
         counts = [len(axis) for axis in axes]
         num = math.prod(counts)
@@ -390,11 +375,11 @@ class _Trials:
                 hidden = hidden & axis[place].reshape(len(rows), 1, *side)
             return torch.where(hidden, baseline[owners[rows]], image[owners[rows]])
 
-        return self.question.ask(without, owners)[:, 0].reshape(-1, num)
+        return self.ask(without, owners)[:, 0].reshape(-1, num)
 
     def _foretold(self, cams: Tensor, falls: Tensor) -> Tensor:
         """Correlate the means of maps (n, *grid) in the windows with the falls of the score, (n,)."""
-        spatial = self.question.image.shape[2:]
+        spatial = self.image.shape[2:]
         means = resize(cams.unsqueeze(1), spatial).squeeze(1).double()
         for axis in _windows(spatial, cams.device):  # the first spatial axis goes, and comes back as the last
             weights = axis.double() / axis.sum(1, keepdim=True)
@@ -403,13 +388,13 @@ class _Trials:
 
     def _region(self, cams: Tensor, baseline: Tensor, samples: Tensor) -> list[Check]:
         """Show only what the maps (n, *grid) rank highest, on the inputs without content."""
-        question, image = self.question, self.question.image[samples]
-        if question.values.shape[1] < 2:
+        image = self.image[samples]
+        if self.values.shape[1] < 2:
             return [verdicts.NO_RIVAL] * len(samples)
         ranks = descending_ranks(resize(cams.unsqueeze(1), image.shape[2:]).squeeze(1))  # (n, positions)
         shown = (ranks < math.ceil(REGION * ranks.shape[1])).reshape(len(image), 1, *image.shape[2:])
-        values = question.ask(torch.where(shown, image, baseline), samples)
-        strength = question.strength(values)
+        values = self.ask(torch.where(shown, image, baseline), samples)
+        strength = self.strength(values)
         odds = (strength[:, 0] - strength[:, 1]).tolist()
         pairs = zip(values.tolist(), odds, strict=True)
         return [verdicts.check_region(asked, rival, odd) for (asked, rival), odd in pairs]

@@ -142,7 +142,7 @@ class ExtractorView:
 
     def with_graph(self, output: Any) -> Any:
         """Return an output of the recorded pass with its graph."""
-        return self._cam._attached(Request(self._recorded, scores=output))
+        return Request(self._recorded, scores=output).attached()
 
     def raw_maps(self, question: dict[str, Any], select: Selector | None, output: Any) -> RawMaps:
         """Compute the maps of all layers before ReLU, scaling and fusion."""
