@@ -61,7 +61,7 @@ Architectures that repeat their blocks were built with few of them, and narrow; 
 
 One thing to know of ONNX Runtime: a `ScatterND` that adds runs on several threads and loses what two of them add to the
 same place ([its issue 18048](https://github.com/microsoft/onnxruntime/issues/18048)). The gradient of DeepLab's
-resizing held such nodes: in 28 of 300 runs maps were wrong by 0.04 to 0.14, in the others by less than 1e-6. Resizing
+resizing held such nodes: in 28 of 300 runs maps were wrong by 0.04 to 0.14, in the others by less than 1e-5. Resizing
 is now a product with matrices, and other sums over indices are `ScatterElements`, which adds in order.
 """
 
