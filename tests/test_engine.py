@@ -127,7 +127,8 @@ def test_a_head_that_runs_alone_gives_what_the_model_gives(
     method: Any, net: str, batch_size: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make, layer, alone = ALONE[net]
-    model, x = make().double().to(device).eval(), images(device, side=32).double()
+    x = images(device, side=32 if make is resnet else 16).double()
+    model = make().double().to(device).eval()
     used: list[Any] = []
     scorer = _replay.Replay._scorer
 

@@ -22,7 +22,7 @@ from torchcam._tensors import min_max
 from torchcam.demo import load_model, sample_images
 from torchcam.export import Exported, _shortcuts, export
 from torchcam.export._exported import EXPORTABLE
-from torchcam.export._operations import RULES
+from torchcam.export._operations import RULES, Rewritten
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -188,6 +188,30 @@ class TestMaps:
             exported(IMAGES, 5)
         with pytest.raises(ValueError, match="`classes` is missing"):
             exported(IMAGES)
+
+    def test_output_that_a_hook_hands_on(self) -> None:
+        """As models of transformers do: their decoders read what hooks have collected, set up in the first call."""
+        seen: list[Tensor] = []
+
+        class Collecting(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.first, self.second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+                self.head = nn.Linear(4, 5)
+                self.collects = False
+
+            def forward(self, x: Tensor) -> Tensor:
+                if not self.collects:
+                    self.first.register_forward_hook(lambda _layer, _args, output: seen.append(output))
+                    self.collects = True
+                seen.clear()
+                deep = self.second(self.first(x).tanh())
+                return self.head((deep + seen[0]).square().mean((2, 3)))
+
+        model = shuffled(Collecting())
+        exported = export(model, "LayerCAM", "first", example=IMAGES[:1])
+        wanted = expected(model, "LayerCAM", "first", IMAGES, CLASSES)
+        torch.testing.assert_close(exported(IMAGES, CLASSES)[1], wanted, rtol=0, atol=2e-5)
 
     def test_users_own_method(self) -> None:
         class SignCAM(methods.gradient._GradientCAM):
@@ -497,12 +521,15 @@ class TestOperations:
             (resized("bilinear", size=(9, 5)), (2, 3, 4, 7)),
             (resized("bilinear", size=(9, 1), align_corners=True), (2, 3, 4, 7)),
             (resized("bilinear", scale_factor=1.7), (2, 3, 4, 7)),
+            (resized("bilinear", scale_factor=1.7, recompute_scale_factor=True), (2, 3, 4, 7)),
             (resized("linear", scale_factor=0.4), (2, 3, 17)),
             (resized("trilinear", size=(3, 9, 5)), (2, 3, 4, 4, 4)),
             (resized("nearest", size=(9, 5)), (2, 3, 4, 7)),
             (resized("nearest", scale_factor=2), (2, 3, 4, 7)),
             (resized("nearest-exact", size=(9, 5)), (2, 3, 4, 7)),
             (lambda x: x.gather(1, torch.tensor([[0, 0, 2], [1, 1, 1]])), (2, 3)),
+            (lambda x: x[:, [[0, -1], [2, 2]], :, [[1], [0]]], (2, 3, 4, 2)),
+            (lambda x: x[:, [0, -1, 2, 2]], (2, 3, 4)),
         ],
     )
     def test_backward(self, function: Any, shape: tuple[int, ...]) -> None:
@@ -517,10 +544,29 @@ class TestOperations:
             with torch.enable_grad():
                 return torch.autograd.grad(function(x), x, gradient)[0]
 
-        graph = make_fx(backward, decomposition_table=RULES)(x, gradient)
+        with Rewritten():
+            graph = make_fx(backward, decomposition_table=RULES)(x, gradient)
+            rewritten = function(x.clone().requires_grad_())
+        torch.testing.assert_close(rewritten, function(x), rtol=1e-12, atol=1e-12)
         left = [str(node.target) for node in graph.graph.nodes if "backward" in str(node.target)]
         assert not left
         torch.testing.assert_close(graph(x, gradient), backward(x, gradient), rtol=1e-12, atol=1e-12)
+
+    def test_sizes_that_are_not_known(self, tmp_path: Path) -> None:
+        """Strides that skip positions become ranges of sizes that ONNX does not infer: they have no name in common."""
+
+        class Skipping(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.features, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, 5)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.head(self.features(x)[..., ::2, ::2].square()[..., ::2, ::2].mean((2, 3)))
+
+        model = shuffled(Skipping())
+        file = export(model, "LayerCAM", "features", example=IMAGES[:1]).save(tmp_path / "model.onnx")
+        _, cam = run(file, IMAGES, CLASSES)
+        torch.testing.assert_close(cam, expected(model, "LayerCAM", "features", IMAGES, CLASSES), rtol=0, atol=2e-5)
 
     def test_sums_in_float16(self) -> None:
         rule = RULES[aten.scatter_add.default]
@@ -554,6 +600,26 @@ class TestOperations:
         exported = export(model, "GradCAM", "0", example=IMAGES[:1])
         wanted = expected(model, "GradCAM", "0", IMAGES, CLASSES)
         torch.testing.assert_close(exported(IMAGES, CLASSES)[1], wanted, rtol=0, atol=2e-5)
+
+    def test_resized_logits(self, tmp_path: Path) -> None:
+        """ONNX Runtime adds on several threads what has the same index: gradients must not be sums of that kind."""
+        import onnx
+
+        class Segmenter(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.features = nn.Conv2d(3, 4, 3, stride=2, padding=1)
+                self.head = nn.Conv2d(4, 5, 1)
+
+            def forward(self, x: Tensor) -> Tensor:
+                features = self.features(x)[:, [0, 3, 1, 1]]
+                return F.interpolate(self.head(features), size=x.shape[2:], mode="bilinear")
+
+        model = shuffled(Segmenter())
+        file = export(model, "LayerCAM", "features", example=IMAGES[:1]).save(tmp_path / "model.onnx")
+        _, cam = run(file, IMAGES, CLASSES)
+        torch.testing.assert_close(cam, expected(model, "LayerCAM", "features", IMAGES, CLASSES), rtol=0, atol=2e-5)
+        assert not [node for node in onnx.load(file).graph.node if node.op_type == "ScatterND"]
 
     @pytest.mark.parametrize("join", ["cat", "add"])
     def test_connections_around_the_middle(self, join: str, tmp_path: Path) -> None:

@@ -28,8 +28,8 @@ from torchcam.targets import as_class_indices
 from ._browser import write_page
 from ._formats import Run, write_files, write_onnx, write_package, write_program
 from ._preprocessing import read_preprocessing
-from ._proof import Case, Question, check, make_cases
-from ._trace import ExplainedModel, check_torch, trace
+from ._proof import Case, check, make_cases
+from ._trace import ExplainedModel, Question, check_torch, trace
 
 __all__ = ["EXPORTABLE", "Exported", "export"]
 
@@ -235,9 +235,7 @@ def export(
             for one in _bases(extractor):
                 one._default = None  # the layer was chosen, and looked at, in the proof's passes
             breaks = not bool(is_finite(cases[2].cam)[-1])
-            explained = ExplainedModel(
-                extractor, layouts, options=options, relu=kept, normalized=normalized, checks_input=breaks
-            )
+            explained = ExplainedModel(question, layouts, checks_input=breaks)
             images = example[:1].expand(2, *example.shape[1:]) if dynamic_batch else example
             with quietly():
                 program = trace(

@@ -105,7 +105,7 @@ def _name_sizes(model: onnx_ir.Model) -> None:
     values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
     for value in values:
         for axis, size in enumerate(value.shape or ()):
-            if not isinstance(size, int):
+            if not isinstance(size, int) and size.value is not None:  # sizes that are not known stay apart
                 value.shape[axis] = re.sub(r"\w+", lambda match: names.get(match[0], match[0]), str(size))  # type: ignore[index]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from functools import cache
+from functools import cache, partial
 from types import FunctionType
 from typing import Any
 
@@ -76,27 +76,66 @@ def _attention(
     scale: float | None = None,
     **options: Any,
 ) -> Any:
-    """Where nothing is masked, no row of scores is empty: torch looks for such rows, which takes half as long again."""
+    """Where nothing is masked, no row of scores is empty: torch looks for such rows, in all layers."""
     if attn_mask is not None or dropout_p or is_causal or options:
         return func(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **options)
     scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-2, -1)
     return torch.softmax(scores, -1) @ value
 
 
-def _silu(_func: Any, input: Tensor, inplace: bool = False) -> Tensor:  # noqa: A002 - torch's name
-    """The backward operation of the whole is not decomposed, whatever rule there is; those of its parts are."""
+def _activation(func: Any, input: Tensor, inplace: bool = False) -> Tensor:  # noqa: A002 - torch's name
+    """In place it is traced through thousands of sizes; of SiLU, only what its parts have is a backward operation."""
     source = input.clone() if inplace else input
-    activated = source * torch.sigmoid(source)
+    activated: Tensor = source * torch.sigmoid(source) if func.__name__ == "silu" else func(source)
     return input.copy_(activated) if inplace else activated
 
 
+def _interpolate(
+    func: Any,
+    input: Tensor,  # noqa: A002 - torch's name
+    size: Any = None,
+    scale_factor: Any = None,
+    mode: str = "nearest",
+    align_corners: bool | None = None,
+    recompute_scale_factor: bool | None = None,
+    antialias: bool = False,
+) -> Tensor:
+    """Torch takes each position of the output from the input by its index; what a matrix makes has a backward pass."""
+    resized: Tensor = func(input, size, scale_factor, mode, align_corners, recompute_scale_factor, antialias)
+    if mode not in _RESIZES or antialias or not input.requires_grad:
+        return resized
+    center = 0.0 if align_corners or mode == "nearest" else 0.5
+    factors = scale_factor if isinstance(scale_factor, Sequence) else [scale_factor] * (input.ndim - 2)
+    positions = partial(torch.arange, dtype=torch.promote_types(input.dtype, torch.float32), device=input.device)
+    matrices = []
+    for inputs, outputs, factor in zip(input.shape[2:], resized.shape[2:], factors, strict=True):
+        step = inputs / outputs if factor is None or recompute_scale_factor else 1 / factor
+        if align_corners:
+            step = (inputs - 1) / max(outputs - 1, 1)
+        place = (positions(outputs) + center) * step
+        place = (place.floor() if "nearest" in mode else place - center).clamp(0, inputs - 1)
+        matrices.append((1 - (place - positions(inputs).unsqueeze(1)).abs()).relu())
+    return _multiplied(input, matrices)
+
+
+def _multiplied(tensor: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+    """Multiply each of the last axes of a tensor by a matrix."""
+    for axis, matrix in enumerate(matrices, -len(matrices)):
+        tensor = (tensor.movedim(axis, -1) @ matrix.to(tensor.dtype)).movedim(-1, axis)
+    return tensor
+
+
+_RESIZES = {"nearest", "nearest-exact", "linear", "bilinear", "trilinear"}
 _REWRITES: dict[str, Callable[..., Any]] = {
     "adaptive_avg_pool1d": _pool_to,
     "adaptive_avg_pool2d": _pool_to,
     "adaptive_avg_pool3d": _pool_to,
+    "hardsigmoid": _activation,
+    "hardswish": _activation,
+    "interpolate": _interpolate,
     "linear": _linear,
     "scaled_dot_product_attention": _attention,
-    "silu": _silu,
+    "silu": _activation,
 }
 
 
@@ -162,13 +201,6 @@ def _scatter_add(target: Tensor, dimension: int, index: Tensor, source: Tensor) 
     return aten.scatter_add(target.float(), dimension, index, source.float()).to(target.dtype)
 
 
-def _transposed(gradient: Tensor, matrices: Sequence[Tensor]) -> Tensor:
-    """Multiply each of the last axes of a gradient (..., outputs) by the transpose of a matrix (outputs, inputs)."""
-    for axis, matrix in enumerate(matrices, -len(matrices)):
-        gradient = (gradient.movedim(axis, -1) @ matrix).movedim(-1, axis)
-    return gradient
-
-
 def _positions(count: int, like: Tensor) -> Tensor:
     return torch.arange(count, device=like.device)
 
@@ -183,7 +215,7 @@ def _adaptive_pool_backward(gradient: Tensor, source: Tensor) -> Tensor:
         return inside / (end - start).to(gradient.dtype)
 
     sides = zip(source.shape[-dimensions:], gradient.shape[-dimensions:], strict=True)
-    return _transposed(gradient, [means(inputs, outputs) for inputs, outputs in sides])
+    return _multiplied(gradient, [means(inputs, outputs) for inputs, outputs in sides])
 
 
 def _average_pool_backward(
@@ -208,37 +240,16 @@ def _average_pool_backward(
             ends = torch.clamp(start + size, max=inputs + margin) - start if counts_padding else inside.sum(1)
             inside = inside / ends.to(gradient.dtype).unsqueeze(1)
         matrices.append(inside)
-    return _transposed(gradient if divisor is None else gradient / divisor, matrices)
+    return _multiplied(gradient if divisor is None else gradient / divisor, matrices)
 
 
-def _linear_resize_backward(
-    gradient: Tensor, output_size: Sizes, input_size: Sizes, align_corners: bool, *scales: float | None
-) -> Tensor:
-    def weights(inputs: int, outputs: int, scale: float | None) -> Tensor:
-        place = _positions(outputs, gradient).to(gradient.dtype)
-        if align_corners:
-            place = place * ((inputs - 1) / max(outputs - 1, 1))
-        else:
-            place = ((place + 0.5) * (inputs / outputs if scale is None else 1 / scale) - 0.5).clamp(min=0)
-        place = place.clamp(max=inputs - 1)
-        column = _positions(inputs, gradient).to(gradient.dtype)
-        return (1 - (place.unsqueeze(1) - column).abs()).relu()
-
-    given = scales or (None,) * len(output_size)
-    return _transposed(gradient, list(map(weights, input_size[2:], gradient.shape[2:], given)))
-
-
-def _nearest_resize_backward(offset: float) -> Callable[..., Tensor]:
-    def rule(gradient: Tensor, output_size: Sizes, input_size: Sizes, *scales: float | None) -> Tensor:
-        def chosen(inputs: int, outputs: int, scale: float | None) -> Tensor:
-            place = _positions(outputs, gradient) + offset
-            place = torch.floor(place * (inputs / outputs if scale is None else 1 / scale)).clamp(max=inputs - 1)
-            return (place.unsqueeze(1) == _positions(inputs, gradient)).to(gradient.dtype)
-
-        given = scales or (None,) * len(output_size)
-        return _transposed(gradient, list(map(chosen, input_size[2:], gradient.shape[2:], given)))
-
-    return rule
+def _index_put(target: Tensor, indices: Sequence[Tensor | None], values: Tensor, accumulate: bool = False) -> Any:
+    """ONNX Runtime adds on several threads, and loses what two of them add to one place: scattered, nothing is lost."""
+    if not accumulate:
+        return NotImplemented
+    places = aten.index(torch.arange(target.numel(), device=target.device).reshape(target.shape), indices)
+    added = aten.scatter_add(target.reshape(-1), 0, places.reshape(-1), values.expand(places.shape).reshape(-1))
+    return added.reshape(target.shape)
 
 
 def _view(source: Tensor, shape: Sizes) -> Any:
@@ -251,17 +262,11 @@ RULES: dict[Any, Callable[..., Any]] = {
     aten.max_pool2d_with_indices_backward.default: _max_pool_backward,
     aten.max_pool3d_with_indices_backward.default: _max_pool_backward,
     aten.scatter_add.default: _scatter_add,
+    aten.index_put.default: _index_put,
     aten._adaptive_avg_pool2d_backward.default: _adaptive_pool_backward,
     aten._adaptive_avg_pool3d_backward.default: _adaptive_pool_backward,
     aten.avg_pool2d_backward.default: _average_pool_backward,
     aten.avg_pool3d_backward.default: _average_pool_backward,
-    aten.upsample_linear1d_backward.default: _linear_resize_backward,
-    aten.upsample_bilinear2d_backward.default: _linear_resize_backward,
-    aten.upsample_trilinear3d_backward.default: _linear_resize_backward,
-    aten.upsample_nearest1d_backward.default: _nearest_resize_backward(0.0),
-    aten.upsample_nearest2d_backward.default: _nearest_resize_backward(0.0),
-    aten.upsample_nearest3d_backward.default: _nearest_resize_backward(0.0),
-    aten._upsample_nearest_exact2d_backward.default: _nearest_resize_backward(0.5),
     aten.view.default: _view,
 }
 KEPT = (aten.hardsigmoid.default, aten.hardswish.default)

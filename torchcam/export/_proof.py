@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,37 +12,16 @@ from torchcam._tensors import is_finite
 from torchcam.methods import RefineCAM
 from torchcam.methods._request import Request
 from torchcam.methods._running import quietly
-from torchcam.methods.core import _CAM
 from torchcam.targets import class_scores, read_logits
 
-from ._trace import fused_map
+from ._formats import Run
+from ._trace import Question, fused_map
 
-__all__ = ["Case", "Question", "check", "make_cases"]
+__all__ = ["Case", "check", "make_cases"]
 
 _ALLOWED = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _ALLOWED_BY_DEFAULT = 1e-5
 _OTHER_SIDES = ((32, 64), (13, 27))  # how much larger the images of another size are
-
-Run = Callable[..., tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is asked of a model.
-
-    Attributes:
-        extractor: the method
-        options: options of its call
-        relu: what is kept of the evidence, as a call takes it
-        normalized: whether maps are scaled
-        class_input: whether the classes are an input; the ones with the highest score otherwise
-    """
-
-    extractor: _CAM
-    options: Mapping[str, Any]
-    relu: Any = None
-    normalized: bool = True
-    class_input: bool = True
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -18,10 +19,29 @@ from torchcam.targets import Selector, class_scores, read_logits
 from . import _shortcuts
 from ._operations import KEPT, RULES, Rewritten, explicit_attention
 
-__all__ = ["ExplainedModel", "fused_map", "trace"]
+__all__ = ["ExplainedModel", "Question", "fused_map", "trace"]
 
 OLDEST_TORCH = (2, 13)
 _LARGEST_BATCH = 65536
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of a model.
+
+    Attributes:
+        extractor: the method
+        options: options of its call
+        relu: what is kept of the evidence, as a call takes it
+        normalized: whether maps are scaled
+        class_input: whether the classes are an input; the ones with the highest score otherwise
+    """
+
+    extractor: _CAM
+    options: Mapping[str, Any]
+    relu: Any = None
+    normalized: bool = True
+    class_input: bool = True
 
 
 class ClassInput(Selector):
@@ -56,45 +76,30 @@ class ExplainedModel(nn.Module):
     """A model that returns a map beside its scores, to be traced.
 
     Args:
-        extractor: the method, without hooks, on a model that nobody else uses
+        question: what is asked; the extractor has no hooks, and a model that nobody else uses
         layouts: the layouts of the layers' outputs, by name
-        options: options of the method's call
-        relu: what is kept of the evidence, as a call takes it
-        normalized: whether maps are scaled
         checks_input: whether samples that are not finite are marked by their input as well
     """
 
-    def __init__(
-        self,
-        extractor: _CAM,
-        layouts: Mapping[str, Layout],
-        *,
-        options: Mapping[str, Any],
-        relu: Any = None,
-        normalized: bool = True,
-        checks_input: bool = True,
-    ) -> None:
+    def __init__(self, question: Question, layouts: Mapping[str, Layout], *, checks_input: bool = True) -> None:
         super().__init__()
-        self.model = extractor.model
-        self._extractor = extractor
+        self.model = question.extractor.model
+        self._question = question
         self._layouts = dict(layouts)
-        self._options = dict(options)
-        self._relu = relu
-        self._normalized = normalized
         self._checks_input = checks_input
         self.eval()
 
     def forward(self, images: Tensor, classes: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the scores of images (N, C, *spatial) and the maps (N, *grid) of a class of each, (N,)."""
-        extractor = self._extractor
+        question, extractor = self._question, self._question.extractor
         recorded = self._recorded(images)
         scores = read_logits(recorded.output)
         if classes is None and not extractor.class_agnostic:
             classes = class_scores(scores).argmax(1)
         select = None if classes is None else ClassInput(classes)
-        request = Request(recorded, select, relu=self._relu)
-        raw = extractor._raw_maps(request, **self._options)
-        cam = fused_map(extractor, extractor._finished(raw, request, self._normalized))
+        request = Request(recorded, select, relu=question.relu)
+        raw = extractor._raw_maps(request, **question.options)
+        cam = fused_map(extractor, extractor._finished(raw, request, question.normalized))
 
         # Runtimes lose NaN on the way, in a ReLU or a maximum: samples are marked at the end.
         known = _finite_images(images)
@@ -110,24 +115,27 @@ class ExplainedModel(nn.Module):
 
     def _recorded(self, images: Tensor) -> Pass:
         """Run the model and return the pass, whose graph begins at the first target layer."""
-        extractor = self._extractor
+        extractor = self._question.extractor
         recorded = Pass(extractor._recorder, (images,), {}, private=True)
         recorded.layouts = dict(self._layouts)
 
+        def start(output: Any) -> Any:
+            tensors = [tensor for tensor in primary_tensors(output).values() if not tensor.requires_grad]
+            return replace_tensors(output, [(tensor, tensor.detach().requires_grad_()) for tensor in tensors])
+
         def keep(index: int, output: Any) -> Any:
             found = primary_tensors(output)
-            starts = {level: extractor.differentiates and not tensor.requires_grad for level, tensor in found.items()}
-            leaves = {
-                level: tensor.detach().requires_grad_() if starts[level] else tensor for level, tensor in found.items()
-            }
-            recorded.layers[index] = {level: (leaf, leaf) for level, leaf in leaves.items()}
-            return replace_tensors(output, [(tensor, leaves[level].clone()) for level, tensor in found.items()])
+            recorded.layers[index] = {level: (tensor, tensor) for level, tensor in found.items()}
+            return replace_tensors(output, [(tensor, tensor.clone()) for tensor in found.values()])
 
         with ExitStack() as stack:
             for index, name in enumerate(extractor.target_names):
                 layer = self.model.get_submodule(name)
-                handle = layer.register_forward_hook(lambda _layer, _args, output, index=index: keep(index, output))
-                stack.callback(handle.remove)
+                hooks = [layer.register_forward_hook(lambda _layer, _args, output, index=index: keep(index, output))]
+                if extractor.differentiates:  # before hooks of the model, which may hand the output on by other ways
+                    hooks += [layer.register_forward_hook(lambda _layer, _args, output: start(output), prepend=True)]
+                for hook in hooks:
+                    stack.callback(hook.remove)
             stack.enter_context(torch.enable_grad() if extractor.differentiates else torch.no_grad())
             recorded.output = self.model(images)
         recorded.collect()
