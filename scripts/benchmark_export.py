@@ -90,7 +90,10 @@ def report(results: Mapping[str, Any]) -> str:
     """Return the table as Markdown."""
     heads = ["model", "layer", "exported [ms]", "with map [ms]", "with map / exported"]
     heads += ["eager [ms]", "with hooks [ms]", "with hooks / eager"]
-    lines = [row(*key.split(" "), times) for key, times in results["times"].items()]
+    lines = []
+    for key, times in results["times"].items():
+        name, layer = key.split(" ")
+        lines.append(row(name, layer, times))
     return f"Measured with {results['versions']}.\n\n{table(heads, lines, 6)}"
 
 

@@ -433,6 +433,12 @@ class TestRefusals:
         with pytest.raises(RuntimeError, match=r"holds aten\.grid_sampler_2d_backward.*`target_layer`"):
             export(model, "GradCAM", "features", example=IMAGES[:1])
 
+    def test_maps_that_show_nothing(self) -> None:
+        model = net()
+        nn.init.zeros_(model.fc.weight)
+        with pytest.raises(ValueError, match="the maps of `example` are zero everywhere"):
+            export(model, "LayerCAM", "second", example=IMAGES[:1])
+
     def test_model_that_cannot_be_traced(self) -> None:
         class Branching(nn.Module):
             def __init__(self) -> None:

@@ -52,7 +52,7 @@ def make_cases(question: Question, example: Tensor, *, dynamic_batch: bool, dyna
     """Explain batches of one sample, of several, with a sample that is not finite, and of other sizes.
 
     Raises:
-        ValueError: if the model does not take images of another size
+        ValueError: if the model does not take images of another size, or all maps are blank
     """
     first = example[:1]
     if dynamic_batch:
@@ -73,6 +73,11 @@ def make_cases(question: Question, example: Tensor, *, dynamic_batch: bool, dyna
             raise ValueError(
                 f"`dynamic_size`: {type(question.extractor.model).__name__} does not take images of {sides}: {error}"
             ) from error
+    if not any(bool(case.cam.nan_to_num().any()) for case in cases):
+        raise ValueError(
+            "the maps of `example` are zero everywhere, for every class that was tried, so that they do not show "
+            "whether the graph is right: pass other images; a model whose last weights are zero has no maps"
+        )
     return cases
 
 
