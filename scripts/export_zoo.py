@@ -1,7 +1,7 @@
 """Export many architectures, run the files in ONNX Runtime, and write down how far the maps are from the extractor's.
 
 Random weights, small images, and of large architectures few blocks of each kind; for each model a deep layer and one in
-the middle. The maps are those before scaling: an error is a share of what they sum up, the largest sum of |w A| at a
+the middle. The maps are those before ReLU and scaling: an error is a share of what they sum up, the largest sum of |w A| at a
 position. Results are added to docs/exported.json, where what is known is not tried again; `--write-docs` writes
 docs/exported.md from it. Nothing is downloaded.
 """
@@ -52,7 +52,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 HEAD = """\
 # Exports that were tried
 
-Written by `scripts/export_zoo.py` with {versions}: {right} of {count} were right, random weights, maps before scaling.
+Written by `scripts/export_zoo.py` with {versions}: {right} of {count} were right, random weights, maps before ReLU and scaling.
 A number is the largest difference between the maps of the ONNX file and those of the extractor, on one image, on three,
 for other classes and beside an image that is not finite, as a share of the largest sum of contributions |w A| at a
 position. What differs by more than 1e-5 is refused.
@@ -269,7 +269,7 @@ def attempt(model: nn.Module, images: torch.Tensor, layer: str, method: str, sec
     """Return the error of an exported file, or why there is none."""
     try:
         with at_most(seconds), tempfile.TemporaryDirectory() as folder:
-            exported = export(model, method, layer.split(), example=images, normalized=False)
+            exported = export(model, method, layer.split(), example=images, relu=False, normalized=False)
             exported.save(Path(folder, "model.onnx"))
     except Exception as error:  # noqa: BLE001 - whatever stands in the way is written down
         return {"refused": " ".join(str(error).split())}

@@ -330,7 +330,7 @@ def test_predicted_class_of_a_map_of_scores() -> None:
         ({"class_idx": 4}, ValueError, "between 0 and 3"),
         ({"class_idx": -1}, ValueError, "between 0 and 3"),
         ({"class_idx": [0, 1]}, ValueError, "one per sample"),
-        ({"class_idx": True}, TypeError, "boolean"),
+        ({"class_idx": True}, TypeError, "got True of type bool"),
         ({"class_idx": 1.0}, TypeError, "1.0"),
         ({"targets": [lambda p: p[0]]}, ValueError, "got 1 for a batch of 3"),
         ({"targets": 3}, TypeError, "."),

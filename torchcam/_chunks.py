@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["run_chunks", "warn_of_memory"]
+__all__ = ["run_chunks"]
 
 
 def run_chunks(
@@ -35,19 +35,14 @@ def run_chunks(
             # Outside the `except` block: there, the exception would keep the chunk's tensors alive.
             batch_size = size // 2
             if not warned:
-                warn_of_memory(size)
+                warnings.warn(
+                    f"out of memory on a chunk of {size}: going on with smaller ones; a smaller `batch_size` avoids it",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
             warned = True
             torch.cuda.empty_cache()
     return results
-
-
-def warn_of_memory(size: int) -> None:
-    """Warn that a chunk was too large for the memory of the device."""
-    warnings.warn(
-        f"out of memory on a chunk of {size}: going on with smaller ones; a smaller `batch_size` avoids it",
-        RuntimeWarning,
-        stacklevel=3,
-    )
 
 
 @contextmanager

@@ -160,7 +160,7 @@ def modules_of(model: nn.Module) -> Iterator[nn.Module]:
     found, seen = [model], {id(model)}
     for module in found:
         yield module
-        for child in vars(module)["_modules"].values():
+        for child in module._modules.values():
             if child is not None and id(child) not in seen:
                 seen.add(id(child))
                 found.append(child)
