@@ -1,9 +1,9 @@
 """Export many architectures, run the files in ONNX Runtime, and write down how far the maps are from the extractor's.
 
 Random weights, small images, and of large architectures few blocks of each kind; for each model a deep layer and one in
-the middle. The maps are those before ReLU and scaling: an error is a share of what they sum up, the largest sum of |w A| at a
-position. Results are added to docs/exported.json, where what is known is not tried again; `--write-docs` writes
-docs/exported.md from it. Nothing is downloaded.
+the middle. The maps are those before ReLU and scaling: an error is a share of what they sum up, the largest sum of
+|w A| at a position. Results are added to docs/exported.json, where what is known is not tried again; `--write-docs`
+writes docs/exported.md from it. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ DOCS = Path(__file__).parent.parent / "docs"
 HEAD = """\
 # Exports that were tried
 
-Written by `scripts/export_zoo.py` with {versions}: {right} of {count} were right, random weights, maps before ReLU and scaling.
-A number is the largest difference between the maps of the ONNX file and those of the extractor, on one image, on three,
-for other classes and beside an image that is not finite, as a share of the largest sum of contributions |w A| at a
-position. What differs by more than 1e-5 is refused.
+Written by `scripts/export_zoo.py` with {versions}: {right} of {count} were right, random weights, maps before ReLU and
+scaling. A number is the largest difference between the maps of the ONNX file and those of the extractor, on one image,
+on three, for other classes and beside an image that is not finite, as a share of the largest sum of contributions |w A|
+at a position. What differs by more than 1e-5 is refused.
 
 Architectures that repeat their blocks were built with few of them, and narrow; their operations are the same.
 
