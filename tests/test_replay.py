@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -631,3 +632,37 @@ def test_replicas_are_kept_between_calls_and_no_longer() -> None:
     modules.clear()
     extractor.remove_hooks()
     assert {reference() for reference in made} == {model[2], None}
+
+
+@pytest.mark.parametrize("where", ["attribute", "mapping", "list"])
+@pytest.mark.parametrize("method", ["ScoreCAM", "AblationCAM"])
+def test_what_a_model_keeps_of_variants_is_not_held(method: str, where: str) -> None:
+    from torchcam import methods
+
+    made: list[weakref.ref[Tensor]] = []
+
+    class Keeping(nn.Flatten):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attribute: Tensor | None = None
+            self.mapping: dict[str, Tensor] = {}
+            self.list: list[Tensor] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            kept = super().forward(x).clone()
+            made.append(weakref.ref(kept))
+            if where == "attribute":
+                self.attribute = kept
+            elif where == "mapping":
+                self.mapping["last"] = kept
+            else:
+                self.list[:] = [kept]
+            return kept + 0
+
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), Keeping(), nn.Linear(5, 4)).eval()
+    with getattr(methods, method)(model, "0") as extractor, torch.no_grad():
+        for _ in range(2):
+            model(images(torch.device("cpu"), 1, 8))
+            extractor(1)
+        gc.collect()
+        assert [len(kept) for reference in made if (kept := reference()) is not None] == [1]  # the model's own

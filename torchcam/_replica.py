@@ -10,7 +10,7 @@ import sys
 import threading
 import weakref
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FunctionType, MethodType, NoneType
 from typing import Any
@@ -131,21 +131,20 @@ class KeptReplica:
     def __init__(self, model: nn.Module) -> None:
         self.replica, copies = _copied(model)
         self._tensors = [pair for pair in copies if isinstance(pair[0], Tensor)]
-        others = [one for pair in copies for one in pair if not isinstance(one, Tensor)]
-        fields = [vars(one) if isinstance(one, nn.Module) else one for one in others]
+        others = [pair for pair in copies if not isinstance(pair[0], Tensor)]
+        fields = [[vars(one) if isinstance(one, nn.Module) else one for one in pair] for pair in others]
         # Sequences are not looked at, and of modules of TorchScript there is nothing to see.
-        self._can_be_kept = all(isinstance(one, dict) for one in fields) and not any(
-            isinstance(one, torch.jit.ScriptModule) for one in others
+        can_be_kept = all(isinstance(one, dict) for pair in fields for one in pair) and not any(
+            isinstance(original, torch.jit.ScriptModule) for original, _ in others
         )
-        self._states = [(now, dict(now)) for now in fields] if self._can_be_kept else []
-        self._empty = [v for now, _ in self._states for v in now.values() if type(v) in _EMPTY and not v]
+        self._of_model, self._own = [
+            _Attributes([pair[side] for pair in fields]) if can_be_kept else None for side in (0, 1)
+        ]
 
     def renew(self) -> bool:
-        """Copy the tensors of the model once more; return whether all else is as it was."""
-        if not self._can_be_kept:
-            return False
+        """Copy the tensors of the model once more; return whether all else of it is as it was."""
         try:
-            if any(now != before for now, before in self._states) or any(self._empty):
+            if self._of_model is None or self._of_model.have_changed():
                 return False
             with torch.inference_mode(False), torch.no_grad():
                 for original, own in self._tensors:
@@ -153,6 +152,30 @@ class KeptReplica:
         except Exception:  # noqa: BLE001 - whatever a comparison of other values raises
             return False
         return True
+
+    def is_as_made(self) -> bool:
+        """Check whether runs have changed no attribute of the replica; one that keeps a tensor is not to be held."""
+        try:
+            return self._own is not None and not self._own.have_changed()
+        except Exception:  # noqa: BLE001 - whatever a comparison of other values raises
+            return False
+
+
+class _Attributes:
+    """The attributes of modules, and the dictionaries in them, as they are now.
+
+    Args:
+        fields: the dictionaries
+    """
+
+    def __init__(self, fields: Iterable[dict[Any, Any]]) -> None:
+        self._states = [(now, dict(now)) for now in fields]
+        values = [value for now, _ in self._states for value in now.values()]
+        self._empty = [value for value in values if type(value) in _EMPTY and not value]
+
+    def have_changed(self) -> bool:
+        """Check whether they are others by now."""
+        return any(now != before for now, before in self._states) or any(self._empty)
 
 
 def modules_of(model: nn.Module) -> Iterator[nn.Module]:
@@ -219,7 +242,7 @@ def replicated(model: nn.Module, kept: list[KeptReplica] | None = None) -> Itera
         if changed and (raised or threading.active_count() == 1 or last_call.draws_random_numbers()):
             for generator, state in zip(generators, states, strict=True):
                 generator.set_state(state)
-    if kept is not None and found is not None:
+    if kept is not None and found is not None and found.is_as_made():
         kept.append(found)
 
 
