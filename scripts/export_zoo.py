@@ -307,8 +307,9 @@ def page(rows: Sequence[dict[str, Any]], known: dict[str, Model]) -> str:
             for layer in model.layers
         ),
     )
-    missing = [name for name in known if name not in {row["model"] for row in rows}]
-    lines += ["", f"Cells that are empty were not tried yet, nor was any layer of: {', '.join(missing) or 'none'}."]
+    untried = sum((name, *case) not in by_case for name, model in known.items() for case in cases(name, model))
+    if untried:
+        lines += ["", f"{untried} cells were not tried yet: they are empty, and models without any are left out."]
     by_method = {(name, method): layer for name in OF_ALL_METHODS for layer, method in cases(name, known[name])}
     more = [method for method in ALL_METHODS if method not in METHODS]
     if any((name, by_method[name, method], method) in by_case for name in OF_ALL_METHODS for method in more):

@@ -132,6 +132,17 @@ def test_the_sign_follows_the_mean_activation() -> None:
             assert (found * activation.mean(0)).sum() > 0
 
 
+@pytest.mark.parametrize("method", [EigenCAM, KPCACAM])
+def test_the_sign_of_normed_channels_does_not_hang_on_rounding(method: Any) -> None:
+    """Behind a norm over channels, their mean is that of the biases at each position, up to rounding."""
+    generator = torch.Generator().manual_seed(0)
+    normed = nn.functional.layer_norm(torch.randn(50, 4, 4, 64, generator=generator, dtype=torch.float64), (64,))
+    exact = (normed + 0.02 * torch.randn(64, generator=generator, dtype=torch.float64)).permute(0, 3, 1, 2)
+    with method(split_net(), "second") as extractor:
+        single, double = extractor.map(exact.float()), extractor.map(exact)
+    torch.testing.assert_close(single.double(), double, rtol=0, atol=1e-3)
+
+
 def test_eigen_grad_cam_by_hand() -> None:
     # Y_1 is channel 0 less twice channel 1: the gradient is (1, -2) everywhere.
     net = hand_net()

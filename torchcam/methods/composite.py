@@ -459,7 +459,7 @@ class EigenSmoothedCAM(Wrapper):
     def map(activation: Tensor, weights: Tensor) -> Tensor:
         """Return the first principal component of the weighted channels, (N, *spatial)."""
         product = weights.reshape(*weights.shape, *[1] * (activation.ndim - weights.ndim)) * activation
-        return along(first_component(product), product.sum(1))
+        return along(first_component(product), product)
 
     def _raw_maps(self, request: Request, **options: Any) -> list[Tensor]:
         found = self.base_cam._layer_weights(request, **options)

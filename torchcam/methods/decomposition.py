@@ -56,7 +56,7 @@ class EigenCAM(_ClassAgnosticCAM):
 
     def map(self, activation: Tensor) -> Tensor:
         """Return the projection on the first principal component, (N, *spatial)."""
-        return along(self._project(activation), activation.mean(1))
+        return along(self._project(activation), activation)
 
     def _project(self, activation: Tensor) -> Tensor:
         """Project the positions on one component of either sign: (N, C, *spatial) to (N, *spatial)."""
@@ -136,7 +136,7 @@ class EigenGradCAM(_GradientCAM):
     def map(activation: Tensor, gradient: Tensor) -> Tensor:
         """Return the first principal component of gradient times activation, (N, *spatial)."""
         product = gradient * activation
-        return along(first_component(product), product.sum(1))
+        return along(first_component(product), product)
 
 
 class SegEigenCAM(_GradientCAM):
@@ -334,16 +334,18 @@ def first_component(features: Tensor) -> Tensor:
     return _as_maps(projection * peak.squeeze(1), features, finite)
 
 
-def along(projection: Tensor, reference: Tensor) -> Tensor:
-    """Return a centred projection (N, *spatial) with the sign that makes it correlate positively with a reference.
+def along(projection: Tensor, channels: Tensor) -> Tensor:
+    """Return a centred projection (N, *spatial) with the sign that makes it correlate positively with summed channels.
 
-    Where that correlation is rounding noise, the side of the larger deviations becomes positive.
+    Where that correlation is rounding noise, as behind a norm over channels, whose sum is the same everywhere, the side
+    of the larger deviations becomes positive.
     """
-    flat, projected = reference.flatten(1).double(), projection.flatten(1).double()  # products overflow sooner
+    flat, projected = channels.sum(1).flatten(1).double(), projection.flatten(1).double()  # products overflow sooner
+    size = channels.abs().sum(1).flatten(1).double()  # a sum is rounded as its terms are large
     centred = flat - flat.mean(1, keepdim=True)
     overlap = (projected * centred).sum(1)
-    rounding = 16 * torch.finfo(reference.dtype).eps * flat.shape[1] ** 0.5
-    is_noise = overlap.abs() <= rounding * projected.norm(dim=1) * flat.norm(dim=1)
+    rounding = 16 * torch.finfo(channels.dtype).eps * flat.shape[1] ** 0.5
+    is_noise = overlap.abs() <= rounding * projected.norm(dim=1) * size.norm(dim=1)
     scale = projected.abs().amax(1, keepdim=True)
     skewness = (projected / torch.where(scale == 0, 1.0, scale)).pow(3).sum(1)
     return _flipped(projection, torch.where(is_noise, skewness, overlap) < 0)
