@@ -427,7 +427,7 @@ class TestBuild:
     def test_without_gradio(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         monkeypatch.delitem(sys.modules, "torchcam.app._window", raising=False)
         monkeypatch.setitem(sys.modules, "gradio", None)
-        with pytest.raises(ImportError, match=r"pip install 'torchcam\[app\]'"):
+        with pytest.raises(ImportError, match=r'pip install -e "\.\[app\]"'):
             build()
         assert cli.main(["app"]) == 2
         assert 'pip install -e ".[app]"' in capsys.readouterr().err

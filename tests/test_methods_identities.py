@@ -343,7 +343,9 @@ def test_half_precision_gives_float32_maps(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_constant_map_becomes_zeros(method: str, dtype: torch.dtype, device: torch.device) -> None:
     net = make_net(method, device, dtype)
-    net.features[0] = nn.Conv2d(3, 6, 1).to(device, dtype)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net.features[0] = nn.Conv2d(3, 6, 1).to(device, dtype)
     # Sums of multiples of 1/16 have no rounding.
     with torch.no_grad():
         for parameter in net.parameters():
