@@ -27,26 +27,9 @@ import torch
 from torch import nn
 
 from torchcam.export import export
+from torchcam.export._exported import EXPORTABLE
 
 METHODS = ("GradCAM", "LayerCAM", "EigenGradCAM")  # weights of channels, of elements, an eigenvector
-ALL_METHODS = (
-    "CAM",
-    "GradCAM",
-    "GradCAMpp",
-    "XGradCAM",
-    "LayerCAM",
-    "HiResCAM",
-    "GradCAMElementWise",
-    "ShapleyCAM",
-    "FinerCAM",
-    "EigenCAM",
-    "EigenGradCAM",
-    "EigenSmoothedCAM",
-    "SegEigenCAM",
-    "MeanActivation",
-    "FEM",
-    "RefineCAM",
-)
 OF_ALL_METHODS = ("resnet18", "vit_b_16", "swin_t")
 DOCS = Path(__file__).parent.parent / "docs"
 HEAD = """\
@@ -246,7 +229,7 @@ def cases(name: str, model: Model) -> Iterator[tuple[str, str]]:
     yield from ((layer, method) for method in METHODS for layer in model.layers)
     if name in OF_ALL_METHODS:
         layers = {"CAM": deep, "RefineCAM": f"{middle} {deep}"}
-        yield from ((layers.get(method, middle), method) for method in ALL_METHODS if method not in METHODS)
+        yield from ((layers.get(method, middle), method) for method in EXPORTABLE if method not in METHODS)
 
 
 @contextmanager
@@ -311,7 +294,7 @@ def page(rows: Sequence[dict[str, Any]], known: dict[str, Model]) -> str:
     if untried:
         lines += ["", f"{untried} cells were not tried yet: they are empty, and models without any are left out."]
     by_method = {(name, method): layer for name in OF_ALL_METHODS for layer, method in cases(name, known[name])}
-    more = [method for method in ALL_METHODS if method not in METHODS]
+    more = [method for method in EXPORTABLE if method not in METHODS]
     if any((name, by_method[name, method], method) in by_case for name in OF_ALL_METHODS for method in more):
         lines += [
             "",

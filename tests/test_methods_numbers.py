@@ -50,7 +50,7 @@ def ask(extractor: Any, x: Tensor, *args: Any, **kwargs: Any) -> list[Tensor]:
 
 
 def noise(num_samples: int, shape: Sequence[int], std: float, device: torch.device) -> Tensor:
-    from torchcam.methods._replay import gaussian_noise
+    from torchcam._tensors import gaussian_noise
 
     return gaussian_noise((num_samples, *shape), torch.zeros((), dtype=torch.float64, device=device), std, SEED)
 

@@ -143,22 +143,19 @@ class KeptReplica:
 
     def renew(self) -> bool:
         """Copy the tensors of the model once more; return whether all else of it is as it was."""
+        if self._of_model is None or self._of_model.have_changed():
+            return False
         try:
-            if self._of_model is None or self._of_model.have_changed():
-                return False
             with torch.inference_mode(False), torch.no_grad():
                 for original, own in self._tensors:
                     own.copy_(original)
-        except Exception:  # noqa: BLE001 - whatever a comparison of other values raises
+        except (RuntimeError, TypeError):  # of another size, or another kind of tensor, by now
             return False
         return True
 
     def is_as_made(self) -> bool:
         """Check whether runs have changed no attribute of the replica; one that keeps a tensor is not to be held."""
-        try:
-            return self._own is not None and not self._own.have_changed()
-        except Exception:  # noqa: BLE001 - whatever a comparison of other values raises
-            return False
+        return self._own is not None and not self._own.have_changed()
 
 
 class _Attributes:
@@ -174,8 +171,11 @@ class _Attributes:
         self._empty = [value for value in values if type(value) in _EMPTY and not value]
 
     def have_changed(self) -> bool:
-        """Check whether they are others by now."""
-        return any(now != before for now, before in self._states) or any(self._empty)
+        """Check whether they are others by now, or cannot be compared."""
+        try:
+            return any(now != before for now, before in self._states) or any(self._empty)
+        except Exception:  # noqa: BLE001 - whatever a comparison of values of the user's raises
+            return True
 
 
 def modules_of(model: nn.Module) -> Iterator[nn.Module]:

@@ -15,6 +15,7 @@ from torch import Tensor
 __all__ = [
     "blurred_out",
     "gaussian_blur",
+    "gaussian_noise",
     "is_constant",
     "is_finite",
     "map_structure",
@@ -24,6 +25,7 @@ __all__ = [
     "over_channels",
     "over_positions",
     "resize",
+    "seeded",
     "tensors_in",
     "to_float",
 ]
@@ -138,6 +140,20 @@ def gaussian_blur(maps: Tensor, size: int, sigma: float) -> Tensor:
         matrix = maps.new_zeros(side, side).scatter_add_(1, sources, kernel.expand(side, -1))
         maps = torch.movedim(maps.movedim(axis, -1) @ matrix.mT, -1, axis)
     return maps
+
+
+def seeded(generator: torch.Generator | int, device: torch.device) -> torch.Generator:
+    """Return the generator, or make one on ``device`` from a seed."""
+    return torch.Generator(device).manual_seed(generator) if isinstance(generator, int) else generator
+
+
+def gaussian_noise(shape: tuple[int, ...], like: Tensor, std: float, generator: torch.Generator | int) -> Tensor:
+    """Draw normal noise of standard deviation ``std`` on the device and in the type of ``like``.
+
+    ``generator`` may be a seed. The global random state is untouched, unless the generator is the global one.
+    """
+    generator = seeded(generator, like.device)
+    return std * torch.randn(shape, generator=generator, device=generator.device, dtype=like.dtype).to(like.device)
 
 
 def blurred_out(image: Tensor) -> Tensor:

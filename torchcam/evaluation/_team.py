@@ -62,7 +62,7 @@ class Team:
 
     @contextmanager
     def telling_errors(self) -> Iterator[None]:
-        """Tell the other processes of an error in the block, at their next step."""
+        """Report an error in the block to the other processes, at their next step."""
         try:
             yield
         except Exception:

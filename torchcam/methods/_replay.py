@@ -24,26 +24,12 @@ from torchcam.targets import Selector
 
 from ._running import plain_tensors, warn
 
-__all__ = ["Edit", "Replay", "VariantRunner", "gaussian_noise", "is_close", "seeded"]
+__all__ = ["Edit", "Replay", "VariantRunner", "is_close"]
 
 Edit = Callable[[Tensor, Tensor], Tensor]
 
 _SHORT = frozenset({torch.bfloat16, torch.float16})  # scores of these types round away what variants differ by
 _LITTLE = 0.01  # of the largest effect of a variant: no map shows it
-
-
-def seeded(generator: torch.Generator | int, device: torch.device) -> torch.Generator:
-    """Return the generator, or make one on ``device`` from a seed."""
-    return torch.Generator(device).manual_seed(generator) if isinstance(generator, int) else generator
-
-
-def gaussian_noise(shape: tuple[int, ...], like: Tensor, std: float, generator: torch.Generator | int) -> Tensor:
-    """Draw normal noise of standard deviation ``std`` on the device and in the type of ``like``.
-
-    ``generator`` may be a seed. The global random state is untouched, unless the generator is the global one.
-    """
-    generator = seeded(generator, like.device)
-    return std * torch.randn(shape, generator=generator, device=generator.device, dtype=like.dtype).to(like.device)
 
 
 class VariantRunner:

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from torchcam._checks import callable_object, finite_number, one_of, positive_integer
 from torchcam._passes import model_device
 from torchcam._replica import replicated
-from torchcam._tensors import is_constant, is_finite, to_float
+from torchcam._tensors import gaussian_noise, is_constant, is_finite, to_float
 from torchcam.layers import TargetLayer
 
 from ._finish import broken_samples
-from ._replay import gaussian_noise
 from ._replicas import on_replica
 from ._request import Request
 from ._stream import batch_arguments

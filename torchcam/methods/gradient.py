@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from torchcam._checks import finite_number, positive_integer
 from torchcam._chunks import run_chunks
+from torchcam._tensors import gaussian_noise
 from torchcam.layers import TargetLayer
 
 from ._gradients import OTHER_SIGN, share_of_other_sign
-from ._replay import VariantRunner, gaussian_noise
+from ._replay import VariantRunner
 from ._running import thread, warn
 from .core import _CAM, Request, on_replica
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from torchcam._checks import finite_number, positive_integer
-from torchcam._tensors import gaussian_blur, is_constant, min_max, resize
+from torchcam._tensors import gaussian_blur, gaussian_noise, is_constant, min_max, resize
 from torchcam.layers import TargetLayer
 
 from ._finish import weighted_sum
-from ._replay import Replay, gaussian_noise
+from ._replay import Replay
 from ._replaying import _ChannelCAM, _ReplayCAM
 from .core import Request
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from torchcam._checks import finite_number
+from torchcam._tensors import seeded
 from torchcam.layers import TargetLayer
 
-from ._replay import seeded
 from .core import _CAM
 
 __all__ = ["FEM", "MeanActivation", "RandomCAM"]

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from torchcam._checks import positive_integer
 from torchcam._passes import model_device
+from torchcam._tensors import seeded
 from torchcam.layers import TargetLayer, layer_names
-from torchcam.methods._replay import seeded
 from torchcam.methods.core import on_replica
 from torchcam.targets import class_scores
 
