@@ -145,6 +145,8 @@ class KeptReplica:
         """Copy the tensors of the model once more; return whether all else of it is as it was."""
         if self._of_model is None or self._of_model.have_changed():
             return False
+        if not self._tensors:
+            return True
         try:
             with torch.inference_mode(False), torch.no_grad():
                 for original, own in self._tensors:
@@ -166,27 +168,28 @@ class _Attributes:
     """
 
     def __init__(self, fields: Iterable[dict[Any, Any]]) -> None:
-        self._states = [(now, dict(now)) for now in fields]
-        values = [value for now, _ in self._states for value in now.values()]
+        self._now = list(fields)
+        self._before = [dict(now) for now in self._now]
+        values = [value for now in self._now for value in now.values()]
         self._empty = [value for value in values if type(value) in _EMPTY and not value]
 
     def have_changed(self) -> bool:
         """Check whether they are others by now, or cannot be compared."""
         try:
-            return any(now != before for now, before in self._states) or any(self._empty)
+            return self._now != self._before or any(self._empty)
         except Exception:  # noqa: BLE001 - whatever a comparison of values of the user's raises
             return True
 
 
-def modules_of(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the modules of a model, each once; in less time than ``model.modules()`` does, outer ones first."""
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """List the modules of a model, each once, outer ones first; in less time than ``model.modules()`` takes."""
     found, seen = [model], {id(model)}
     for module in found:
-        yield module
         for child in module._modules.values():
             if child is not None and id(child) not in seen:
                 seen.add(id(child))
                 found.append(child)
+    return found
 
 
 def freeze(replica: nn.Module, value_of: Callable[[Tensor], Tensor] = lambda value: value) -> None:
@@ -396,7 +399,8 @@ class _DrawsWatched(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
 def _global_generators(model: nn.Module) -> list[torch.Generator]:
     """Return the default generators of the CPU and of the kind of device that the model is on."""
     generators = [torch.default_generator]
-    device_type = next((parameter.device.type for parameter in model.parameters()), "cpu")
+    parameters = (one for module in modules_of(model) for one in module._parameters.values() if one is not None)
+    device_type = next((parameter.device.type for parameter in parameters), "cpu")
     if device_type not in {"cpu", "meta"}:
         generators += list(getattr(torch.get_device_module(device_type), "default_generators", ()))
     return generators
