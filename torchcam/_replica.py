@@ -126,10 +126,15 @@ class KeptReplica:
 
     Args:
         model: the model
+
+    Attributes:
+        replica: the replica
+        parameter: the first parameter of both, if there is one
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.replica, copies = _copied(model)
+        self.parameter = next(model.parameters(), None)
         self._tensors = [pair for pair in copies if isinstance(pair[0], Tensor)]
         others = [pair for pair in copies if not isinstance(pair[0], Tensor)]
         fields = [[vars(one) if isinstance(one, nn.Module) else one for one in pair] for pair in others]
@@ -232,7 +237,7 @@ def replicated(model: nn.Module, kept: list[KeptReplica] | None = None) -> Itera
     found = None if kept is None else _renewed(model, kept)
     replica = replicate(model) if found is None else found.replica
     last_call = _LastCall(replica)
-    generators = _global_generators(model)
+    generators = _global_generators(next(model.parameters(), None) if found is None else found.parameter)
     states = [generator.get_state() for generator in generators]
     raised = True
     try:
@@ -240,7 +245,7 @@ def replicated(model: nn.Module, kept: list[KeptReplica] | None = None) -> Itera
         raised = False
     finally:
         last_call.detach()
-        changed = any(not torch.equal(g.get_state(), state) for g, state in zip(generators, states, strict=True))
+        changed = not all(map(torch.equal, [generator.get_state() for generator in generators], states))
         # Another thread may draw from the same generators: its numbers must not be drawn twice.
         if changed and (raised or threading.active_count() == 1 or last_call.draws_random_numbers()):
             for generator, state in zip(generators, states, strict=True):
@@ -396,11 +401,10 @@ class _DrawsWatched(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
         return func(*args, **(kwargs or {}))
 
 
-def _global_generators(model: nn.Module) -> list[torch.Generator]:
-    """Return the default generators of the CPU and of the kind of device that the model is on."""
+def _global_generators(parameter: nn.Parameter | None) -> list[torch.Generator]:
+    """Return the default generators of the CPU and of the kind of device that a parameter is on."""
     generators = [torch.default_generator]
-    parameters = (one for module in modules_of(model) for one in module._parameters.values() if one is not None)
-    device_type = next((parameter.device.type for parameter in parameters), "cpu")
+    device_type = "cpu" if parameter is None else parameter.device.type
     if device_type not in {"cpu", "meta"}:
         generators += list(getattr(torch.get_device_module(device_type), "default_generators", ()))
     return generators

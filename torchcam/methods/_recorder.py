@@ -153,20 +153,17 @@ class Pass:
         in_event_loop = asyncio._get_running_loop() is not None
         return other.predecessor == self.number or (in_event_loop and not other.in_event_loop)
 
-    def finish(self, output: Any, returned: Any) -> None:
-        """Take note of what the model returned, and of what the caller gets."""
-        self.output = output
-        returned = [returned] if isinstance(returned, Tensor) else tensors_in(returned)
-        self.returned = [weakref.ref(tensor) for tensor in returned]
-
     def fail(self) -> None:
         """Forget what the pass has recorded: it was cut short."""
         self.layers.clear()
         self.attentions = [None] * len(self.target_names)
-        self.output, self.returned = None, []
+        self.finish(None, None)
 
-    def collect(self) -> None:
-        """Take note of what the target layers returned: nothing is recorded any more."""
+    def finish(self, output: Any, returned: Any) -> None:
+        """Take note of what the model and its target layers returned, and of what the caller gets."""
+        self.output = output
+        returned = [returned] if isinstance(returned, Tensor) else tensors_in(returned)
+        self.returned = [weakref.ref(tensor) for tensor in returned]
         self.rows = [
             Row(layer, layer + level, values, edge)
             for index, layer in enumerate(self.target_names)
@@ -303,7 +300,6 @@ class Recorder:
 
     def end(self, ended: Pass) -> None:
         """Make a pass the one that its context means, now that the model has returned or raised."""
-        ended.collect()
         keys = _own_keys.get()
         before = keys.get(id(self))
         with self._lock:
@@ -326,7 +322,8 @@ class Recorder:
         """
         key = _own_keys.get().get(id(self))
         own = self._passes.get(key.number) if key is not None and key.recorder is self._reference else None
-        if own is not None and (own.has_returned(scores) or (scores is None and len(self._passes) == 1)):
+        is_only_one = len(self._passes) == 1 and (scores is None or self._last_ended is None)
+        if own is not None and (is_only_one or own.has_returned(scores)):
             return own
         with self._lock:
             passes, ended = dict(self._passes), self._last_ended
@@ -479,9 +476,9 @@ class _ModelCall(SharedWrapper):
         else:
             returned = map_tensors(Tensor.detach, output) if detached else output
             for recorder, started in passes:
-                started.finish(output if recorder.differentiates else map_tensors(Tensor.detach, output), returned)
                 if recorder.ended is not None:
                     recorder.ended(started)
+                started.finish(output if recorder.differentiates else map_tensors(Tensor.detach, output), returned)
             return returned
         finally:
             for recorder in recorders:
@@ -529,7 +526,9 @@ class _LayerHook(ExtractorHook):
         replaced = []
         for level, tensor in primary_tensors(output).items():
             if not self._differentiates or not tensor.is_floating_point():
-                copied = tensor.detach().clone()  # an operation in place must not change what is recorded
+                copied = (
+                    tensor.detach() if tensor.requires_grad else tensor
+                ).clone()  # an operation in place must not change what is recorded
                 kept[level] = copied, copied
                 continue
             if not tensor.requires_grad and running.private:

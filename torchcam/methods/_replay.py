@@ -29,6 +29,7 @@ __all__ = ["Edit", "Replay", "VariantRunner", "is_close"]
 Edit = Callable[[Tensor, Tensor], Tensor]
 
 _SHORT = frozenset({torch.bfloat16, torch.float16})  # scores of these types round away what variants differ by
+_is_training = attrgetter("training")
 _LITTLE = 0.01  # of the largest effect of a variant: no map shows it
 
 
@@ -145,7 +146,8 @@ class Replay:
             samples: the sample of the recorded batch that each variant belongs to, (V,)
         """
         with replicated(self.model, self.kept) as replica, plain_tensors(), self.call.as_recorded(self.autocast):
-            run = VariantRunner(replica, self.call)
+            modules = modules_of(self.model)
+            run = VariantRunner(replica, self.call, fast_formats(modules))
             if self.compiled:
                 run.model = torch.compile(replica)
 
@@ -166,7 +168,7 @@ class Replay:
             expected = None
             # Once is enough; and a chunk of another size would be compiled again.
             if not self._is_proven and not (self.compiled and len(samples) % self.batch_size == 0):
-                expected = self._recorded_score()
+                expected = self._recorded_score(modules)
                 if expected is None and self.output is not None:
                     first = samples.new_zeros(1)
                     expected = self.select(run(self.image[:1], first), first)
@@ -215,14 +217,14 @@ class Replay:
             edited = unedited.repeat_interleave(num_variants)
             scores = self._proven(evaluate, owners, None if isinstance(scorer, _Head) else unedited[:1])
             edited[rows] = scores.to(edited)
-            recorded = self._recorded_score()
+            recorded = self._recorded_score(modules_of(self.model))
             if recorded is not None and not is_close(unedited[:1], recorded):
                 self._compare(unedited[:1], recorded, edited[:num_variants])
         return unedited, edited.reshape(-1, num_variants)
 
-    def _recorded_score(self) -> Tensor | None:
+    def _recorded_score(self, modules: Iterable[nn.Module]) -> Tensor | None:
         """Return the recorded score of the first sample, (1,); None if it is not known, or of another mode."""
-        if self.output is None or any(map(attrgetter("training"), modules_of(self.model))):
+        if self.output is None or any(map(_is_training, modules)):
             return None
         return self.select(self.output)[:1]
 
