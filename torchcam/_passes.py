@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from ._tensors import map_structure, map_tensors, tensors_in
 
+_AS_IT_IS = nullcontext()
+
 __all__ = [
     "Call",
     "find_image",
@@ -253,7 +255,7 @@ class Call:
         """Return a context with the autocast state of the call, or with autocast to another type."""
         dtype = self.autocast if autocast is None else autocast
         if dtype is None and not torch._C._is_any_autocast_enabled():
-            return nullcontext()
+            return _AS_IT_IS
         return torch.autocast(self.device_type, dtype=dtype, enabled=dtype is not None)
 
     @property

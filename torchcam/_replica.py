@@ -224,9 +224,8 @@ def has_hooks(model: nn.Module) -> bool:
     )
 
 
-@contextmanager
-def replicated(model: nn.Module, kept: list[KeptReplica] | None = None) -> Iterator[nn.Module]:
-    """Return a replica of ``model`` to run inside the block.
+class replicated:  # noqa: N801 - named as the contexts of torch
+    """A context with a replica of ``model`` to run.
 
     If the model draws random numbers, the state of the global generators is restored on exit.
 
@@ -234,24 +233,30 @@ def replicated(model: nn.Module, kept: list[KeptReplica] | None = None) -> Itera
         model: the model
         kept: replicas of earlier blocks that nobody runs: one of them is taken if it can be, and comes back at the end
     """
-    found = None if kept is None else _renewed(model, kept)
-    replica = replicate(model) if found is None else found.replica
-    last_call = _LastCall(replica)
-    generators = _global_generators(next(model.parameters(), None) if found is None else found.parameter)
-    states = [generator.get_state() for generator in generators]
-    raised = True
-    try:
-        yield replica
-        raised = False
-    finally:
-        last_call.detach()
-        changed = not all(map(torch.equal, [generator.get_state() for generator in generators], states))
+
+    def __init__(self, model: nn.Module, kept: list[KeptReplica] | None = None) -> None:
+        self._model = model
+        self._kept = kept
+
+    def __enter__(self) -> nn.Module:
+        found = self._found = None if self._kept is None else _renewed(self._model, self._kept)
+        replica = replicate(self._model) if found is None else found.replica
+        self._last_call = _LastCall(replica)
+        parameter = next(self._model.parameters(), None) if found is None else found.parameter
+        self._states = [(generator, generator.get_state()) for generator in _global_generators(parameter)]
+        return replica
+
+    def __exit__(self, raised: object, *_: object) -> None:
+        self._last_call.detach()
         # Another thread may draw from the same generators: its numbers must not be drawn twice.
-        if changed and (raised or threading.active_count() == 1 or last_call.draws_random_numbers()):
-            for generator, state in zip(generators, states, strict=True):
+        if threading.active_count() == 1 or (
+            any(not torch.equal(generator.get_state(), state) for generator, state in self._states)
+            and (raised or self._last_call.draws_random_numbers())
+        ):
+            for generator, state in self._states:
                 generator.set_state(state)
-    if kept is not None and found is not None and found.is_as_made():
-        kept.append(found)
+        if raised is None and self._kept is not None and self._found is not None and self._found.is_as_made():
+            self._kept.append(self._found)
 
 
 def _renewed(model: nn.Module, kept: list[KeptReplica]) -> KeptReplica:

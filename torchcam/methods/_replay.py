@@ -11,7 +11,6 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -59,18 +58,16 @@ class VariantRunner:
             samples: the sample of the recorded batch that each variant belongs to, (B,)
         """
         formatted = in_format(image, self._formats)
-        if formatted is not image:
-            try:
-                return self._run(formatted, samples)
-            except torch.OutOfMemoryError:
+        args, kwargs = self.call.with_image(formatted, samples)
+        try:
+            return self.model(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            if formatted is image:
                 raise
-            except RuntimeError:  # if it was not for the format, it comes again
-                self._formats = {}
-        return self._run(image, samples)
-
-    def _run(self, image: Tensor, samples: Tensor) -> Any:
-        args, kwargs = self.call.with_image(image, samples)
-        return self.model(*args, **kwargs)
+            self._formats = {}  # if it was not for the format, it comes again
+        return self(image, samples)
 
 
 def fast_formats(modules: Iterable[nn.Module]) -> dict[int, torch.memory_format]:
@@ -127,7 +124,7 @@ class Replay:
     _is_disproven: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        self.image = self.call.image
+        self.image = self.call.image_now  # each run checks that it was not modified
 
     def masked(self, variants: Callable[[slice], Tensor], samples: Tensor) -> Tensor:
         """Score variants of the input, (V,).
@@ -152,7 +149,7 @@ class Replay:
                 run.model = torch.compile(replica)
 
             def evaluate(chunk: slice, unchanged: int) -> Tensor:
-                owners = F.pad(samples[chunk], (unchanged, 0))
+                owners = torch.constant_pad_nd(samples[chunk], (unchanged, 0))
                 scores: list[Tensor] = []
                 for inputs in variants(chunk) if chunk.stop > chunk.start else [self.image[:0]]:
                     if scores:  # one form of the variants is enough to see the first sample as it is
@@ -167,7 +164,7 @@ class Replay:
 
             expected = None
             # Once is enough; and a chunk of another size would be compiled again.
-            if not self._is_proven and not (self.compiled and len(samples) % self.batch_size == 0):
+            if not self._is_proven and not (self.compiled and samples.shape[0] % self.batch_size == 0):
                 expected = self._recorded_score(modules)
                 if expected is None and self.output is not None:
                     first = samples.new_zeros(1)
@@ -262,10 +259,11 @@ class Replay:
             samples: the sample that each variant belongs to, (V,)
             expected: the score that the first sample must get, (1,); None if nothing is to be proven
         """
-        more = int(expected is not None and len(samples) > 0)
+        total = samples.shape[0]
+        more = int(expected is not None and total > 0)
         chunks = run_chunks(
             lambda chunk: evaluate(slice(max(chunk.start - more, 0), chunk.stop - more), int(chunk.start < more)),
-            len(samples) + more,
+            total + more,
             self.batch_size,
             progress=self.progress,
             description=self.description,
@@ -273,7 +271,7 @@ class Replay:
         chunks = chunks or [torch.zeros(0, device=samples.device)]
         scores = chunks[0] if len(chunks) == 1 else torch.cat(chunks)
         if expected is not None and more:
-            found, scores = scores[:1], scores[1:]
+            found, scores = torch.split_with_sizes(scores, (1, total))
             if not is_close(found, expected):
                 self._compare(found, expected, torch.where(samples == 0, scores, expected.to(scores)))
         return scores
