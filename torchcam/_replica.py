@@ -129,11 +129,13 @@ class KeptReplica:
 
     Attributes:
         replica: the replica
+        last_call: how it was called last
         parameter: the first parameter of both, if there is one
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.replica, copies = _copied(model)
+        self.last_call = _LastCall(self.replica)
         self.parameter = next(model.parameters(), None)
         self._tensors = [pair for pair in copies if isinstance(pair[0], Tensor)]
         others = [pair for pair in copies if not isinstance(pair[0], Tensor)]
@@ -241,13 +243,12 @@ class replicated:  # noqa: N801 - named as the contexts of torch
     def __enter__(self) -> nn.Module:
         found = self._found = None if self._kept is None else _renewed(self._model, self._kept)
         replica = replicate(self._model) if found is None else found.replica
-        self._last_call = _LastCall(replica)
+        self._last_call = _LastCall(replica) if found is None else found.last_call
         parameter = next(self._model.parameters(), None) if found is None else found.parameter
         self._states = [(generator, generator.get_state()) for generator in _global_generators(parameter)]
         return replica
 
     def __exit__(self, raised: object, *_: object) -> None:
-        self._last_call.detach()
         # Another thread may draw from the same generators: its numbers must not be drawn twice.
         if threading.active_count() == 1 or (
             any(not torch.equal(generator.get_state(), state) for generator, state in self._states)
@@ -255,7 +256,10 @@ class replicated:  # noqa: N801 - named as the contexts of torch
         ):
             for generator, state in self._states:
                 generator.set_state(state)
-        if raised is None and self._kept is not None and self._found is not None and self._found.is_as_made():
+        self._last_call.arguments = None
+        if self._kept is None or self._found is None:
+            self._last_call.detach()
+        elif raised is None and self._found.is_as_made():
             self._kept.append(self._found)
 
 
@@ -371,17 +375,17 @@ class _HandingOn(nn.Module):
 class _LastCall(CallWrapper):
     """Remembers how a replica was called last, to find out whether it draws random numbers."""
 
-    _arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the module."""
-        self._arguments = args, kwargs
+        self.arguments = args, kwargs
         return self.run(module, args, kwargs)
 
     def draws_random_numbers(self) -> bool:
         """Check whether the last call draws random numbers, by a repetition without hooks; the replica has served."""
         module = self._module()
-        if module is None or self._arguments is None:
+        if module is None or self.arguments is None:
             return False
         for inner in modules_of(module):
             inner._forward_hooks.clear()
@@ -389,7 +393,7 @@ class _LastCall(CallWrapper):
         watch = _DrawsWatched()  # type: ignore[no-untyped-call]  # torch's
         with watch, torch.no_grad():
             try:
-                self.run(module, *self._arguments)
+                self.run(module, *self.arguments)
             except Exception:  # noqa: BLE001 - whatever a call raises that has raised before
                 return True
         return bool(watch.seen)

@@ -165,7 +165,7 @@ def blurred_out(image: Tensor) -> Tensor:
 
 def is_constant(lowest: Tensor, highest: Tensor) -> Tensor:
     """Check where the range from ``lowest`` to ``highest`` is no wider than float rounding makes it."""
-    return torch.lerp(lowest, highest, _LOST) == lowest
+    return torch.add(lowest, highest - lowest, alpha=_LOST) == lowest
 
 
 def is_finite(tensor: Tensor) -> Tensor:
