@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from ._tensors import map_structure, map_tensors, tensors_in
 
-_AS_IT_IS = nullcontext()
-
 __all__ = [
     "Call",
     "find_image",
@@ -25,6 +23,8 @@ __all__ = [
     "untouched",
     "without_inference",
 ]
+
+_AS_IT_IS = nullcontext()
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from torchcam._tensors import is_finite, resize
 
 from ._running import warn
 
-__all__ = ["broken_samples", "scale_signed", "to_one_shape", "weighted_sum"]
+__all__ = ["all_finite", "broken_samples", "scale_signed", "to_one_shape", "weighted_sum"]
 
 
 def weighted_sum(weight: Tensor, activation: Tensor) -> Tensor:
@@ -25,6 +27,12 @@ def scale_signed(maps: Tensor) -> Tensor:
     """Scale to [-1, 1] per sample, zero kept."""
     peak = maps.flatten(1).abs().amax(1).reshape(-1, *[1] * (maps.ndim - 1))
     return torch.where(peak == 0, 0.0, maps / torch.where(peak == 0, 1.0, peak))
+
+
+def all_finite(tensors: Iterable[Tensor | None]) -> bool:
+    """Check whether a sum over all values is finite: if one value is not, it is not; if all are, it may overflow."""
+    total = reduce(torch.add, [tensor.sum() for tensor in tensors if tensor is not None])
+    return math.isfinite(total.item())
 
 
 def broken_samples(cam: Tensor, activation: Tensor | None, gradient: Tensor | None, layer: str) -> Tensor:

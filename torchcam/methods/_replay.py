@@ -61,12 +61,10 @@ class VariantRunner:
         args, kwargs = self.call.with_image(formatted, samples)
         try:
             return self.model(*args, **kwargs)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:
-            if formatted is image:
+        except RuntimeError as error:
+            if formatted is image or isinstance(error, torch.OutOfMemoryError):
                 raise
-            self._formats = {}  # if it was not for the format, it comes again
+            self._formats = {}  # if it was not for the format, the error comes again
         return self(image, samples)
 
 

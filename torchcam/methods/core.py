@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import reduce
 from typing import Any, Literal, Self
 
 import torch
@@ -20,7 +18,7 @@ from torchcam.layers import TargetLayer, layer_names
 from torchcam.targets import ClassIndex, OutputTarget, Selector, check_one_of, class_columns
 
 from ._default_layer import DefaultLayer
-from ._finish import broken_samples, scale_signed, to_one_shape, weighted_sum
+from ._finish import all_finite, broken_samples, scale_signed, to_one_shape, weighted_sum
 from ._gradients import differentiate, share_of_score
 from ._layouts import Layouts
 from ._recorder import Pass, Recorder
@@ -302,7 +300,7 @@ class _CAM(Repeats):
     def _to_grid(self, recorded: Pass, tensor: Tensor, name: str) -> Tensor:
         """Lay out a layer's output as (N, C, *spatial), in float32 at least."""
         if self.reshape_transform is None:
-            layout = recorded.layouts.get(name) or recorded.layout(tensor, name)
+            layout = recorded.layout(tensor, name)
             return to_float(tensor if layout.is_plain else layout.to_grid(tensor))
         grid = self.reshape_transform(tensor)
         if not isinstance(grid, Tensor) or grid.ndim < 3:
@@ -312,19 +310,17 @@ class _CAM(Repeats):
 
     def _activations(self, request: Request) -> list[Tensor]:
         """Return the recorded activations: (N, C, *spatial), or (N * K, C, *spatial) for K classes of each sample."""
-        recorded, count = request.recorded, request.num_classes
-        found = None if request.create_graph else recorded.grids
+        recorded, count, graph = request.recorded, request.num_classes, request.create_graph
+        found = None if graph else recorded.grids
         if found is None:
             found = [
-                self._to_grid(
-                    recorded, values if request.create_graph or not values.requires_grad else values.detach(), name
-                )
+                self._to_grid(recorded, values if graph or not values.requires_grad else values.detach(), name)
                 for _, name, values, _ in recorded.rows
                 if values is not None
             ]
             if len(found) < max(len(recorded.rows), 1):
                 raise AssertionError(self._recorder.nothing_recorded(recorded))
-            recorded.grids = None if request.create_graph else found
+            recorded.grids = None if graph else found
         return found if count == 1 else [grid.repeat_interleave(count, 0) for grid in found]
 
     # What a method defines: pure functions of a layer's activation (N, C, *spatial) and of what else it looks at.
@@ -474,16 +470,12 @@ class _CAM(Repeats):
 
     def _mark_broken(self, maps: list[Tensor], request: Request) -> list[Tensor]:
         """Set the maps of samples with values that are not finite to NaN, and warn of them."""
-        if (
-            torch.compiler.is_compiling()
-        ):  # no values to look at: `torchcam.export` marks samples at the end of the graph
-            return maps
         recorded = request.recorded
+        # What is traced has no values to look at: `torchcam.export` marks samples at the end of the graph.
         seen: list[Tensor | None] = [*maps, *recorded.gradients] if self._hides_gradients else [*maps]
         if type(self).map is not _CAM.map or type(self)._raw_maps is not _CAM._raw_maps:  # sums show their parts
             seen = [*seen, *recorded.activations]
-        # If one value is not finite, the sum of all is not; if all are, it may overflow.
-        if math.isfinite(reduce(torch.add, [tensor.sum() for tensor in seen if tensor is not None]).item()):
+        if torch.compiler.is_compiling() or all_finite(seen):
             return maps
         if len(maps) != len(recorded.rows):  # of all layers together
             return [broken_samples(cam, None, None, ", ".join(recorded.names)) for cam in maps]
