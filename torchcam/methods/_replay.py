@@ -47,7 +47,7 @@ class VariantRunner:
     def __init__(self, model: nn.Module, call: Call, formats: dict[int, torch.memory_format] | None = None) -> None:
         self.call = call
         call.prove_rows(model)
-        self.model = model
+        self.model: Callable[..., Any] = model
         self._formats = fast_formats(modules_of(model)) if formats is None else formats
 
     def __call__(self, image: Tensor, samples: Tensor) -> Any:
