@@ -13,8 +13,6 @@ from ._models import RANDOM_WEIGHTS, load_model
 if TYPE_CHECKING:
     import argparse
 
-__all__ = ["EXAMPLES", "HELP", "SHORT", "add_options", "run"]
-
 SHORT = "explain pictures in the browser"
 
 HELP = """\

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from torchcam._explanation import PredictionExplanation
 
-__all__ = ["EXAMPLES", "HELP", "SHORT", "add_options", "run"]
-
 METHODS = "GradCAM,GradCAMpp,XGradCAM,HiResCAM,LayerCAM,EigenCAM,RandomCAM"
 
 SHORT = "explain an image by several methods"

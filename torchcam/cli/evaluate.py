@@ -19,8 +19,6 @@ from ._processes import processes, wait_for_all
 if TYPE_CHECKING:
     import argparse
 
-__all__ = ["EXAMPLES", "HELP", "SHORT", "add_options", "run"]
-
 METHODS = "GradCAM,GradCAMpp,LayerCAM,EigenCAM,RandomCAM"
 METRICS = ["ClassificationMetric", "DeletionInsertionMetric"]
 DEMO_SCENES = 32

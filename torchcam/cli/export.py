@@ -14,8 +14,6 @@ from ._paths import check_output
 if TYPE_CHECKING:
     import argparse
 
-__all__ = ["EXAMPLES", "HELP", "SHORT", "add_options", "run"]
-
 SHORT = "write a classifier and its maps to a file that runs without Python"
 
 HELP = """\

@@ -12,8 +12,6 @@ from ._models import SEED, load_model
 if TYPE_CHECKING:
     import argparse
 
-__all__ = ["EXAMPLES", "HELP", "SHORT", "add_options", "run"]
-
 SHORT = "list the layers of a model that maps can be made from"
 
 HELP = """\
