@@ -16,8 +16,6 @@ from ._planted import Changes, Trial, changes_of, try_reading
 from ._tensors import tensors_in
 from .layout import FEW, Layout, Reading, input_axes, readings
 
-__all__ = ["Certainty", "Verdict"]
-
 _NEEDED = 0.4  # the score at which a grid follows the input
 _NEEDED_OF_SEVERAL = 0.6  # the same where several readings are possible
 _NEEDED_UNGUIDED = 0.8  # the same where many readings are tried that nothing else speaks for

@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["run_chunks"]
-
 
 def run_chunks(
     evaluate: Callable[[slice], Any], total: int, batch_size: int, *, progress: bool = False, description: str = ""

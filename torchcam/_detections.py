@@ -13,8 +13,6 @@ from torch import Tensor
 
 from ._views import View
 
-__all__ = ["Detections"]
-
 
 @dataclass(frozen=True, eq=False)
 class Detections:

@@ -20,8 +20,6 @@ from ._passes import Call, to_model
 from ._pictures import from_unit_range, to_picture
 from ._views import FULL, View, Views
 
-__all__ = ["Inputs", "as_rgb", "read_inputs", "read_picture", "split_processor", "transformed"]
-
 Transform = Callable[..., Any]
 Normalisation = tuple[Sequence[float], Sequence[float]]
 

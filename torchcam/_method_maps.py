@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from numpy.typing import NDArray
 
-__all__ = ["MethodMaps", "draw_over", "save_maps"]
-
 
 @dataclass(frozen=True, eq=False)
 class MethodMaps:

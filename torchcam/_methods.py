@@ -9,8 +9,6 @@ from typing import Any
 from . import methods
 from ._names import closest, match_name
 
-__all__ = ["CALL_OPTIONS", "by_method", "find_method", "method_names", "takes"]
-
 # Options of an extractor's call; all others are for its constructor.
 CALL_OPTIONS = {"comparison_idx", "eps", "relu", "target_shape"}
 

@@ -6,8 +6,6 @@ import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
-__all__ = ["closest", "listed", "match_name"]
-
 
 def match_name(name: str, names: Iterable[str]) -> str | None:
     """Return the one of ``names`` that ``name`` spells, or None. Only letters and digits count, in any case."""

@@ -13,17 +13,6 @@ from torch import Tensor, nn
 
 from ._tensors import map_structure, map_tensors, tensors_in
 
-__all__ = [
-    "Call",
-    "find_image",
-    "forwards_replaced",
-    "image_shape",
-    "model_device",
-    "to_model",
-    "untouched",
-    "without_inference",
-]
-
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:

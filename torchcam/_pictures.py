@@ -17,19 +17,6 @@ from ._tensors import min_max
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
-__all__ = [
-    "TINY",
-    "as_plane",
-    "base64_text",
-    "data_uri",
-    "enlarged",
-    "enlarged_size",
-    "fitted",
-    "fitted_size",
-    "from_unit_range",
-    "to_picture",
-]
-
 TOLERANCE = 0.02  # by which rounding may carry an input out of [0, 1]
 SMALLEST = 256  # pictures with less on their longest side are enlarged, to 512 at least: maps over them are smooth
 TINY = 112  # of pictures whose longest side is shorter, the pixels can be seen

@@ -20,18 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = [
-    "CallWrapper",
-    "ExtractorHook",
-    "KeptReplica",
-    "freeze",
-    "has_hooks",
-    "modules_of",
-    "random_states_kept",
-    "replicate",
-    "replicated",
-]
-
 _WRAPPED_CALL = nn.Module._wrapped_call_impl.__code__
 _SHARED = frozenset(
     {bool, int, float, str, bytes, NoneType, FunctionType, type, torch.dtype, torch.device, torch.Size, nn.Parameter}

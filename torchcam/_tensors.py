@@ -12,24 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = [
-    "blurred_out",
-    "gaussian_blur",
-    "gaussian_noise",
-    "is_constant",
-    "is_finite",
-    "map_structure",
-    "map_tensors",
-    "min_max",
-    "named_tensor",
-    "over_channels",
-    "over_positions",
-    "resize",
-    "seeded",
-    "tensors_in",
-    "to_float",
-]
-
 _NO_TENSORS = (str, int, float, NoneType)
 _WIDE = (torch.float32, torch.float64)
 _LOST = 0.125  # a difference from a value is rounding where this share of it is lost in a sum with the value

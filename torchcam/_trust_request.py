@@ -17,8 +17,6 @@ from .targets import OutputTarget
 if TYPE_CHECKING:
     from .trust import TrustReport
 
-__all__ = ["TrustRequest"]
-
 
 @dataclass(frozen=True, eq=False)
 class TrustRequest:

@@ -18,8 +18,6 @@ from torchcam._recommended import Recommended, recommended_of
 from torchcam.explain import explain
 from torchcam.layers import Candidates, candidates_of
 
-__all__ = ["METHODS", "Question", "Subject", "as_code", "bundled"]
-
 # RefineCAM multiplies the maps of several layers, and one is chosen here.
 METHODS = tuple(name for name in method_names() if name != "RefineCAM")
 

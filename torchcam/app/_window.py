@@ -26,8 +26,6 @@ from torchcam.demo.model import DemoNet
 from ._private import LOOPBACK, KnownHosts, uploads_in
 from ._subject import Question, Subject, as_code
 
-__all__ = ["Window"]
-
 SHOWN = 5  # classes that are seen at a glance
 AT_ONCE = 4  # questions that are answered at the same time
 OLD = (600, 24 * 3600)  # every so many seconds, files older than that are removed

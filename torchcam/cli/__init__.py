@@ -31,8 +31,6 @@ from . import _options, app, compare, demo, diagnose, evaluate, explain, export,
 from ._completion import complete
 from ._messages import Parser, UserError, one_line, plain_messages
 
-__all__ = ["main"]
-
 COMMANDS = (demo, app, explain, compare, diagnose, trust, evaluate, layers, export)
 
 

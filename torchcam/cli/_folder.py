@@ -17,8 +17,6 @@ from ._paths import images_in
 if TYPE_CHECKING:
     import argparse
 
-__all__ = ["Folder", "match_classes", "read_folder"]
-
 
 @dataclass(frozen=True)
 class Folder:

@@ -19,16 +19,6 @@ if TYPE_CHECKING:
     from torchcam._explanation import PredictionExplanation
     from torchcam._recommended import Recommended
 
-__all__ = [
-    "file_errors",
-    "prepare",
-    "read_image",
-    "recommend",
-    "save_array",
-    "save_figure",
-    "save_reports",
-]
-
 
 def prepare(
     arguments: argparse.Namespace, outputs: Sequence[Path] = (), images: Sequence[Path] | None = None

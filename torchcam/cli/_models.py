@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
     from torchcam._inputs import Inputs
 
-__all__ = ["RANDOM_WEIGHTS", "SEED", "Classifier", "find_device", "load_classifier", "load_model"]
-
 SEED = 0
 SEED_CODE = f"import torch\n\ntorch.manual_seed({SEED})\n"
 RANDOM = f"random weights (seed {SEED})"

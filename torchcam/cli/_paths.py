@@ -15,17 +15,6 @@ from torchcam import __version__
 
 from ._messages import UserError
 
-__all__ = [
-    "SOFTWARE",
-    "Source",
-    "check_folder",
-    "check_output",
-    "find_sources",
-    "images_in",
-    "is_picture",
-    "result_path",
-]
-
 SOFTWARE = f"torchcam {__version__}"
 """What is written into pictures, so that a folder's results are not taken for its images."""
 

@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from ._messages import UserError
 from ._models import find_device
 
-__all__ = ["processes", "wait_for_all"]
-
 
 @contextmanager
 def processes(device: str, timeout: float) -> Iterator[int]:

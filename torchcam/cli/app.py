@@ -29,8 +29,6 @@ from ._models import RANDOM_WEIGHTS, load_model
 if TYPE_CHECKING:
     import argparse
 
-__all__ = ["add_options", "run"]
-
 
 def add_options(app: Any) -> None:
     """Add the options of the command to its parser."""

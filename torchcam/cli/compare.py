@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
     from torchcam._explanation import PredictionExplanation
 
-__all__ = ["add_options", "run"]
-
 METHODS = "GradCAM,GradCAMpp,XGradCAM,HiResCAM,LayerCAM,EigenCAM,RandomCAM"
 
 

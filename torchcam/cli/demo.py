@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     from torchcam.demo import Sample
 
-__all__ = ["add_options", "run"]
-
 METHODS = {  # and the layers of the demo model that each looks at
     "GradCAM": ["layer4"],
     "FinerCAM": ["layer4"],

@@ -23,8 +23,6 @@ from ._messages import UserError, count_of, library_errors, print_json, print_li
 if TYPE_CHECKING:
     import argparse
 
-__all__ = ["add_options", "run"]
-
 MARKS = {r"^error: ": "bold red", r"^warning: ": "bold yellow", r"^info: ": "bold"}
 
 

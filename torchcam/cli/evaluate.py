@@ -46,8 +46,6 @@ from ._processes import processes, wait_for_all
 if TYPE_CHECKING:
     import argparse
 
-__all__ = ["add_options", "run"]
-
 METHODS = "GradCAM,GradCAMpp,LayerCAM,EigenCAM,RandomCAM"
 METRICS = ["ClassificationMetric", "DeletionInsertionMetric"]
 DEMO_SCENES = 32

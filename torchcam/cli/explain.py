@@ -72,8 +72,6 @@ if TYPE_CHECKING:
     from torchcam._method_maps import MethodMaps
     from torchcam._recommended import Recommended
 
-__all__ = ["add_options", "explain_image", "picture_of", "run"]
-
 METHOD = "GradCAM"
 METHOD_OF_BOXES = "HiResCAM"
 

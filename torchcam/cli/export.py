@@ -32,8 +32,6 @@ from ._paths import check_output
 if TYPE_CHECKING:
     import argparse
 
-__all__ = ["add_options", "run"]
-
 SUFFIXES = (".onnx", ".pt2", ".aoti.pt2", ".html")
 
 

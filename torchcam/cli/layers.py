@@ -26,8 +26,6 @@ from ._models import SEED, load_model
 if TYPE_CHECKING:
     import argparse
 
-__all__ = ["add_options", "run"]
-
 
 def add_options(layers: Any) -> None:
     """Add the options of the command to its parser."""

@@ -27,8 +27,6 @@ from ._messages import UserError, library_errors, print_json, print_line, print_
 if TYPE_CHECKING:
     import argparse
 
-__all__ = ["add_options", "run"]
-
 METHODS = "GradCAM,LayerCAM,ReciproCAM"
 MARKS = {
     r"^ *Do not believe": "bold red",

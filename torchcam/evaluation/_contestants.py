@@ -25,8 +25,6 @@ from torchcam.metrics.core import missing_parts
 
 from ._checkpoint import describe
 
-__all__ = ["Contestant", "LogitsFn", "error_note", "find_class", "generators_of", "make_contestants", "metric_options"]
-
 LogitsFn = Callable[[Any], Any]
 
 

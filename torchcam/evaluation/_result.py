@@ -17,8 +17,6 @@ from torchcam._tables import as_csv, as_text, make_table
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions
 
-__all__ = ["FORMATS", "Evaluation", "MethodResult", "check_format"]
-
 FORMATS = {".json": "to_json", ".csv": "to_csv", ".md": "to_markdown", ".txt": "__str__"}
 """The formats that an evaluation can be saved in, by the file's suffix."""
 

@@ -36,8 +36,6 @@ from ._data import Batch, Stream, length
 from ._result import Evaluation, MethodResult
 from ._team import Team
 
-__all__ = ["discard_checkpoint", "evaluate"]
-
 ClassSource = Literal["label", "predicted"]
 
 

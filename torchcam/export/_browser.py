@@ -16,8 +16,6 @@ from torchcam._templates import render
 
 from ._formats import Run, needs, onnx_model, onnx_runner
 
-__all__ = ["write_page"]
-
 _SCRIPT, _WASM = "ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm"
 
 

@@ -31,8 +31,6 @@ from ._preprocessing import read_preprocessing
 from ._proof import Case, check, make_cases
 from ._trace import ExplainedModel, Question, check_torch, trace
 
-__all__ = ["EXPORTABLE", "Exported", "export"]
-
 EXPORTABLE = (
     "CAM",
     "EigenCAM",

@@ -21,8 +21,6 @@ from torchcam._files import atomic_write
 if TYPE_CHECKING:
     import onnx_ir
 
-__all__ = ["METADATA", "needs", "write_files", "write_onnx", "write_package", "write_program"]
-
 METADATA = "torchcam"  # the key of the metadata, a JSON text
 _LARGEST_FILE = 1 << 31  # of protobuf; weights of larger models are in a file of their own
 

@@ -19,8 +19,6 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["KEPT", "RULES", "Rewritten", "explicit_attention"]
-
 aten = torch.ops.aten
 Sizes = Sequence[int]
 

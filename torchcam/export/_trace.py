@@ -19,8 +19,6 @@ from torchcam.targets import Selector, class_scores, read_logits
 from . import _shortcuts
 from ._operations import KEPT, RULES, Rewritten, explicit_attention
 
-__all__ = ["ExplainedModel", "Question", "fused_map", "trace"]
-
 OLDEST_TORCH = (2, 13)
 _LARGEST_BATCH = 65536
 

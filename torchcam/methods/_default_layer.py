@@ -15,8 +15,6 @@ from torchcam.layers import Candidate, Candidates, candidates_of, probe
 from ._layouts import Layouts
 from ._running import warn
 
-__all__ = ["DefaultLayer"]
-
 logger = logging.getLogger(f"{__package__}.core")
 
 

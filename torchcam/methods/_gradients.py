@@ -12,8 +12,6 @@ from torch import Tensor
 from ._balanced import balanced_grad
 from ._recorder import Row
 
-__all__ = ["OTHER_SIGN", "differentiate", "share_of_other_sign", "share_of_score"]
-
 OTHER_SIGN = 0.1
 """The share of the rarer sign from which on activations count as of both signs."""
 

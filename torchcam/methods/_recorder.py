@@ -26,8 +26,6 @@ from ._fused import FusedCall, SharedWrapper, attached, fused_modules
 from ._layouts import Layouts
 from ._running import thread
 
-__all__ = ["Pass", "Recorder", "Row"]
-
 ChooseLayers = Callable[[tuple[Any, ...], dict[str, Any]], list[str] | None]
 
 _numbers = itertools.count()

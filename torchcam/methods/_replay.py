@@ -24,8 +24,6 @@ from torchcam.targets import Selector
 
 from ._running import plain_tensors, warn
 
-__all__ = ["Edit", "Replay", "VariantRunner", "is_close"]
-
 Edit = Callable[[Tensor, Tensor], Tensor]
 
 _SHORT = frozenset({torch.bfloat16, torch.float16})  # scores of these types round away what variants differ by

@@ -9,8 +9,6 @@ from typing import Any
 from torchcam._passes import untouched
 from torchcam._replica import replicated
 
-__all__ = ["on_replica"]
-
 
 @contextmanager
 def on_replica(extractor: Any) -> Iterator[Any]:

@@ -13,8 +13,6 @@ from torchcam.targets import Selector
 
 from ._recorder import Pass
 
-__all__ = ["Request"]
-
 
 @dataclass(slots=True)
 class Request:

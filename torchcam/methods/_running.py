@@ -13,8 +13,6 @@ import torch
 
 from torchcam._passes import Call
 
-__all__ = ["computing", "plain_tensors", "quietly", "thread", "warn", "with_graph"]
-
 
 class _ThreadState(threading.local):
     """What extractors do on a thread while a model runs.

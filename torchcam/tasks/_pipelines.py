@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-__all__ = ["opened"]
-
 
 def opened(model: Any, given: Any, transform: Any, processor: Any) -> tuple[Any, Any, Any, Any]:
     """Return the model of a pipeline, its input, and what makes tensors of images and of texts; others as they are.

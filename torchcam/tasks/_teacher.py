@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from torchcam._passes import to_model
 from torchcam._tensors import to_float
 
-__all__ = ["Answers", "check_logits", "encode", "force", "generate", "grown"]
-
 # How far logits of a cached step may be from those of one pass, as a share of their range.
 _TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.15}
 

@@ -30,8 +30,6 @@ from . import _verdicts as verdicts
 from ._report import PredictionTrust, TrustReport
 from ._verdicts import Check
 
-__all__ = ["trust"]
-
 Layers = TargetLayer | Sequence[TargetLayer] | None
 
 WINDOWS = {1: 32, 2: 8, 3: 4}

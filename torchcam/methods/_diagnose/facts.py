@@ -23,8 +23,6 @@ from torchcam.targets import Selector, class_scores, read_logits
 from .trace import PassWatch, squashing_node
 from .view import ExtractorView, RawMaps
 
-__all__ = ["Facts", "examined"]
-
 
 @dataclass(frozen=True)
 class GradientFacts:

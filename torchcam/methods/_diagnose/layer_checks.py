@@ -17,8 +17,6 @@ from torchcam.methods._gradients import OTHER_SIGN, share_of_other_sign
 from .facts import Facts
 from .findings import Finding, finding
 
-__all__ = ["CHECKS"]
-
 
 def check_positions(facts: Facts) -> Iterator[Finding]:
     """Check that the target layers' outputs have positions."""

@@ -13,8 +13,6 @@ from torchcam.targets import class_scores
 from .facts import Facts
 from .findings import Finding, finding, listed, numbers
 
-__all__ = ["CHECKS"]
-
 # The score and its gradient.
 
 

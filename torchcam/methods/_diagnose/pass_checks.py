@@ -12,8 +12,6 @@ from .facts import Facts
 from .findings import Finding, finding, listed, numbers
 from .view import ExtractorView
 
-__all__ = ["CHECKS", "check_recording"]
-
 # The recorded pass.
 
 

@@ -15,8 +15,6 @@ from torchcam.layers import Candidates, candidates_of
 from torchcam.methods._request import Request
 from torchcam.targets import Selector
 
-__all__ = ["ExtractorView", "RawMaps"]
-
 
 @dataclass(frozen=True)
 class RawMaps:
