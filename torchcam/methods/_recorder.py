@@ -15,16 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-            # A graph that saved tensors itself could not be followed once these are detached, as below.
-            with saved_tensors_hooks(_save, _load) if hooked else nullcontext():
-                return self._recorded(module, recorders, args, kwargs, detached=True)
-        except RuntimeError as error:
-            if torch.is_grad_enabled():
-                error.add_note(
-                    "An extractor on the model has turned gradients on behind its target layer. If the model cannot "
-                    "run with gradients there, take a method that needs none, or disable the extractor's hooks."
-                )
-            raise
+from torch.autograd import forward_ad
+from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 from torch.utils.hooks import RemovableHandle
 
 from torchcam._passes import Call, image_shape, without_inference
@@ -498,8 +490,9 @@ class _ModelCall(SharedWrapper):
         try:
             torch.set_grad_enabled(False)
             thread.private = True
-<<<<<<< HEAD
-            return self._recorded(module, recorders, args, kwargs, detached=True)
+            # A graph that saved tensors itself could not be followed once these are detached, as below.
+            with saved_tensors_hooks(_save, _load) if hooked else nullcontext():
+                return self._recorded(module, recorders, args, kwargs, detached=True)
         except RuntimeError as error:
             if torch.is_grad_enabled():
                 error.add_note(
@@ -507,11 +500,6 @@ class _ModelCall(SharedWrapper):
                     "run with gradients there, take a method that needs none, or disable the extractor's hooks."
                 )
             raise
-=======
-            # A graph that saved tensors itself could not be followed once these are detached, as below.
-            with saved_tensors_hooks(_save, _load) if hooked else nullcontext():
-                return self._recorded(module, recorders, args, kwargs, detached=True)
->>>>>>> main
         finally:
             started = torch.is_grad_enabled()
             thread.private = False
