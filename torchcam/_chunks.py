@@ -17,7 +17,8 @@ def run_chunks(
 
     Where a CUDA device has too little memory for a chunk, the chunk is halved and tried again, with one warning.
     """
-    results, start, warned = [], 0, False
+    results: list[Any] = []
+    start, warned = 0, False
     with _progress_bar(total, description, progress) as advance:
         while start < total or not results:
             size = min(batch_size, total - start)

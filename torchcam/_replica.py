@@ -314,7 +314,8 @@ class _Copier:
                 code, names = function.__code__, function.__globals__
                 copied = FunctionType(code, names, function.__name__, function.__defaults__, closure)
                 copied.__kwdefaults__ = function.__kwdefaults__
-                self._functions[function] = functools.update_wrapper(copied, function)
+                vars(copied).update(vars(function))
+                self._functions[function] = copied
         return self._functions[function]
 
     def _cell(self, cell: CellType) -> CellType:
