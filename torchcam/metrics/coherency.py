@@ -22,9 +22,6 @@ class _CoherencyMetric(CAMMetric):
     _explains_again = True
     _masks_with_maps = True
 
-    coherency: Tensor
-    complexity: Tensor
-
     def __init__(
         self, cam_extractor: Extractor, logits_fn: LogitsFn | None = None, *, batch_size: int = 32, **kwargs: Any
     ) -> None:
@@ -133,9 +130,6 @@ class ADCC(_CoherencyMetric):
         "avg_drop": ("drop", False, POSITIVE),
     }
 
-    adcc: Tensor
-    drop: Tensor
-
     def _change(self, explained: Explained) -> Tensor:
         kept = explained.replay(_masking(explained), 1, self.batch_size).squeeze(1)
         return relative_fall(explained.score - kept, explained.score)
@@ -208,9 +202,6 @@ class ARCC(_CoherencyMetric):
         "complexity": ("complexity", False, UNIT),
         "road": ("road", True, UNBOUNDED),
     }
-
-    arcc: Tensor
-    road: Tensor
 
     def __init__(
         self,

@@ -88,12 +88,6 @@ class ClassificationMetric(CAMMetric):
     _masks_with_maps = True
     _summary_keys = ("avg_drop", "conf_increase")
 
-    drop: Tensor
-    increase: Tensor
-    gain: Tensor
-    deletion_drop: Tensor
-    out_of_range: Tensor
-
     def __init__(self, cam_extractor: Extractor | nn.Module, logits_fn: LogitsFn | None = None, **kwargs: Any) -> None:
         super().__init__(cam_extractor, logits_fn, **kwargs)
 
@@ -189,9 +183,6 @@ class DeletionInsertionMetric(CAMMetric):
         "insertion_auc": ("insertion", True, UNBOUNDED),
     }
 
-    deletion: Tensor
-    insertion: Tensor
-
     def __init__(
         self,
         cam_extractor: Extractor | nn.Module,
@@ -207,12 +198,6 @@ class DeletionInsertionMetric(CAMMetric):
         super().__init__(cam_extractor, logits_fn, {"baseline": baseline}, **kwargs)
         self.steps = positive_integer("steps", steps)
         self.batch_size = positive_integer("batch_size", batch_size)
-
-    @property
-    def baseline(self) -> Baseline | None:
-        """The value of removed positions."""
-        baseline: Baseline | None = self._subject.options["baseline"]
-        return baseline
 
     def _measure(self, explained: Explained) -> dict[str, Tensor]:
         image, score = explained.image, explained.score.unsqueeze(1)
@@ -317,9 +302,6 @@ class ROAD(CAMMetric):
         "lerf": ("lerf", True, UNBOUNDED),
         "road": ("", True, UNBOUNDED),
     }
-
-    morf: Tensor
-    lerf: Tensor
 
     def __init__(
         self,

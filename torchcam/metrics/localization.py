@@ -91,14 +91,6 @@ class Localization(CAMMetric):
         for key in ("pointing_game", "average_precision", "energy", "rank_accuracy", "iou", "best_iou")
     }
 
-    pointing_game: Tensor
-    average_precision: Tensor
-    energy: Tensor
-    rank_accuracy: Tensor
-    iou: Tensor
-    best_iou: Tensor
-    empty_count: Tensor
-
     def __init__(
         self,
         cam_extractor: Extractor | nn.Module | None = None,

@@ -93,11 +93,6 @@ class SanityCheck(CAMMetric):
     _explains_again = True
     _masks_with_maps = True
 
-    rank: Tensor
-    similarity: Tensor
-    overlap: Tensor
-    single: Tensor
-
     def __init__(
         self,
         cam_extractor: Extractor,

@@ -92,9 +92,6 @@ class Sensitivity(CAMMetric):
     }
     _explains_again = True
 
-    sensitivity: Tensor
-    infidelity: Tensor
-
     def __init__(
         self,
         cam_extractor: Extractor,
@@ -129,18 +126,6 @@ class Sensitivity(CAMMetric):
         self.normalize = normalize
         self.seed = check_seed(seed)
         self.batch_size = positive_integer("batch_size", batch_size)
-
-    @property
-    def perturb(self) -> Perturbation | None:
-        """The function that perturbs the inputs whose maps are compared, in place of uniform noise."""
-        perturb: Perturbation | None = self._subject.options["perturb"]
-        return perturb
-
-    @property
-    def removal(self) -> str | Perturbation:
-        """The perturbation of the inputs whose scores are compared."""
-        removal: str | Perturbation = self._subject.options["removal"]
-        return removal
 
     def _measure(self, explained: Explained) -> dict[str, Tensor]:
         device = explained.image.device
