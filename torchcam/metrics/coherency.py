@@ -13,8 +13,6 @@ from ._statistics import harmonic_mean, pearson, relative_fall
 from .core import POSITIVE, UNBOUNDED, UNIT, CAMMetric, Explained, Extractor, Keys, LogitsFn, Variant
 from .faithfulness import Removal
 
-__all__ = ["ADCC", "ARCC"]
-
 
 class _CoherencyMetric(CAMMetric):
     """The base class of metrics that compare the map of an input with that of the masked input."""

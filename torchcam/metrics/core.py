@@ -23,8 +23,6 @@ from torchcam.methods._replay import VariantRunner
 from torchcam.methods.core import _CAM, on_replica, plain_tensors
 from torchcam.targets import ClassIndex, OutputTarget, Selector, check_one_of, class_scores, read_logits
 
-__all__ = ["CAMMetric", "Explained", "Extractor"]
-
 LogitsFn = Callable[[Any], Any]
 Baseline = Tensor | Callable[[Tensor], Tensor]
 Variant = Callable[[Tensor, Tensor], Tensor]

@@ -15,8 +15,6 @@ from ._imputation import impute
 from ._statistics import descending_ranks, relative_fall
 from .core import POSITIVE, UNBOUNDED, UNIT, Baseline, CAMMetric, Explained, Extractor, Keys, LogitsFn, check_seed
 
-__all__ = ["ROAD", "ClassificationMetric", "DeletionInsertionMetric"]
-
 
 class ClassificationMetric(CAMMetric):
     r"""Change of a class score when the input is masked with the map of the class, or with the inverted map.

@@ -18,8 +18,6 @@ from torchcam.targets import ClassIndex, OutputTarget
 from ._statistics import energy
 from .core import UNIT, CAMMetric, Extractor, Keys, LogitsFn, as_image, given_maps, tensor_of, zero_where_not_finite
 
-__all__ = ["Localization"]
-
 Boxes = Tensor | Sequence[Tensor | Sequence[Sequence[float]]]
 
 

@@ -19,8 +19,6 @@ from torchcam.targets import class_scores
 from ._statistics import cosine, spearman, structural_similarity
 from .core import UNIT, CAMMetric, Explained, Extractor, Keys, LogitsFn, check_seed
 
-__all__ = ["SanityCheck"]
-
 
 class SanityCheck(CAMMetric):
     r"""Similarity of maps to those of a randomised model, and of the maps of two classes.

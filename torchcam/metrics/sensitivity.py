@@ -12,8 +12,6 @@ from torchcam._checks import callable_object, finite_number, positive_integer
 
 from .core import POSITIVE, CAMMetric, Explained, Extractor, Keys, LogitsFn, check_seed
 
-__all__ = ["Sensitivity"]
-
 Perturbation = Callable[[Tensor], Tensor]
 
 

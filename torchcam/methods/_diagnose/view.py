@@ -55,8 +55,9 @@ class ExtractorView:
         self.recorder = self.cam._recorder
         self.model: nn.Module = self.cam.model
         self.method = type(self.cam).__name__
-        self.found = found = self.cam._last_pass()
-        self.call = None if found is None else found.call
+        found: Any = self.cam._last_pass()
+        self.found = found
+        self.call: Any = None if found is None else found.call
         self.activations: list[Tensor | None] = [] if found is None else found.activations
         first = next((activation for activation in self.activations if activation is not None), None)
         shape = None if found is None else found.input_shape
