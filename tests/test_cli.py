@@ -125,11 +125,11 @@ class TestTopLevel:
         assert all(word in printed for word in command)
 
     def test_help_names_methods_and_examples_that_exist(self, capsys: pytest.CaptureFixture[str]) -> None:
-        named = set(re.findall(r"\b\w*CAM\w*\b", cli.explain.EXAMPLES)) - {"CAM"}
+        named = set(re.findall(r"\b\w*CAM\w*\b", str(cli.explain.__doc__))) - {"CAM"}
         assert {"GradCAM", "LayerCAM"} <= named
         assert named <= set(methods.__all__)
         parser = cli.make_parser()
-        texts = [cli.EPILOG, *(getattr(command, "EXAMPLES", "") for command in cli.COMMANDS)]
+        texts = [str(module.__doc__) for module in (cli, *cli.COMMANDS)]
         examples = re.findall(r"^  torchcam (.*)$", "".join(texts).replace("\\\n", ""), flags=re.MULTILINE)
         assert len(examples) >= 15
         for example in examples:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -48,7 +49,8 @@ class Certainty:
         self.call = call
         self.modules = dict(model.named_modules())
         self.input_shape = image_shape(call.signal)
-        self._changes: Mapping[str, Mapping[tuple[int, int], Changes]] = {}
+        self._watched: set[str] = set()
+        self._changes: dict[str, dict[tuple[int, int], Changes]] = {}
 
     @cached_property
     def shown(self) -> Shown:
@@ -118,12 +120,12 @@ class Certainty:
         return possible[scores.index(max(scores))] if scores and max(scores) > 0 else ()
 
     def try_out(self, layers: Sequence[str]) -> None:
-        """Run the experiment for the outputs of layers; :meth:`tried` says what it shows."""
-        if self.input_shape is not None:
-            try:
-                self._changes = changes_of(self.model, self.call, self.input_shape, layers)
-            except Exception:  # noqa: BLE001 - whatever a model raises at noise: then nothing is known
-                self._changes = {}
+        """Run the experiment for the outputs of layers, once for each; :meth:`tried` says what it shows."""
+        new = [layer for layer in layers if layer not in self._watched]
+        self._watched.update(new)
+        if new and self.input_shape is not None:
+            with suppress(Exception):  # whatever a model raises at noise: then nothing is known
+                self._changes |= changes_of(self.model, self.call, self.input_shape, new)
 
     def refutes(self, verdict: Verdict, layer: str) -> bool:
         """Check whether the experiment speaks against a verdict that was certain."""

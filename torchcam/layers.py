@@ -241,26 +241,28 @@ def candidates_of(model: nn.Module, call: Call, select: Callable[[Any], Tensor] 
     certain = {name: certainty.certain(shape, name) for name, shape in shapes.items()}
     open_ = [name for name, one in certain.items() if one is None]
     verdicts = {n: one or Verdict(None, None, certainty.readings(shapes[n], n)) for n, one in certain.items()}
+    entries = {name: candidate(name, one) for name, one in verdicts.items()}
     tried: set[str] = set()
 
     def listed() -> Candidates:
-        found = Candidates(filter(None, (candidate(name, one) for name, one in verdicts.items())))
+        found = Candidates(filter(None, entries.values()))
         surer = Candidates(one if one.is_proven else replace(one, is_proven=False) for one in found)
         # What has too few positions to prove anything is the last resort.
         return surer if tried and surer.choice is not None else found
 
-    def try_out(names: Iterable[str]) -> None:
-        tried.update(name for name in names if len(shapes[name]) > 2)
-        certainty.try_out([*tried])
+    def try_out(names: Sequence[str]) -> None:
+        certainty.try_out(names)
+        tried.update(names)
         for name in names:
             if name in open_ or certainty.refutes(verdicts[name], name):  # what has too few positions stays what it is
                 verdicts[name] = certainty.tried(shapes[name], name)
+                entries[name] = candidate(name, verdicts[name])
 
     found = listed()
     if found.choice is None or found.choice in open_:  # it rests on a doubt
         try_out(open_)
         found = listed()
-    for _ in range(_GLANCES):
+    for glance in range(_GLANCES):
         chosen = next((one for one in found if one.name == found.choice), None)
         if chosen is None or signal is None:
             break
@@ -274,10 +276,13 @@ def candidates_of(model: nn.Module, call: Call, select: Callable[[Any], Tensor] 
         if seen is None or seen.is_clear or (no_more and not seen.is_against):
             break
         rest = [name for name in shapes if name not in tried]
-        if rest:  # the layer by itself, and if it fails, all others
-            try_out([chosen.name] if chosen.name in rest and not seen.is_against else rest)
+        if glance:  # all others in one run of the model; they are judged one by one
+            certainty.try_out(rest)
+        if rest:
+            try_out(rest if seen.is_against else [chosen.name])
         if seen.is_against:
-            verdicts[chosen.name] = Verdict(None, False, certainty.readings(shapes[chosen.name], chosen.name))
+            against = Verdict(None, False, certainty.readings(shapes[chosen.name], chosen.name))
+            entries[chosen.name] = candidate(chosen.name, against)
         found = listed()
     return found
 

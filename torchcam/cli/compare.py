@@ -1,4 +1,20 @@
-"""`torchcam compare`: one image, many methods, one picture."""
+r"""Explain an image by several methods.
+
+Explain one image by several methods, all on the same class and layers, in one
+picture with one scale of colours. The table shows how similar each map is to
+the others: the mean rank correlation with them, from -1 to 1. RandomCAM does
+not depend on the class: a method whose maps look like those of RandomCAM is no
+help.
+
+Examples:
+  torchcam compare dog.jpg
+      seven methods on the most probable class of a resnet50
+  torchcam compare dog.jpg --arch convnext_tiny --target-layer features.5 \
+      --methods GradCAM,LayerCAM,Ablation-CAM
+      three methods, on a layer with more positions
+  torchcam compare dog.jpg --class-idx 207 --json
+      the numbers for another program, beside the picture
+"""
 
 from __future__ import annotations
 
@@ -18,27 +34,6 @@ if TYPE_CHECKING:
     from torchcam._explanation import PredictionExplanation
 
 METHODS = "GradCAM,GradCAMpp,XGradCAM,HiResCAM,LayerCAM,EigenCAM,RandomCAM"
-
-SHORT = "explain an image by several methods"
-
-HELP = """\
-Explain one image by several methods, all on the same class and layers, in one
-picture with one scale of colours. The table shows how similar each map is to
-the others: the mean rank correlation with them, from -1 to 1. RandomCAM does
-not depend on the class: a method whose maps look like those of RandomCAM is no
-help.
-"""
-
-EXAMPLES = """\
-examples:
-  torchcam compare dog.jpg
-      seven methods on the most probable class of a resnet50
-  torchcam compare dog.jpg --arch convnext_tiny --target-layer features.5 \\
-      --methods GradCAM,LayerCAM,Ablation-CAM
-      three methods, on a layer with more positions
-  torchcam compare dog.jpg --class-idx 207 --json
-      the numbers for another program, beside the picture
-"""
 
 
 def add_options(compare: Any) -> None:

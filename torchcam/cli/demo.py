@@ -1,4 +1,11 @@
-"""`torchcam demo`: explain a picture that ships with the package."""
+"""Explain a picture that ships with the package.
+
+Explain a picture that ships with the package, with a model that ships with it:
+two handwritten digits in clutter, by several methods. It is known which pixels
+belong to which digit, so the maps can be checked: the table gives the share of
+each map's energy that lies on the digit that was asked for, and on the other
+one. Needs no network.
+"""
 
 from __future__ import annotations
 
@@ -24,16 +31,6 @@ METHODS = {  # and the layers of the demo model that each looks at
     "LayerCAM": ["layer2"],
     "RefineCAM": ["layer2", "layer3", "layer4"],
 }
-
-SHORT = "explain a picture that ships with the package"
-
-HELP = """\
-Explain a picture that ships with the package, with a model that ships with it:
-two handwritten digits in clutter, by several methods. It is known which pixels
-belong to which digit, so the maps can be checked: the table gives the share of
-each map's energy that lies on the digit that was asked for, and on the other
-one. Needs no network.
-"""
 
 
 def add_options(demo: Any) -> None:

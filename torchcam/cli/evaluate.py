@@ -1,4 +1,31 @@
-"""`torchcam evaluate`: methods and metrics over a data set, in one table."""
+r"""Measure the maps of several methods over a data set.
+
+Measure how faithful the maps of several methods are, over a folder of images
+with a subfolder for each class. Each method explains each image once, and all
+metrics measure the same maps. In the table, an arrow says whether a high or a
+low number is good; RandomCAM is what a method has to beat.
+
+The folders' names are looked up among the model's classes: by name, by number,
+or in sorted order if there are as many and their names are WordNet's. The
+state is kept after every batch: interrupted, the same command goes on where it
+was.
+
+Examples:
+  torchcam evaluate --demo
+      the model that ships with the package, on pictures made for it; it is
+      known what is where in them
+  torchcam evaluate val --limit 200 --output results.csv --output results.md
+      a resnet50 on 200 images of a folder, evenly spread over its classes
+  torchcam evaluate photos --class-source predicted \
+      --methods ScoreCAM,GradCAM --metrics ROAD,ADCC
+      a folder without known classes: what the model predicts is explained
+  torchcam evaluate val --model-factory mine.models:load \
+      --class-map classes.json --json
+      your own model, and a file that gives the number of each folder's class
+
+on several GPUs or machines, with the same result:
+  torchrun --nproc-per-node 4 -m torchcam evaluate val --device cuda
+"""
 
 from __future__ import annotations
 
@@ -23,38 +50,6 @@ METHODS = "GradCAM,GradCAMpp,LayerCAM,EigenCAM,RandomCAM"
 METRICS = ["ClassificationMetric", "DeletionInsertionMetric"]
 DEMO_SCENES = 32
 SCORES = ("softmax", "sigmoid", "none")
-
-SHORT = "measure the maps of several methods over a data set"
-
-HELP = """\
-Measure how faithful the maps of several methods are, over a folder of images
-with a subfolder for each class. Each method explains each image once, and all
-metrics measure the same maps. In the table, an arrow says whether a high or a
-low number is good; RandomCAM is what a method has to beat.
-
-The folders' names are looked up among the model's classes: by name, by number,
-or in sorted order if there are as many and their names are WordNet's. The
-state is kept after every batch: interrupted, the same command goes on where it
-was.
-"""
-
-EXAMPLES = """\
-examples:
-  torchcam evaluate --demo
-      the model that ships with the package, on pictures made for it; it is
-      known what is where in them
-  torchcam evaluate val --limit 200 --output results.csv --output results.md
-      a resnet50 on 200 images of a folder, evenly spread over its classes
-  torchcam evaluate photos --class-source predicted \\
-      --methods ScoreCAM,GradCAM --metrics ROAD,ADCC
-      a folder without known classes: what the model predicts is explained
-  torchcam evaluate val --model-factory mine.models:load \\
-      --class-map classes.json --json
-      your own model, and a file that gives the number of each folder's class
-
-on several GPUs or machines, with the same result:
-  torchrun --nproc-per-node 4 -m torchcam evaluate val --device cuda
-"""
 
 
 def add_options(evaluate: Any) -> None:

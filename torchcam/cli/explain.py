@@ -1,4 +1,50 @@
-"""`torchcam explain`: the regions of images that made a classifier's scores."""
+r"""Explain images with a classifier.
+
+Explain what a classification model sees in images. Each image gives one
+picture: the image as the model sees it (resized and cropped as the weights
+want it), and a grid of maps over it, with the methods in columns and the
+classes in rows. With --box, it explains what a detector found. The name of a
+picture says of what model, layers, methods and classes it is. Images of a
+folder that cannot be read, and pictures that torchcam made, are left out.
+
+Examples:
+  torchcam explain dog.jpg
+      the most probable class of a resnet50, Grad-CAM on its last layer with
+      positions
+  torchcam explain dog.jpg --arch vit_b_16
+      a transformer: HiResCAM with balanced gradients at its first tokens,
+      which the leaderboard found best
+  torchcam explain photos --output maps --html
+      all images in a folder and in those below it, and a page to look into
+      their maps
+  torchcam explain dog.jpg cat.jpg --top-k 3 --methods GradCAM,LayerCAM
+      three classes of each of two images by two methods, in one picture per
+      image
+  torchcam explain dog.jpg --arch convnext_tiny --method LayerCAM \
+      --target-layer features.5,features.7
+      the maps of two layers, fused into one
+  torchcam explain dog.jpg --timm vit_base_patch16_224.augreg_in21k_ft_in1k \
+      --class-idx beagle --save-maps
+      a model of timm, a class by its name, and the map as numbers
+  torchcam explain dog.jpg --arch resnet18 --weights resnet18-f37072fd.pth \
+      --class-idx 207
+      weights from a file: for machines without network
+  torchcam explain dog.jpg --model-factory mine.models:load
+      your own model, which the function `load` of `mine/models.py` returns
+  torchcam explain street.jpg --model-factory mine.models:yolo --box 0
+      why a detector found its first box; --box all for every box, --hf FOLDER
+      for a detector of transformers
+  torchcam explain dog.jpg --hf CLIP-FOLDER --texts cat --texts dog
+      where the text is that fits best; `--top-k 2` for both
+  torchcam explain dog.jpg --arch resnet18 --weights none
+      random weights: to try the command, not to learn about the image
+
+what to try first: nothing. Without --methods and --target-layer you get what
+the leaderboard found best for the kind of model: GradCAM for convolutions,
+HiResCAM with balanced gradients for transformers. LayerCAM gives fine maps in
+early layers. ScoreCAM needs no gradients, but one forward pass per channel.
+FinerCAM shows what tells a class from those most like it.
+"""
 
 from __future__ import annotations
 
@@ -28,57 +74,6 @@ if TYPE_CHECKING:
 
 METHOD = "GradCAM"
 METHOD_OF_BOXES = "HiResCAM"
-
-SHORT = "explain images with a classifier"
-
-HELP = """\
-Explain what a classification model sees in images. Each image gives one
-picture: the image as the model sees it (resized and cropped as the weights
-want it), and a grid of maps over it, with the methods in columns and the
-classes in rows. With --box, it explains what a detector found. The name of a
-picture says of what model, layers, methods and classes it is. Images of a
-folder that cannot be read, and pictures that torchcam made, are left out.
-"""
-
-EXAMPLES = """\
-examples:
-  torchcam explain dog.jpg
-      the most probable class of a resnet50, Grad-CAM on its last layer with
-      positions
-  torchcam explain dog.jpg --arch vit_b_16
-      a transformer: HiResCAM with balanced gradients at its first tokens,
-      which the leaderboard found best
-  torchcam explain photos --output maps --html
-      all images in a folder and in those below it, and a page to look into
-      their maps
-  torchcam explain dog.jpg cat.jpg --top-k 3 --methods GradCAM,LayerCAM
-      three classes of each of two images by two methods, in one picture per
-      image
-  torchcam explain dog.jpg --arch convnext_tiny --method LayerCAM \\
-      --target-layer features.5,features.7
-      the maps of two layers, fused into one
-  torchcam explain dog.jpg --timm vit_base_patch16_224.augreg_in21k_ft_in1k \\
-      --class-idx beagle --save-maps
-      a model of timm, a class by its name, and the map as numbers
-  torchcam explain dog.jpg --arch resnet18 --weights resnet18-f37072fd.pth \\
-      --class-idx 207
-      weights from a file: for machines without network
-  torchcam explain dog.jpg --model-factory mine.models:load
-      your own model, which the function `load` of `mine/models.py` returns
-  torchcam explain street.jpg --model-factory mine.models:yolo --box 0
-      why a detector found its first box; --box all for every box, --hf FOLDER
-      for a detector of transformers
-  torchcam explain dog.jpg --hf CLIP-FOLDER --texts cat --texts dog
-      where the text is that fits best; `--top-k 2` for both
-  torchcam explain dog.jpg --arch resnet18 --weights none
-      random weights: to try the command, not to learn about the image
-
-what to try first: nothing. Without --methods and --target-layer you get what
-the leaderboard found best for the kind of model: GradCAM for convolutions,
-HiResCAM with balanced gradients for transformers. LayerCAM gives fine maps in
-early layers. ScoreCAM needs no gradients, but one forward pass per channel.
-FinerCAM shows what tells a class from those most like it.
-"""
 
 
 def add_options(explain: Any) -> None:

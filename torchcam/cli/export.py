@@ -1,4 +1,22 @@
-"""`torchcam export`: a classifier and its maps as one file that runs without Python."""
+r"""Write a classifier and its maps to a file that runs without Python.
+
+Write a classification model and the maps of a method to one file that runs
+without Python: it computes the scores, and the map of a class. The suffix says
+for what: .onnx (ONNX Runtime), .pt2 (torch.export), .aoti.pt2 (C++, compiled
+for this kind of processor), .html (a page that runs the model in a browser).
+What the file computes is compared with the maps of the method before it is
+written. Needs torch 2.13; .onnx and .html need the extra of a clone:
+`pip install -e ".[export]"`.
+
+Examples:
+  torchcam export --arch resnet18 --output resnet18.onnx
+      scores and Grad-CAM of any class, for batches of any size
+  torchcam export --model-factory mine:load --method LayerCAM \
+      --target-layer stage3 --dynamic-size --output mine.onnx
+      your own model, for images of any size
+  torchcam export --arch resnet18 --output page.html --runtime onnxruntime-web
+      a page; the folder is the npm package, unpacked
+"""
 
 from __future__ import annotations
 
@@ -13,29 +31,6 @@ from ._paths import check_output
 
 if TYPE_CHECKING:
     import argparse
-
-SHORT = "write a classifier and its maps to a file that runs without Python"
-
-HELP = """\
-Write a classification model and the maps of a method to one file that runs
-without Python: it computes the scores, and the map of a class. The suffix says
-for what: .onnx (ONNX Runtime), .pt2 (torch.export), .aoti.pt2 (C++, compiled
-for this kind of processor), .html (a page that runs the model in a browser).
-What the file computes is compared with the maps of the method before it is
-written. Needs torch 2.13; .onnx and .html need the extra of a clone:
-`pip install -e ".[export]"`.
-"""
-
-EXAMPLES = """\
-examples:
-  torchcam export --arch resnet18 --output resnet18.onnx
-      scores and Grad-CAM of any class, for batches of any size
-  torchcam export --model-factory mine:load --method LayerCAM \\
-      --target-layer stage3 --dynamic-size --output mine.onnx
-      your own model, for images of any size
-  torchcam export --arch resnet18 --output page.html --runtime onnxruntime-web
-      a page; the folder is the npm package, unpacked
-"""
 
 SUFFIXES = (".onnx", ".pt2", ".aoti.pt2", ".html")
 

@@ -7,6 +7,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Sequence, Set
+from contextlib import nullcontext
 from contextvars import ContextVar
 from functools import partial
 from types import FunctionType, NoneType
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 from torch.utils.hooks import RemovableHandle
 
 from torchcam._passes import Call, image_shape, without_inference
@@ -125,6 +126,7 @@ class Pass:
         self.layers: dict[int, dict[str, tuple[Tensor, Tensor | GradientEdge]]] = {}
         self.layouts: dict[str, Layout] = {}
         self._layouts = recorder.layouts
+        self._modules = recorder.modules.values()
         self._reads_layers = recorder.keeps_outputs
 
     @property
@@ -178,6 +180,16 @@ class Pass:
             found = self._layouts.find(tensor.shape, name, self.target_names, self.call, self.input_shape)
             self.layouts[name] = found
         return found
+
+    def is_of_model(self, tensor: Tensor) -> bool:
+        """Check whether a tensor is a parameter or a buffer of the model, or a view of one."""
+        whole = tensor if tensor._base is None else tensor._base
+        return any(
+            whole is one
+            for module in self._modules
+            for own in (module._parameters, module._buffers)
+            for one in own.values()
+        )
 
     def settle_axes(self) -> None:
         """Note in the call along which of its axes the positions of a signal or a spectrogram are."""
@@ -447,16 +459,27 @@ class _ModelCall(SharedWrapper):
             return self._recorded_privately(module, recorders, args, kwargs)
 
     def _recorded_privately(self, module: nn.Module, recorders: list[Recorder], args: Any, kwargs: Any) -> Any:
+        hooked = any(
+            _has_hooks(one) for recorder in recorders for layer in recorder.layers for one in modules_of(layer)
+        )
         try:
             torch.set_grad_enabled(False)
             thread.private = True
-            return self._recorded(module, recorders, args, kwargs, detached=True)
+            # A graph that saved tensors itself could not be followed once these are detached, as below.
+            with saved_tensors_hooks(_save, _load) if hooked else nullcontext():
+                return self._recorded(module, recorders, args, kwargs, detached=True)
         finally:
             started = torch.is_grad_enabled()
             thread.private = False
             torch.set_grad_enabled(False)
             if started:
                 _drop_graphs(module)
+            while thread.written:
+                tensor, _ = thread.written.pop()
+                if tensor.is_leaf:
+                    tensor.requires_grad_(False)
+                elif hooked and not tensor._is_view():
+                    tensor.detach_()
 
     def _recorded(
         self, module: nn.Module, recorders: list[Recorder], args: Any, kwargs: Any, *, detached: bool = False
@@ -470,6 +493,8 @@ class _ModelCall(SharedWrapper):
                 if recorder.around is not None:
                     run = partial(recorder.around, started, run)
             output = run(*args, **kwargs)
+            if detached and thread.written:
+                output = replace_tensors(output, [(tensor, tensor.view_as(tensor)) for tensor, _ in thread.written])
         except BaseException:
             for _, started in passes:
                 started.fail()
@@ -486,6 +511,17 @@ class _ModelCall(SharedWrapper):
                 thread.passes.pop(id(recorder), None)
             for recorder, started in passes:
                 recorder.end(started)
+
+
+def _save(tensor: Tensor) -> tuple[Tensor, int]:
+    return tensor.detach(), tensor._version
+
+
+def _load(saved: tuple[Tensor, int]) -> Tensor:
+    tensor, version = saved
+    if tensor._version != version:
+        raise RuntimeError("a tensor that the gradient needs was changed in place after it was used")
+    return tensor
 
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
@@ -530,35 +566,54 @@ class _LayerHook(ExtractorHook):
                 copied = tensor.detach().clone()  # an operation in place must not change what is recorded
                 kept[level] = copied, copied
                 continue
-            if not tensor.requires_grad and running.private:
+            source = tensor
+            if running.private:
                 torch.set_grad_enabled(True)
+                source = next((output for output, handed in thread.written if handed is tensor), tensor)
             if tensor.requires_grad and torch.is_grad_enabled():
-                kept[level] = tensor.clone(), get_gradient_edge(tensor)
+                kept[level] = tensor.clone(), get_gradient_edge(source)
                 continue
-            leaf, handed, running.is_partial = _with_graph(tensor, list(tensors_in(args)), running)
-            kept[level] = leaf, leaf
+            leaf, handed, running.is_partial = _with_graph(tensor, module, args, running)
+            kept[level] = leaf, leaf if leaf is not tensor else get_gradient_edge(leaf)
             if handed is not tensor:
                 replaced.append((tensor, handed))
         return replace_tensors(output, replaced) if replaced else None
 
 
-def _with_graph(tensor: Tensor, given: list[Tensor], running: Pass) -> tuple[Tensor, Tensor, bool]:
+def _with_graph(tensor: Tensor, layer: nn.Module, args: Any, running: Pass) -> tuple[Tensor, Tensor, bool]:
     """Return a leaf with the values of a layer's output, and what is handed on: a function of the leaf.
 
     The third value says whether other parts of the model may use the values without the graph.
     """
     storage = _storage(tensor)
-    if all(_storage(one) != storage for one in given):
+    is_given = any(_storage(one) == storage for one in tensors_in(args))
+    if (not is_given and not _may_be_kept(tensor, layer)) or running.is_of_model(tensor):
         leaf = tensor.detach().requires_grad_()
         return leaf, leaf.clone(), False
-    # The layer returned what it was given. Whoever uses that, too, gets the graph only if the tensor itself has it.
-    leaf = tensor.detach().clone().requires_grad_()
+    # Whoever else uses the output gets the graph only if the tensor itself has it.
     if not running.owns_input and any(_storage(one) == storage for one, _ in running.call.versions):
-        return leaf, tensor, True
+        return tensor.detach().clone().requires_grad_(), tensor, True
+    leaf = tensor.detach().clone().requires_grad_()
     try:
-        return leaf, tensor.copy_(leaf), False
-    except RuntimeError:  # views made without gradients and parameters cannot be written to
-        return leaf, leaf.clone(), False
+        tensor.copy_(leaf)
+    except RuntimeError:  # a view that was made without gradients
+        leaf, handed = tensor.requires_grad_(), tensor.clone()
+    else:
+        handed = tensor
+    if running.private:
+        thread.written.append((tensor, handed))
+    return leaf, handed, False
+
+
+def _may_be_kept(output: Tensor, layer: nn.Module) -> bool:
+    """Check whether a layer's output may be used by others than those that it is handed on to."""
+    return any(_has_hooks(one) or any(value is output for value in vars(one).values()) for one in modules_of(layer))
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Check whether forward hooks other than those of extractors are on a module."""
+    hooks = module._forward_hooks
+    return bool(hooks) and not all(isinstance(hook, ExtractorHook) for hook in hooks.values())
 
 
 def _storage(tensor: Tensor) -> int:
