@@ -19,8 +19,6 @@ from .composite import Wrapper
 from .core import _CAM, Request
 from .gradient import GradCAM
 
-__all__ = ["SESS", "AugmentedCAM"]
-
 Transform = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 
 

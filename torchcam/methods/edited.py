@@ -15,8 +15,6 @@ from torchcam.layers import TargetLayer
 from ._replaying import _ChannelCAM, _EditingCAM
 from .core import Request
 
-__all__ = ["AblationCAM", "ReciproCAM"]
-
 
 class AblationCAM(_EditingCAM, _ChannelCAM):
     r"""Ablation-CAM (Desai & Ramaswamy, WACV 2020): channels weighted by the drop of the score without them.

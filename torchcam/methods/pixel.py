@@ -23,8 +23,6 @@ from ._running import warn
 from .core import _CAM, Request
 from .gradient import GradCAM
 
-__all__ = ["FullGrad", "GuidedBackprop", "GuidedGradCAM"]
-
 
 class _PixelCAM(_CAM):
     """What the methods share that look at the model's input in place of a layer's output.
