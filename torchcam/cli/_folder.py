@@ -40,8 +40,10 @@ class Folder:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Any:
+        from torchcam._inputs import transformed
+
         path = self.files[index]
-        pixels = self.classifier.preprocess(read_image(path))
+        pixels = transformed(self.classifier.preprocess, None, read_image(path))
         return (pixels, self.classes[_subfolder(self.root, path)]) if self.classes else pixels
 
     @property
