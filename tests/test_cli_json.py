@@ -257,7 +257,10 @@ class TestFactories:
             ("{mine}:f", "has no attribute 'f'"),
             ("{mine}:number", "is not a function: int"),
             ("{mine}:odd", "must return a torch.nn.Module, or with it a transform"),
-            ("{mine}:bad_transform", "transform (a function) and the class names (a list of strings), got DemoNet, int"),
+            (
+                "{mine}:bad_transform",
+                "transform (a function) and the class names (a list of strings), got DemoNet, int",
+            ),
             ("{mine}:bad_names", "class names (a list of strings), got "),
         ],
     )

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._images import read_image
+from ._images import images_in, read_image
 from ._messages import UserError, one_line
 from ._models import Classifier
-from ._paths import images_in
 
 if TYPE_CHECKING:
     import argparse

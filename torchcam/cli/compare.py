@@ -22,10 +22,9 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from . import _options
-from ._images import prepare, read_image, save_figure
+from ._images import check_output, is_picture, prepare, read_image, save_figure
 from ._messages import BEST, print_json, print_line, print_table
 from ._models import RANDOM_WEIGHTS
-from ._paths import check_output, is_picture
 from .explain import explain_image, picture_of
 
 if TYPE_CHECKING:

@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from . import _options
-from ._images import save_figure
+from ._images import check_output, save_figure
 from ._messages import BEST, print_json, print_line, print_table
-from ._paths import check_output
 
 if TYPE_CHECKING:
     import argparse

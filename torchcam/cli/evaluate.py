@@ -39,10 +39,9 @@ from typing import TYPE_CHECKING, Any
 
 from . import _options
 from ._folder import read_folder
-from ._images import file_errors, save_reports
+from ._images import check_output, file_errors, save_reports
 from ._messages import UserError, library_errors, print_line, print_table
 from ._models import find_device, load_model
-from ._paths import check_output
 
 if TYPE_CHECKING:
     import argparse
