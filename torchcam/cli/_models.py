@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,13 +165,16 @@ def _find_function(path: str) -> Callable[[], Any]:
     return function
 
 
+def _library(name: str, option: str, way: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise UserError(f"{option} needs {name}: {way}") from error
+
+
 def load_timm(name: str, weights: str) -> Classifier:
     """Load a classification model of timm."""
-    try:
-        import timm as library
-    except ImportError as error:
-        raise UserError("--timm needs timm: pip install timm") from error
-    timm: Any = library  # but partly typed
+    timm = _library("timm", "--timm", "pip install timm")
     arch, _, tag = name.partition(".")
     known = timm.list_models() if not timm.is_model(arch) else timm.list_pretrained(f"{arch}.*") if tag else [name]
     if name not in known:
@@ -199,14 +203,9 @@ def load_timm(name: str, weights: str) -> Classifier:
 
 def load_hf(place: str, weights: str, texts: Sequence[str] = (), *, boxes: bool = False) -> Classifier:
     """Load a model of transformers: an image classifier, one with two towers whose classes are texts, or a detector."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise UserError(f"--hf needs transformers: {extra('transformers')}") from error
-
     from torchcam._inputs import split_processor
 
-    library: Any = transformers  # but partly typed
+    library = _library("transformers", "--hf", extra("transformers"))
     kind = "AutoModelForObjectDetection" if boxes else "AutoModelForImageClassification"
     auto, reader = ("AutoModel", "AutoProcessor") if texts else (kind, "AutoImageProcessor")
     if weights.lower() not in {"none", "default"}:
