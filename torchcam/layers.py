@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from ._names import closest
 from ._passes import Call, to_model
 from ._planted import Seen, seen_at_places
 from ._replica import freeze, replicated
+from ._templates import render
 from ._tensors import map_tensors, tensors_in
 from .layout import Layout, input_axes, primary_tensors, replace_tensors
 from .targets import read_logits
@@ -161,11 +161,7 @@ class Candidates(Sequence[Candidate]):
         return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{cell}</th>" for cell in self._HEAD)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in self._rows()
-        )
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        return render("_layers.html", head=self._HEAD, rows=self._rows())
 
 
 def candidates(model: nn.Module, *inputs: Any, **kwargs: Any) -> Candidates:

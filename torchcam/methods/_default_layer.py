@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from torchcam._passes import Call, image_shape
 from torchcam.layers import Candidate, Candidates, candidates_of, probe
@@ -44,6 +45,11 @@ class DefaultLayer:
         self.wanted_input = wanted_input
         self.layouts = layouts
         self.channels = channels
+        if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
+            raise ValueError(
+                f"{type(model).__name__} has parameters that its first forward pass makes: run it once before, or name "
+                "the `target_layer`"
+            )
         self.names: list[str] = []
         self._probed: tuple[int, ...] | None = ()
         self._is_checked = False

@@ -7,6 +7,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Sequence, Set
+from contextlib import nullcontext
 from contextvars import ContextVar
 from functools import partial
 from types import FunctionType, NoneType
@@ -14,7 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd import forward_ad
+from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 from torch.utils.hooks import RemovableHandle
 
 from torchcam._passes import Call, image_shape, without_inference
@@ -109,6 +111,7 @@ class Pass:
     num_scores: int | None = None
     score: Tensor | None = None
     unbalanced: Set[str] = frozenset()
+    _versions: Sequence[tuple[Tensor, int]] = ()
 
     def __init__(self, recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], private: bool) -> None:
         self.number = next(_numbers)
@@ -125,6 +128,7 @@ class Pass:
         self.layers: dict[int, dict[str, tuple[Tensor, Tensor | GradientEdge]]] = {}
         self.layouts: dict[str, Layout] = {}
         self._layouts = recorder.layouts
+        self._modules = recorder.modules.values()
         self._reads_layers = recorder.keeps_outputs
 
     @property
@@ -154,8 +158,22 @@ class Pass:
     def finish(self, output: Any, returned: Any) -> None:
         """Take note of what the model returned, and of what the caller gets."""
         self.output = output
+        if self.private:
+            self._versions = [(tensor, tensor._version) for tensor in tensors_in(output)]
         returned = [returned] if isinstance(returned, Tensor) else tensors_in(returned)
         self.returned = [weakref.ref(tensor) for tensor in returned]
+
+    def check_output(self) -> None:
+        """Check that the output is as the model returned it, where no graph shows what was changed.
+
+        Raises:
+            RuntimeError: if it was modified in place
+        """
+        if any(tensor._version != version for tensor, version in self._versions):
+            raise RuntimeError(
+                "the output of the model was modified in place after its forward pass without gradients, so the score "
+                "is not the one that it was made of: change a copy (`scores.clone()`), or explain before you change it"
+            )
 
     def fail(self) -> None:
         """Forget what the pass has recorded: it was cut short."""
@@ -178,6 +196,16 @@ class Pass:
             found = self._layouts.find(tensor.shape, name, self.target_names, self.call, self.input_shape)
             self.layouts[name] = found
         return found
+
+    def is_of_model(self, tensor: Tensor) -> bool:
+        """Check whether a tensor is a parameter or a buffer of the model, or a view of one."""
+        whole = tensor if tensor._base is None else tensor._base
+        return any(
+            whole is one
+            for module in self._modules
+            for own in (module._parameters, module._buffers)
+            for one in own.values()
+        )
 
     def settle_axes(self) -> None:
         """Note in the call along which of its axes the positions of a signal or a spectrogram are."""
@@ -416,6 +444,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+def _is_transformed() -> bool:
+    """Check whether calls are traced, or go through a transform of `torch.func` or forward-mode differentiation."""
+    return (
+        torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
 class _ModelCall(SharedWrapper):
     """Records the calls of a model for the recorders on it.
 
@@ -432,7 +469,7 @@ class _ModelCall(SharedWrapper):
             if recorder is not None and recorder.enabled and id(recorder) not in thread.passes:
                 recorders.append(recorder)
                 differentiates |= recorder.differentiates
-        if not recorders or torch._C._get_tracing_state() is not None:
+        if not recorders or _is_transformed():
             return self.run(module, args, kwargs)
         for recorder in recorders:
             if recorder.choose_layers is not None:
@@ -447,16 +484,34 @@ class _ModelCall(SharedWrapper):
             return self._recorded_privately(module, recorders, args, kwargs)
 
     def _recorded_privately(self, module: nn.Module, recorders: list[Recorder], args: Any, kwargs: Any) -> Any:
+        hooked = any(
+            _has_hooks(one) for recorder in recorders for layer in recorder.layers for one in modules_of(layer)
+        )
         try:
             torch.set_grad_enabled(False)
             thread.private = True
-            return self._recorded(module, recorders, args, kwargs, detached=True)
+            # A graph that saved tensors itself could not be followed once these are detached, as below.
+            with saved_tensors_hooks(_save, _load) if hooked else nullcontext():
+                return self._recorded(module, recorders, args, kwargs, detached=True)
+        except RuntimeError as error:
+            if torch.is_grad_enabled():
+                error.add_note(
+                    "An extractor on the model has turned gradients on behind its target layer. If the model cannot "
+                    "run with gradients there, take a method that needs none, or disable the extractor's hooks."
+                )
+            raise
         finally:
             started = torch.is_grad_enabled()
             thread.private = False
             torch.set_grad_enabled(False)
             if started:
                 _drop_graphs(module)
+            while thread.written:
+                tensor, _ = thread.written.pop()
+                if tensor.is_leaf:
+                    tensor.requires_grad_(False)
+                elif hooked and not tensor._is_view():
+                    tensor.detach_()
 
     def _recorded(
         self, module: nn.Module, recorders: list[Recorder], args: Any, kwargs: Any, *, detached: bool = False
@@ -470,6 +525,8 @@ class _ModelCall(SharedWrapper):
                 if recorder.around is not None:
                     run = partial(recorder.around, started, run)
             output = run(*args, **kwargs)
+            if detached and thread.written:
+                output = replace_tensors(output, [(tensor, tensor.view_as(tensor)) for tensor, _ in thread.written])
         except BaseException:
             for _, started in passes:
                 started.fail()
@@ -488,6 +545,17 @@ class _ModelCall(SharedWrapper):
                 recorder.end(started)
 
 
+def _save(tensor: Tensor) -> tuple[Tensor, int]:
+    return tensor.detach(), tensor._version
+
+
+def _load(saved: tuple[Tensor, int]) -> Tensor:
+    tensor, version = saved
+    if tensor._version != version:
+        raise RuntimeError("a tensor that the gradient needs was changed in place after it was used")
+    return tensor
+
+
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _PLAIN = frozenset({bool, int, float, str, NoneType, FunctionType, torch.dtype, torch.device})
 
@@ -503,7 +571,16 @@ def _drop_graphs(model: nn.Module) -> None:
                 if kind in _PLAIN or (isinstance(value, tuple) and _PLAIN.issuperset(map(type, value))):
                     continue
                 if any(tensor.grad_fn is not None for tensor in tensors_in(value)):
-                    fields[name] = map_tensors(lambda t: t if t.grad_fn is None else t.detach(), value)
+                    fields[name] = _without_graph(value)
+
+
+def _without_graph(value: Any) -> Any:
+    """Detach the tensors of a structure; lists and dictionaries stay the same objects."""
+    if isinstance(value, (list, dict)):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            value[key] = _without_graph(item)
+        return value
+    return map_tensors(lambda t: t if t.grad_fn is None else t.detach(), value)
 
 
 class _LayerHook(ExtractorHook):
@@ -530,35 +607,54 @@ class _LayerHook(ExtractorHook):
                 copied = tensor.detach().clone()  # an operation in place must not change what is recorded
                 kept[level] = copied, copied
                 continue
-            if not tensor.requires_grad and running.private:
+            source = tensor
+            if running.private:
                 torch.set_grad_enabled(True)
+                source = next((output for output, handed in thread.written if handed is tensor), tensor)
             if tensor.requires_grad and torch.is_grad_enabled():
-                kept[level] = tensor.clone(), get_gradient_edge(tensor)
+                kept[level] = tensor.clone(), get_gradient_edge(source)
                 continue
-            leaf, handed, running.is_partial = _with_graph(tensor, list(tensors_in(args)), running)
-            kept[level] = leaf, leaf
+            leaf, handed, running.is_partial = _with_graph(tensor, module, args, running)
+            kept[level] = leaf, leaf if leaf is not tensor else get_gradient_edge(leaf)
             if handed is not tensor:
                 replaced.append((tensor, handed))
         return replace_tensors(output, replaced) if replaced else None
 
 
-def _with_graph(tensor: Tensor, given: list[Tensor], running: Pass) -> tuple[Tensor, Tensor, bool]:
+def _with_graph(tensor: Tensor, layer: nn.Module, args: Any, running: Pass) -> tuple[Tensor, Tensor, bool]:
     """Return a leaf with the values of a layer's output, and what is handed on: a function of the leaf.
 
     The third value says whether other parts of the model may use the values without the graph.
     """
     storage = _storage(tensor)
-    if all(_storage(one) != storage for one in given):
+    is_given = any(_storage(one) == storage for one in tensors_in(args))
+    if (not is_given and not _may_be_kept(tensor, layer)) or running.is_of_model(tensor):
         leaf = tensor.detach().requires_grad_()
         return leaf, leaf.clone(), False
-    # The layer returned what it was given. Whoever uses that, too, gets the graph only if the tensor itself has it.
-    leaf = tensor.detach().clone().requires_grad_()
+    # Whoever else uses the output gets the graph only if the tensor itself has it.
     if not running.owns_input and any(_storage(one) == storage for one, _ in running.call.versions):
-        return leaf, tensor, True
+        return tensor.detach().clone().requires_grad_(), tensor, True
+    leaf = tensor.detach().clone().requires_grad_()
     try:
-        return leaf, tensor.copy_(leaf), False
-    except RuntimeError:  # views made without gradients and parameters cannot be written to
-        return leaf, leaf.clone(), False
+        tensor.copy_(leaf)
+    except RuntimeError:  # a view that was made without gradients
+        leaf, handed = tensor.requires_grad_(), tensor.clone()
+    else:
+        handed = tensor
+    if running.private:
+        thread.written.append((tensor, handed))
+    return leaf, handed, False
+
+
+def _may_be_kept(output: Tensor, layer: nn.Module) -> bool:
+    """Check whether a layer's output may be used by others than those that it is handed on to."""
+    return any(_has_hooks(one) or any(value is output for value in vars(one).values()) for one in modules_of(layer))
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Check whether forward hooks other than those of extractors are on a module."""
+    hooks = module._forward_hooks
+    return bool(hooks) and not all(isinstance(hook, ExtractorHook) for hook in hooks.values())
 
 
 def _storage(tensor: Tensor) -> int:

@@ -24,8 +24,6 @@ from .core import _CAM, Request, on_replica
 from .decomposition import along, first_component
 from .gradient import GradCAM, GradCAMpp
 
-__all__ = ["EigenSmoothedCAM", "FinerCAM", "RefineCAM"]
-
 
 class Wrapper(_CAM):
     """An extractor that asks another one, whose hooks and recorded passes it shares.

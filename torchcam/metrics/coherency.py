@@ -13,17 +13,12 @@ from ._statistics import harmonic_mean, pearson, relative_fall
 from .core import POSITIVE, UNBOUNDED, UNIT, CAMMetric, Explained, Extractor, Keys, LogitsFn, Variant
 from .faithfulness import Removal
 
-__all__ = ["ADCC", "ARCC"]
-
 
 class _CoherencyMetric(CAMMetric):
     """The base class of metrics that compare the map of an input with that of the masked input."""
 
     _explains_again = True
     _masks_with_maps = True
-
-    coherency: Tensor
-    complexity: Tensor
 
     def __init__(
         self, cam_extractor: Extractor, logits_fn: LogitsFn | None = None, *, batch_size: int = 32, **kwargs: Any
@@ -133,9 +128,6 @@ class ADCC(_CoherencyMetric):
         "avg_drop": ("drop", False, POSITIVE),
     }
 
-    adcc: Tensor
-    drop: Tensor
-
     def _change(self, explained: Explained) -> Tensor:
         kept = explained.replay(_masking(explained), 1, self.batch_size).squeeze(1)
         return relative_fall(explained.score - kept, explained.score)
@@ -208,9 +200,6 @@ class ARCC(_CoherencyMetric):
         "complexity": ("complexity", False, UNIT),
         "road": ("road", True, UNBOUNDED),
     }
-
-    arcc: Tensor
-    road: Tensor
 
     def __init__(
         self,

@@ -15,8 +15,6 @@ from ._imputation import impute
 from ._statistics import descending_ranks, relative_fall
 from .core import POSITIVE, UNBOUNDED, UNIT, Baseline, CAMMetric, Explained, Extractor, Keys, LogitsFn, check_seed
 
-__all__ = ["ROAD", "ClassificationMetric", "DeletionInsertionMetric"]
-
 
 class ClassificationMetric(CAMMetric):
     r"""Change of a class score when the input is masked with the map of the class, or with the inverted map.
@@ -87,12 +85,6 @@ class ClassificationMetric(CAMMetric):
     _more_sums = ("out_of_range",)
     _masks_with_maps = True
     _summary_keys = ("avg_drop", "conf_increase")
-
-    drop: Tensor
-    increase: Tensor
-    gain: Tensor
-    deletion_drop: Tensor
-    out_of_range: Tensor
 
     def __init__(self, cam_extractor: Extractor | nn.Module, logits_fn: LogitsFn | None = None, **kwargs: Any) -> None:
         super().__init__(cam_extractor, logits_fn, **kwargs)
@@ -189,9 +181,6 @@ class DeletionInsertionMetric(CAMMetric):
         "insertion_auc": ("insertion", True, UNBOUNDED),
     }
 
-    deletion: Tensor
-    insertion: Tensor
-
     def __init__(
         self,
         cam_extractor: Extractor | nn.Module,
@@ -207,12 +196,6 @@ class DeletionInsertionMetric(CAMMetric):
         super().__init__(cam_extractor, logits_fn, {"baseline": baseline}, **kwargs)
         self.steps = positive_integer("steps", steps)
         self.batch_size = positive_integer("batch_size", batch_size)
-
-    @property
-    def baseline(self) -> Baseline | None:
-        """The value of removed positions."""
-        baseline: Baseline | None = self._subject.options["baseline"]
-        return baseline
 
     def _measure(self, explained: Explained) -> dict[str, Tensor]:
         image, score = explained.image, explained.score.unsqueeze(1)
@@ -317,9 +300,6 @@ class ROAD(CAMMetric):
         "lerf": ("lerf", True, UNBOUNDED),
         "road": ("", True, UNBOUNDED),
     }
-
-    morf: Tensor
-    lerf: Tensor
 
     def __init__(
         self,

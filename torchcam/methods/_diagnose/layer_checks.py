@@ -71,7 +71,7 @@ def check_layouts(facts: Facts) -> Iterator[Finding]:
     view = facts.repeated
     if facts.image is None or not facts.is_sound or not view.reads_layers:
         return
-    by_layout = view.reshape_transform is None
+    by_layout = view.cam.reshape_transform is None
     for index, (name, activation) in enumerate(zip(view.names, view.activations, strict=True)):
         if activation is None:
             continue
@@ -146,7 +146,7 @@ def check_constant_activations(facts: Facts) -> Iterator[Finding]:
 
 def check_activation_signs(facts: Facts) -> Iterator[Finding]:
     """Check that activations have one sign, where the method expects that."""
-    for name, grid in facts.grids.items() if facts.recorded.expects_one_sign else ():
+    for name, grid in facts.grids.items() if facts.recorded.cam._expects_one_sign else ():
         if name in facts.broken_activations:
             continue
         shares = share_of_other_sign(grid)
