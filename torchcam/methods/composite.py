@@ -243,8 +243,6 @@ class FinerCAM(Wrapper):
             ValueError: if a class does not exist, is compared with itself or named twice, or is the only one
             RuntimeError: if the score does not depend on a target layer
         """
-        if class_idx is None or "targets" in kwargs:
-            raise ValueError("FinerCAM contrasts a class with others: it takes `class_idx`, and no `targets`")
         return self.compute_cams(class_idx, scores, comparison_idx, normalized, **kwargs)
 
     def compute_cams(  # type: ignore[override]  # TorchCAM's order of arguments
@@ -255,7 +253,7 @@ class FinerCAM(Wrapper):
         normalized: bool = True,
         **kwargs: Any,
     ) -> list[Tensor]:
-        """Compute the maps as a call does, without its checks."""
+        """Compute the maps as a call does."""
         return super().compute_cams(class_idx, scores, normalized, comparison_idx=comparison_idx, **kwargs)
 
     def _layer_weights(
@@ -271,6 +269,8 @@ class FinerCAM(Wrapper):
 
     def _contrasted(self, request: Request, comparison_idx: Any) -> Request:
         """Ask for what tells each sample's class from its references."""
+        if request.class_idx is None or request.targets is not None:
+            raise ValueError("FinerCAM contrasts a class with others: it takes `class_idx`, and no `targets`")
         self._activations(request)  # there are none of a pass that was cut short
         output = request.recorded.output if request.scores is None else request.scores
         logits = read_logits(output).detach()
