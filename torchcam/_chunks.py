@@ -13,18 +13,19 @@ import torch
 def run_chunks(
     evaluate: Callable[[slice], Any], total: int, batch_size: int, *, progress: bool = False, description: str = ""
 ) -> list[Any]:
-    """Call ``evaluate`` on consecutive slices of ``range(total)``, each of ``batch_size`` at most.
+    """Call ``evaluate`` on consecutive slices of ``range(total)``, each of ``batch_size`` at most; one may be empty.
 
     Where a CUDA device has too little memory for a chunk, the chunk is halved and tried again, with one warning.
     """
-    results, start, warned = [], 0, False
+    results: list[Any] = []
+    start, warned = 0, False
     with _progress_bar(total, description, progress) as advance:
-        while start < total:
+        while start < total or not results:
             size = min(batch_size, total - start)
             try:
                 results.append(evaluate(slice(start, start + size)))
             except torch.OutOfMemoryError:
-                if size == 1:
+                if size <= 1:
                     raise
             else:
                 start += size

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchcam.layout import Layout, primary_tensors, replace_tensors
 from torchcam.methods._recorder import Pass
@@ -17,7 +18,7 @@ from torchcam.methods.core import _CAM, Request
 from torchcam.targets import Selector, class_scores, read_logits
 
 from . import _shortcuts
-from ._operations import KEPT, RULES, Rewritten, explicit_attention
+from ._operations import KEPT, RULES, Rewritten
 
 OLDEST_TORCH = (2, 13)
 _LARGEST_BATCH = 65536
@@ -170,7 +171,6 @@ def trace(
             operation that has no translation
         ValueError: if the model fixes a size that is to be dynamic
     """
-    check_torch()
     images = torch.zeros_like(images)
     shapes: dict[int, Any] = {0: Dim("batch", min=1, max=_LARGEST_BATCH)} if dynamic_batch else {}
     arguments: tuple[Tensor, ...] = (images,)
@@ -180,7 +180,8 @@ def trace(
         dynamic += (shapes,)
     name = type(explained.model).__name__
     try:
-        with Rewritten(), explicit_attention():
+        # The backward operation of fused attention would stay, and its forward be another one.
+        with Rewritten(), sdpa_kernel(SDPBackend.MATH):
             captured = _export(explained, arguments, dynamic)
             program: ExportedProgram = captured.run_decompositions(_table())
     except Exception as error:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 from torch.utils.hooks import RemovableHandle
 
@@ -110,6 +111,7 @@ class Pass:
     num_scores: int | None = None
     score: Tensor | None = None
     unbalanced: Set[str] = frozenset()
+    _versions: Sequence[tuple[Tensor, int]] = ()
 
     def __init__(self, recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], private: bool) -> None:
         self.number = next(_numbers)
@@ -156,8 +158,22 @@ class Pass:
     def finish(self, output: Any, returned: Any) -> None:
         """Take note of what the model returned, and of what the caller gets."""
         self.output = output
+        if self.private:
+            self._versions = [(tensor, tensor._version) for tensor in tensors_in(output)]
         returned = [returned] if isinstance(returned, Tensor) else tensors_in(returned)
         self.returned = [weakref.ref(tensor) for tensor in returned]
+
+    def check_output(self) -> None:
+        """Check that the output is as the model returned it, where no graph shows what was changed.
+
+        Raises:
+            RuntimeError: if it was modified in place
+        """
+        if any(tensor._version != version for tensor, version in self._versions):
+            raise RuntimeError(
+                "the output of the model was modified in place after its forward pass without gradients, so the score "
+                "is not the one that it was made of: change a copy (`scores.clone()`), or explain before you change it"
+            )
 
     def fail(self) -> None:
         """Forget what the pass has recorded: it was cut short."""
@@ -428,6 +444,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+def _is_transformed() -> bool:
+    """Check whether calls are traced, or go through a transform of `torch.func` or forward-mode differentiation."""
+    return (
+        torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
 class _ModelCall(SharedWrapper):
     """Records the calls of a model for the recorders on it.
 
@@ -444,7 +469,7 @@ class _ModelCall(SharedWrapper):
             if recorder is not None and recorder.enabled and id(recorder) not in thread.passes:
                 recorders.append(recorder)
                 differentiates |= recorder.differentiates
-        if not recorders or torch._C._get_tracing_state() is not None:
+        if not recorders or _is_transformed():
             return self.run(module, args, kwargs)
         for recorder in recorders:
             if recorder.choose_layers is not None:
@@ -468,6 +493,13 @@ class _ModelCall(SharedWrapper):
             # A graph that saved tensors itself could not be followed once these are detached, as below.
             with saved_tensors_hooks(_save, _load) if hooked else nullcontext():
                 return self._recorded(module, recorders, args, kwargs, detached=True)
+        except RuntimeError as error:
+            if torch.is_grad_enabled():
+                error.add_note(
+                    "An extractor on the model has turned gradients on behind its target layer. If the model cannot "
+                    "run with gradients there, take a method that needs none, or disable the extractor's hooks."
+                )
+            raise
         finally:
             started = torch.is_grad_enabled()
             thread.private = False
@@ -539,7 +571,16 @@ def _drop_graphs(model: nn.Module) -> None:
                 if kind in _PLAIN or (isinstance(value, tuple) and _PLAIN.issuperset(map(type, value))):
                     continue
                 if any(tensor.grad_fn is not None for tensor in tensors_in(value)):
-                    fields[name] = map_tensors(lambda t: t if t.grad_fn is None else t.detach(), value)
+                    fields[name] = _without_graph(value)
+
+
+def _without_graph(value: Any) -> Any:
+    """Detach the tensors of a structure; lists and dictionaries stay the same objects."""
+    if isinstance(value, (list, dict)):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            value[key] = _without_graph(item)
+        return value
+    return map_tensors(lambda t: t if t.grad_fn is None else t.detach(), value)
 
 
 class _LayerHook(ExtractorHook):

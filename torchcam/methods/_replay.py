@@ -215,9 +215,8 @@ class Replay:
 
     def _recorded_score(self) -> Tensor | None:
         """Return the recorded score of the first sample, (1,); None if it is not known, or of another mode."""
-        if self.output is None or any(map(attrgetter("training"), modules_of(self.model))):
-            return None
-        return self.select(map_tensors(Tensor.detach, self.output))[:1]
+        scores = recorded_scores(self.model, self.output, self.select)
+        return None if scores is None else scores[:1]
 
     def _compare(self, found: Tensor, expected: Tensor, variants: Tensor) -> None:
         """Warn, once, if the first sample as it is does not get the expected score, by more than no map would show.
@@ -261,7 +260,6 @@ class Replay:
             progress=self.progress,
             description=self.description,
         )
-        chunks = chunks or [torch.zeros(0, device=samples.device)]
         scores = chunks[0] if len(chunks) == 1 else torch.cat(chunks)
         if expected is not None and more:
             found, scores = scores[:1], scores[1:]
@@ -299,6 +297,13 @@ class Replay:
             yield replica
 
 
+def recorded_scores(model: nn.Module, output: Any, select: Selector) -> Tensor | None:
+    """Return the scores that were recorded, (N,); None if they are not known, or of training mode."""
+    if output is None or any(map(attrgetter("training"), modules_of(model))):
+        return None
+    return select(map_tensors(Tensor.detach, output))
+
+
 def is_close(found: Tensor, expected: Tensor) -> bool:
     """Check whether numbers are the same, up to what another order of the same operations makes of them."""
     if not expected.is_floating_point():
@@ -324,10 +329,9 @@ def _rows(tensor: Tensor, dimension: int | None, samples: Tensor) -> Tensor:
         return torch.full((), torch.nan, dtype=tensor.dtype, device=samples.device).expand(shape)
     if dimension is None:
         return tensor.clone()
-    first, last = int(samples[0]), int(samples[-1])
-    if first != last or len(samples) == 1:
+    if len(samples) < 2 or int(samples[0]) != int(samples[-1]):
         return tensor.index_select(dimension, samples)
-    return tensor.narrow(dimension, first, 1).expand(shape)
+    return tensor.narrow(dimension, int(samples[0]), 1).expand(shape)
 
 
 class _UnknownDecidesError(Exception):

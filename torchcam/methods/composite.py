@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from torchcam._checks import finite_number, one_of, positive_integer
 from torchcam._chunks import run_chunks
+from torchcam._names import moved
 from torchcam._tensors import min_max
 from torchcam.layers import TargetLayer
 from torchcam.targets import ClassIndex, OutputTarget, Selector, as_class_indices, read_logits
@@ -23,6 +24,10 @@ from ._running import quietly
 from .core import _CAM, Request, on_replica
 from .decomposition import along, first_component
 from .gradient import GradCAM, GradCAMpp
+
+
+def __getattr__(name: str) -> Any:
+    return moved(name, ("AugmentedCAM", "SESS"), __name__)  # which the first edition had here
 
 
 class Wrapper(_CAM):

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from torchcam._checks import one_of, torch_module
 from torchcam._passes import Call
+from torchcam._replica import has_backward_hooks
 from torchcam._tensors import map_tensors, min_max, to_float
 from torchcam.layers import TargetLayer, layer_names
 from torchcam.targets import ClassIndex, OutputTarget, Selector, check_one_of, class_columns
@@ -420,7 +421,7 @@ class _CAM(Repeats):
         """Compute the maps as a call does, without its checks."""
         columns = None if type(class_idx) is int else class_columns(class_idx, targets)
         recorded = self._recorder.find(scores)
-        if columns is not None and not self._explains_many:
+        if columns is not None and not (self._explains_many and not has_backward_hooks(self.model)):
             asked = kwargs | {"scores": scores, "normalized": normalized}
             keep = {"retain_graph": True} if self._differentiates else {}
             each = [self.compute_cams(**asked | keep, **column) for column in columns[:-1]]

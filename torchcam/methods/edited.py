@@ -134,7 +134,7 @@ class ReciproCAM(_EditingCAM):
 
     def _evidence(self, request: Request) -> list[tuple[Any, ...]]:
         return [
-            (a, self._edited(request, index, self._around_positions, a[0, 0].numel())[1])
+            (a, self._edited(request, index, self._around_positions, a.shape[2:].numel())[1])
             for index, a in enumerate(self._activations(request))
         ]
 
