@@ -42,6 +42,9 @@ class Certainty:
     Args:
         model: the model
         call: how it was called
+
+    Attributes:
+        watched: the layers that the experiment was run for
     """
 
     def __init__(self, model: nn.Module, call: Call) -> None:
@@ -49,7 +52,7 @@ class Certainty:
         self.call = call
         self.modules = dict(model.named_modules())
         self.input_shape = image_shape(call.signal)
-        self._watched: set[str] = set()
+        self.watched: set[str] = set()
         self._changes: dict[str, dict[tuple[int, int], Changes]] = {}
 
     @cached_property
@@ -121,8 +124,8 @@ class Certainty:
 
     def try_out(self, layers: Sequence[str]) -> None:
         """Run the experiment for the outputs of layers, once for each; :meth:`tried` says what it shows."""
-        new = [layer for layer in layers if layer not in self._watched]
-        self._watched.update(new)
+        new = [layer for layer in layers if layer not in self.watched]
+        self.watched.update(new)
         if new and self.input_shape is not None:
             with suppress(Exception):  # whatever a model raises at noise: then nothing is known
                 self._changes |= changes_of(self.model, self.call, self.input_shape, new)

@@ -41,6 +41,12 @@ def find_method(name: type[Any] | str, argument: str = "method") -> type[Any]:
     return method
 
 
+def find_methods(given: Sequence[type[Any] | str] | type[Any] | str, argument: str) -> list[type[Any]]:
+    """Return the classes of one method or several, each once."""
+    several = [given] if isinstance(given, (str, type)) else given
+    return list(dict.fromkeys(find_method(one, argument) for one in several))
+
+
 def method_names() -> list[str]:
     """Return the names of all methods that explain a class."""
     return [name for name in methods.__all__ if _is_method(getattr(methods, name))]

@@ -86,7 +86,7 @@ def enlarged_size(size: tuple[int, int]) -> tuple[int, int]:
 
 
 def enlarged(picture: Image.Image) -> Image.Image:
-    """Enlarge a picture by an integer if its longer side is shorter than ``edge``: tiny ones pixel by pixel."""
+    """Enlarge a picture that is small to :func:`enlarged_size`: tiny ones pixel by pixel."""
     is_tiny = max(picture.size) < TINY or picture.mode not in {"L", "RGB"}
     resample = Image.Resampling.NEAREST if is_tiny else Image.Resampling.BICUBIC
     size = enlarged_size(picture.size)

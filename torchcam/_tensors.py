@@ -99,13 +99,13 @@ def resize(maps: Tensor, shape: Sequence[int]) -> Tensor:
         ValueError: if ``shape`` has another number of dimensions than ``maps``, or one that is not 1, 2 or 3
     """
     size = tuple(map(int, shape))
+    if maps.shape[2:] == size:
+        return maps
     if maps.ndim - 2 != len(size) or len(size) not in _INTERPOLATION:
         raise ValueError(
             f"maps of spatial shape {tuple(maps.shape[2:])} cannot be resized to {size}: "
             "both need the same number of dimensions, 1, 2 or 3"
         )
-    if maps.shape[2:] == size:
-        return maps
     return F.interpolate(maps, size=size, mode=_INTERPOLATION[len(size)], align_corners=False)
 
 

@@ -135,13 +135,18 @@ class Candidates(Sequence[Candidate]):
         return Candidates(c for c in self if c.depends and math.prod(c.grid) > 1 and c.is_proven is not False)
 
     @cached_property
+    def _ranking(self) -> list[str]:
+        """The names of those that are usable, the last of the best kind there is first."""
+        ranked = sorted(self.usable, key=lambda c: (c.reach, c.fits, c.is_stage))
+        return [one.name for one in reversed(ranked)]
+
+    @property
     def choice(self) -> str | None:
         """The layer that extractors take by default: the last of the best kind there is.
 
         Of a dense output, say of boxes from several levels, that is a layer which all of it depends on, if one exists.
         """
-        best = max(reversed(self.usable), key=lambda c: (c.reach, c.fits, c.is_stage), default=None)
-        return None if best is None else best.name
+        return next(iter(self._ranking), None)
 
     def _rows(self) -> Iterator[tuple[str, ...]]:
         for c in self:
@@ -276,8 +281,8 @@ def candidates_of(model: nn.Module, call: Call, select: Callable[[Any], Tensor] 
         if seen is None or seen.is_clear or (no_more and not seen.is_against):
             break
         rest = [name for name in shapes if name not in tried]
-        if glance:  # all others in one run of the model; they are judged one by one
-            certainty.try_out(rest)
+        if chosen.name not in certainty.watched:  # with more of those that are next in each run of the model
+            certainty.try_out([name for name in found._ranking if name not in tried][: 2**glance])
         if rest:
             try_out(rest if seen.is_against else [chosen.name])
         if seen.is_against:

@@ -38,6 +38,9 @@ from torchcam.targets import ClassIndex, OutputTarget, Selector, read_logits
 
 __all__ = ["CAMMonitor", "ProbeResult", "check_options"]
 
+Moment = ProbeResult
+"""The name of :class:`ProbeResult` in the first edition."""
+
 _HISTORY = 10_000  # results whose means are kept
 
 

@@ -22,10 +22,9 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from . import _options
-from ._images import prepare, read_image, save_figure
+from ._images import check_output, is_picture, prepare, read_image, save_figure
 from ._messages import BEST, print_json, print_line, print_table
 from ._models import RANDOM_WEIGHTS
-from ._paths import check_output, is_picture
 from .explain import explain_image, picture_of
 
 if TYPE_CHECKING:
@@ -74,17 +73,10 @@ def run(arguments: argparse.Namespace) -> None:
     print_line(f"{title}\n")
     known = {entry["method"]: entry["likeness"] for entry in entries if not math.isnan(entry["likeness"])}
     best = max(known.values(), default=math.nan)
-    rows = [
-        (
-            f"  {entry['method']}",
-            Text(
-                f"{entry['likeness']:.2f}" if entry["method"] in known else "",
-                BEST if entry["likeness"] == best else "",
-            ),
-            ", ".join(entry["target_layers"]),
-        )
-        for entry in entries
-    ]
+    rows = []
+    for name, layers, likeness in ((one["method"], one["target_layers"], one["likeness"]) for one in entries):
+        cell = Text(f"{likeness:.2f}" if name in known else "", BEST if likeness == best else "")
+        rows.append((f"  {name}", cell, ", ".join(layers)))
     print_table(make_table(("  method", "like the others", "layers"), rows, right=[1]))
     print_line(f"\n{source} -> {path}")
     if len(known) > 2:

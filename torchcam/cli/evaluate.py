@@ -29,19 +29,19 @@ on several GPUs or machines, with the same result:
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import _options
 from ._folder import read_folder
-from ._images import file_errors, save_reports
+from ._images import check_output, file_errors, save_reports
 from ._messages import UserError, library_errors, print_line, print_table
-from ._models import load_model
-from ._paths import check_output
-from ._processes import processes, wait_for_all
+from ._models import find_device, load_model
 
 if TYPE_CHECKING:
     import argparse
@@ -111,10 +111,10 @@ def run(arguments: argparse.Namespace) -> None:
     methods = _check(arguments, outputs)
     first = outputs[0] if outputs else Path("torchcam-evaluate")
     checkpoint = arguments.checkpoint or first.with_name(f"{first.name}.partial")
-    with processes(arguments.device, arguments.timeout) as rank:
+    with _processes(arguments.device, arguments.timeout) as rank:
         if arguments.restart:
             _discard(checkpoint)
-            wait_for_all()
+            _wait_for_all()
         model, data, title, facts = _demo(arguments) if arguments.demo else _folder(arguments)
         if rank == 0 and not arguments.json:
             print(f"{title}\n", flush=True)
@@ -127,8 +127,53 @@ def run(arguments: argparse.Namespace) -> None:
                 print_table(result)
                 for path in outputs:
                     print_line(f"-> {path}")
-        wait_for_all()
+        _wait_for_all()
         _discard(checkpoint)
+
+
+# The processes that torchrun has started.
+
+
+@contextmanager
+def _processes(device: str, timeout: float) -> Iterator[int]:
+    """Join the processes that torchrun has started, if any, and yield this one's number; each has a GPU of its own."""
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+
+    found = find_device(device)
+    joins = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
+    if joins:
+        on_gpu = found.type == "cuda"
+        if on_gpu and found.index is None:
+            local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+            if local >= count:
+                raise UserError(f"--device cuda: there are {count} GPUs for more processes than that")
+            found = torch.device("cuda", local)
+            torch.cuda.set_device(found)
+        try:
+            dist.init_process_group(
+                "nccl" if on_gpu else "gloo",
+                timeout=timedelta(minutes=timeout),
+                device_id=found if on_gpu else None,
+            )
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"the other processes cannot be reached: {error}") from error
+    yield dist.get_rank() if dist.is_initialized() else 0
+    if joins:
+        dist.destroy_process_group()  # not after an error: the others may have ended, and this process ends anyway
+
+
+def _wait_for_all() -> None:
+    """Wait until all processes are here."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+
+
+# What is evaluated.
 
 
 def _check(arguments: argparse.Namespace, outputs: Sequence[Path]) -> list[type[Any]]:

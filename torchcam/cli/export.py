@@ -24,10 +24,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import _options
-from ._images import file_errors
+from ._images import check_output, file_errors
 from ._messages import UserError, library_errors, print_json, print_line
 from ._models import RANDOM_WEIGHTS, SEED, load_model
-from ._paths import check_output
 
 if TYPE_CHECKING:
     import argparse

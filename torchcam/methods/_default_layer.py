@@ -107,18 +107,15 @@ class DefaultLayer:
         Raises:
             ValueError: if it does not, but does on another layer, which the message names
         """
-        if self._is_checked:
-            return
-        if any(bool(effect.any()) for effect in effects):
-            self._is_checked = True
-            return
-        found = candidates_of(self.model, call, select)
-        own = next((one for one in found if [one.name] == self.names), None)
-        if found.choice is not None and (own is None or not own.depends):
-            raise ValueError(
-                f"the explained score does not depend on the positions of the default layer '{self.names[0]}', but on "
-                f"those of '{found.choice}': name that as `target_layer`"
-            )
+        if not self._is_checked and not any(bool(effect.any()) for effect in effects):
+            found = candidates_of(self.model, call, select)
+            own = next((one for one in found if [one.name] == self.names), None)
+            if found.choice is not None and (own is None or not own.depends):
+                raise ValueError(
+                    f"the explained score does not depend on the positions of the default layer '{self.names[0]}', but "
+                    f"on those of '{found.choice}': name that as `target_layer`"
+                )
+        self._is_checked = True
 
     def of_positions(self, gradient: Tensor) -> Tensor:
         """Leave out what is before the positions: a class token may be all that a score is read from."""

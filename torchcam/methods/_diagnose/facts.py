@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -146,7 +146,8 @@ class Facts:
                 raise ValueError(f"`class_idx` must name one class per sample to diagnose, got {class_idx!r}")
             self.classes = indices.tolist()
             if self.layout_error is None:
-                return self.repeated.selector(self.classes, self.output)
+                with suppress(ValueError):  # the reason comes up again when maps are asked for
+                    return self.repeated.selector(self.classes, self.output)
         return select
 
     def _repeat(self, model: nn.Module, image: Tensor | None = None) -> Any:
