@@ -22,6 +22,8 @@ _SCRIPT, _WASM = "ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm"
 def write_page(program: ExportedProgram, metadata: Mapping[str, Any], runtime: Path, path: Path) -> Run:
     """Write a page, and return what runs the graph in it (by ONNX Runtime outside of the browser)."""
     needs("onnx", "onnxscript", "onnxruntime")
+    import onnx_ir
+
     shape = metadata["input"]["shape"]
     if len(shape) != 3 or shape[0] not in {1, 3} or metadata["input"]["dtype"] != "float32":
         found = f"{metadata['input']['dtype']} of shape {tuple(shape)}"
@@ -31,7 +33,7 @@ def write_page(program: ExportedProgram, metadata: Mapping[str, Any], runtime: P
     if "unknown" in metadata["preprocessing"]:
         raise ValueError(metadata["preprocessing"]["unknown"])
     script, wasm = _runtime(runtime)
-    model = _serialized(program, metadata)
+    model: bytes = onnx_ir.to_proto(onnx_model(program, metadata)).SerializeToString(deterministic=True)
     facts = [
         ("Model", metadata["model"]),
         ("Method", metadata["method"]),
@@ -48,13 +50,6 @@ def write_page(program: ExportedProgram, metadata: Mapping[str, Any], runtime: P
     )
     path.write_text(page, encoding="utf-8")
     return onnx_runner(model)
-
-
-def _serialized(program: ExportedProgram, metadata: Mapping[str, Any]) -> bytes:
-    import onnx_ir
-
-    data: bytes = onnx_ir.to_proto(onnx_model(program, metadata)).SerializeToString(deterministic=True)
-    return data
 
 
 def _packed(data: bytes) -> str:

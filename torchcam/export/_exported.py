@@ -64,10 +64,7 @@ class Exported:
         self.metadata = dict(metadata)
         self._cases = list(cases)
         self._run: Run = program.module()
-        self.error = self._prove("the graph", self._run)
-
-    def _prove(self, what: str, run: Run) -> float:
-        return check(run, self._cases, what)
+        self.error = check(self._run, self._cases, "the graph")
 
     def __call__(self, images: Tensor, classes: Any = None) -> tuple[Tensor, Tensor]:
         """Run the graph in PyTorch.
@@ -128,7 +125,7 @@ class Exported:
             raise ValueError(f"`path` '{path}' must end with one of {', '.join(writers)}")
         if suffix == ".html" and runtime is None:
             raise ValueError("a page needs `runtime`, the folder of the npm package onnxruntime-web")
-        error = write_files(path, writers[suffix], partial(self._prove, f"'{path.name}'"))
+        error = write_files(path, writers[suffix], partial(check, cases=self._cases, what=f"'{path.name}'"))
         self.error = max(self.error, error)
         return path
 
@@ -227,9 +224,7 @@ def export(
             explained = ExplainedModel(question, layouts, checks_input=breaks)
             images = example[:1].expand(2, *example.shape[1:]) if dynamic_batch else example
             with quietly():
-                program = trace(
-                    explained, images, class_input=class_input, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size
-                )
+                program = trace(explained, images, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size)
             metadata = {
                 "torchcam": __version__,
                 "torch": torch.__version__,

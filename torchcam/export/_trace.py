@@ -83,14 +83,14 @@ class ExplainedModel(nn.Module):
     def __init__(self, question: Question, layouts: Mapping[str, Layout], *, checks_input: bool = True) -> None:
         super().__init__()
         self.model = question.extractor.model
-        self._question = question
+        self.question = question
         self._layouts = dict(layouts)
         self._checks_input = checks_input
         self.eval()
 
     def forward(self, images: Tensor, classes: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the scores of images (N, C, *spatial) and the maps (N, *grid) of a class of each, (N,)."""
-        question, extractor = self._question, self._question.extractor
+        question, extractor = self.question, self.question.extractor
         recorded = self._recorded(images)
         scores = read_logits(recorded.output)
         if classes is None and not extractor.class_agnostic:
@@ -114,7 +114,7 @@ class ExplainedModel(nn.Module):
 
     def _recorded(self, images: Tensor) -> Pass:
         """Run the model and return the pass, whose graph begins at the first target layer."""
-        extractor = self._question.extractor
+        extractor = self.question.extractor
         recorded = Pass(extractor._recorder, (images,), {}, private=True)
         recorded.layouts = dict(self._layouts)
 
@@ -161,9 +161,7 @@ def fused_map(extractor: _CAM, maps: list[Tensor]) -> Tensor:
     return maps[0] if len(maps) == 1 else extractor.fuse_cams(maps)
 
 
-def trace(
-    explained: ExplainedModel, images: Tensor, *, class_input: bool, dynamic_batch: bool, dynamic_size: bool
-) -> ExportedProgram:
+def trace(explained: ExplainedModel, images: Tensor, *, dynamic_batch: bool, dynamic_size: bool) -> ExportedProgram:
     """Trace a model and its maps, forward and backward, into a graph of operations that other runtimes have.
 
     Raises:
@@ -175,7 +173,7 @@ def trace(
     shapes: dict[int, Any] = {0: Dim("batch", min=1, max=_LARGEST_BATCH)} if dynamic_batch else {}
     arguments: tuple[Tensor, ...] = (images,)
     dynamic: tuple[dict[int, Any], ...] = (shapes | {axis: Dim.AUTO for axis in range(2, images.ndim) if dynamic_size},)
-    if class_input:
+    if explained.question.class_input:
         arguments += (torch.zeros(images.shape[0], dtype=torch.long, device=images.device),)
         dynamic += (shapes,)
     name = type(explained.model).__name__
