@@ -160,6 +160,8 @@ class Layer(nn.Module):
             return held.relu_()
         if self.way == "an object":
             return given.value
+        if self.way == "an earlier use":
+            return given
         if self.way == "a view":
             return given[:, :]
         output = given.tanh()
@@ -180,10 +182,11 @@ class Around(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.stem(x)
+        early = h.sigmoid().mean((2, 3))
         given = {"held": h} if self.way == "a keyword" else None
         y = self.layer(**given) if given else self.layer(Holder(h) if self.way == "an object" else h)
         if isinstance(y, Tensor):
-            return self.read(y, h)
+            return self.read(y, early if self.way == "an earlier use" else h)
         y, other = y.values() if isinstance(y, dict) else y
         return self.read(y, other.unflatten(2, y.shape[2:]) if other.ndim == 3 else other)
 
@@ -195,14 +198,15 @@ class Around(nn.Module):
         """HiResCAM without its ReLU, of class 1, in a rewrite where the layer's output is a leaf."""
         with torch.inference_mode(False), torch.enable_grad():
             h = self.stem(x).detach()
-            a = h.relu() if self.way == "a keyword" else h if self.way in {"an object", "a view"} else h.tanh()
+            given = {"an object", "a view", "an earlier use"}
+            a = h.relu() if self.way == "a keyword" else h if self.way in given else h.tanh()
             a = a.clone().requires_grad_()
             other = h if self.way == "a view" else 2 * a.mean((2, 3)) if self.way == "a second tensor" else a
             (gradient,) = torch.autograd.grad(self.read(a, other)[:, 1].sum(), a)
             return (gradient * a).sum(1).detach()
 
 
-WAYS = ["a keyword", "an object", "a view", "a second tensor", "a second view", "the same twice"]
+WAYS = ["a keyword", "an object", "an earlier use", "a view", "a second tensor", "a second view", "the same twice"]
 
 
 @pytest.mark.parametrize("number", [1, 2])
