@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
 from collections import Counter
 from collections.abc import Callable
@@ -137,6 +138,119 @@ def test_a_list_of_the_caller_s_gets_what_the_model_adds(name: str, mode: str) -
         assert len(log) == 1
         close(extractor([0, 2]), reference([0, 2]))
     assert len(log) == 1
+
+
+# Ways around a layer's output -----------------------------------------------------------------------------------------
+
+
+class Holder:
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
+class Layer(nn.Module):
+    """Returns what it is given, by a keyword or in an object; a view of it; or several tensors of one computation."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+
+    def forward(self, given: Any = None, *, held: Any = None) -> Any:
+        if self.way == "a keyword":
+            return held.relu_()
+        if self.way == "an object":
+            return given.value
+        if self.way == "a view":
+            return given[:, :]
+        output = given.tanh()
+        if self.way == "a second tensor":
+            return output, 2 * output.mean((2, 3))
+        return (output, output.flatten(2)) if self.way == "a second view" else {"first": output, "same": output}
+
+
+class Around(nn.Module):
+    """Uses the output of its layer, and what else leads to it."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.stem, self.layer = nn.Conv2d(3, 4, 3, padding=1), Layer(way)
+        self.conv, self.fc = nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 3)
+        shuffled(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x)
+        given = {"held": h} if self.way == "a keyword" else None
+        y = self.layer(**given) if given else self.layer(Holder(h) if self.way == "an object" else h)
+        if isinstance(y, Tensor):
+            return self.read(y, h)
+        y, other = y.values() if isinstance(y, dict) else y
+        return self.read(y, other.unflatten(2, y.shape[2:]) if other.ndim == 3 else other)
+
+    def read(self, y: Tensor, other: Tensor) -> Tensor:
+        other = other if other.ndim == 2 else other.sigmoid().mean((2, 3))
+        return self.fc(self.conv(y).square().mean((2, 3)) + other)
+
+    def by_hand(self, x: Tensor) -> Tensor:
+        """HiResCAM without its ReLU, of class 1, in a rewrite where the layer's output is a leaf."""
+        with torch.inference_mode(False), torch.enable_grad():
+            h = self.stem(x).detach()
+            a = h.relu() if self.way == "a keyword" else h if self.way in {"an object", "a view"} else h.tanh()
+            a = a.clone().requires_grad_()
+            other = h if self.way == "a view" else 2 * a.mean((2, 3)) if self.way == "a second tensor" else a
+            (gradient,) = torch.autograd.grad(self.read(a, other)[:, 1].sum(), a)
+            return (gradient * a).sum(1).detach()
+
+
+WAYS = ["a keyword", "an object", "a view", "a second tensor", "a second view", "the same twice"]
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("mode", [*MODES, "frozen"])
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_from_the_output_to_the_score_counts(way: str, mode: str, number: int) -> None:
+    model, twin = Around(way), Around(way)
+    model.requires_grad_(mode != "frozen")
+    with contextlib.ExitStack() as stack:
+        extractors = [stack.enter_context(methods.HiResCAM(model, "layer")) for _ in range(number)]
+        stack.enter_context(MODES.get(mode, torch.enable_grad)())
+        assert torch.equal(model(X), twin(X))
+        for extractor in extractors:
+            (found,) = extractor(1, normalized=False, relu=False, retain_graph=True)
+            torch.testing.assert_close(found, twin.by_hand(X), rtol=1e-4, atol=1e-6)
+
+
+class Shifted(Around):
+    """Changes a view of what the layer was given in place."""
+
+    def read(self, y: Tensor, other: Tensor) -> Tensor:
+        y += 0.5
+        return super().read(y, other)
+
+
+@pytest.mark.parametrize("mode", [*MODES, "frozen"])
+def test_a_view_that_is_changed_in_place_is_no_other_tensor(mode: str) -> None:
+    """A view has no gradient of its own then: that is an error with gradients, and the same without."""
+    model, twin = Shifted("a view"), Shifted("a view")
+    model.requires_grad_(mode != "frozen")
+    with methods.GradCAM(model, "layer") as extractor, MODES.get(mode, torch.enable_grad)():
+        assert torch.equal(model(X), twin(X))
+        with pytest.raises(RuntimeError, match="not connected to every target layer"):
+            extractor(1)
+
+
+@pytest.mark.parametrize("way", ["a view", "a second tensor"])
+def test_a_second_pass_that_differs_gives_no_map(way: str) -> None:
+    """What it takes a second pass to explain is refused where that pass gives another score, in training mode say."""
+    model = Around(way)
+    model.stem = nn.Sequential(model.stem, nn.BatchNorm2d(4)).train()
+    with methods.GradCAM(model, "layer") as extractor:
+        with torch.no_grad():
+            model(X)
+            with pytest.raises(RuntimeError, match="run the forward pass with gradients on"):
+                extractor(1)
+        model(X.clone().requires_grad_())
+        assert extractor(1)[0].isfinite().all()
 
 
 # Who calls ------------------------------------------------------------------------------------------------------------

@@ -10,21 +10,21 @@ from collections.abc import Callable, Sequence, Set
 from contextlib import nullcontext
 from contextvars import ContextVar
 from functools import partial
-from types import FunctionType, NoneType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
+from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
 
 from torchcam._passes import Call, image_shape, without_inference
-from torchcam._replica import CallWrapper, ExtractorHook, KeptReplica, modules_of
+from torchcam._replica import CallWrapper, KeptReplica
 from torchcam._tensors import map_tensors, tensors_in
-from torchcam.layout import Layout, axes_of, primary_tensors, replace_tensors, unusual_axes
+from torchcam.layout import Layout, axes_of, replace_tensors, unusual_axes
 
 from ._fused import FusedCall, SharedWrapper, attached, fused_modules
+from ._layer_hook import LayerHook, drop_graphs, followed, may_be_hooked
 from ._layouts import Layouts
 from ._running import thread
 
@@ -89,8 +89,8 @@ class Pass:
             to differentiate for
         rows: the same in the order of the target layers, with a row without values for one that was not reached
         grids: these in grid form, once somebody has asked
-        is_partial: whether some use of a layer's output may lie outside of the graph: that output is the caller's input
-        owns_input: whether the arguments are copies, which the caller does not use
+        is_partial: whether some use of a layer's output lies outside of the graph: it is the caller's input, or a view
+        others: leaves in the place of what else the layers returned: the graph of a score that they are in is partial
         gradients: those of the score that was explained last, as the layers returned their outputs
         num_scores: how many scores of each sample were explained last; None for one without a dimension of its own
         score: the score that was explained last, (N,) or (N, K)
@@ -104,6 +104,7 @@ class Pass:
     explained = False
     superseded = False
     is_partial = False
+    others: Sequence[Tensor] = ()
     watch: Any = None
     rows: Sequence[Row] = ()
     grids: list[Tensor] | None = None
@@ -121,7 +122,6 @@ class Pass:
         self.call = Call(args, kwargs, recorder.wanted_input)
         self.input_shape = image_shape(self.call.found)
         self.call.axes = axes_of(self.input_shape)
-        self.owns_input = recorder.owns_input
         self.returned: list[weakref.ref[Tensor]] = []
         self.target_names = recorder.target_names
         self.attentions: list[list[Tensor] | None] = [None] * len(self.target_names)
@@ -178,6 +178,7 @@ class Pass:
     def fail(self) -> None:
         """Forget what the pass has recorded: it was cut short."""
         self.layers.clear()
+        self.others = ()
         self.attentions = [None] * len(self.target_names)
         self.output, self.returned = None, []
 
@@ -238,7 +239,6 @@ class Recorder:
         ended: called with a pass when the model has returned
 
     Attributes:
-        owns_input: whether the model is called with copies, which nobody else uses
         replicas: replicas of the model that ran in earlier calls, and may run again
     """
 
@@ -266,7 +266,6 @@ class Recorder:
         self.keeps_outputs = keeps_outputs
         self.wanted_input = wanted_input
         self.enabled = enabled
-        self.owns_input = False
         self.replicas: list[KeptReplica] = []
         self.handles: list[RemovableHandle] = []
         self.choose_layers = choose_layers
@@ -301,7 +300,7 @@ class Recorder:
     def _hook_layers(self) -> None:
         self.layers = [self.modules[name] for name in self.target_names]
         if self.keeps_outputs:
-            self.handles += [layer.register_forward_hook(_LayerHook(self, i)) for i, layer in enumerate(self.layers)]
+            self.handles += [layer.register_forward_hook(LayerHook(self, i)) for i, layer in enumerate(self.layers)]
         for module in fused_modules(self.model, self.target_names, self.differentiates or self.reads_attention):
             self._leave.append(attached(FusedCall, module, weakref.ref(self)))
 
@@ -484,14 +483,12 @@ class _ModelCall(SharedWrapper):
             return self._recorded_privately(module, recorders, args, kwargs)
 
     def _recorded_privately(self, module: nn.Module, recorders: list[Recorder], args: Any, kwargs: Any) -> Any:
-        hooked = any(
-            _has_hooks(one) for recorder in recorders for layer in recorder.layers for one in modules_of(layer)
-        )
+        hooked = any(may_be_hooked(layer) for recorder in recorders for layer in recorder.layers)
         try:
             torch.set_grad_enabled(False)
             thread.private = True
             # A graph that saved tensors itself could not be followed once these are detached, as below.
-            with saved_tensors_hooks(_save, _load) if hooked else nullcontext():
+            with followed() if hooked else nullcontext():
                 return self._recorded(module, recorders, args, kwargs, detached=True)
         except RuntimeError as error:
             if torch.is_grad_enabled():
@@ -505,7 +502,7 @@ class _ModelCall(SharedWrapper):
             thread.private = False
             torch.set_grad_enabled(False)
             if started:
-                _drop_graphs(module)
+                drop_graphs(module)
             while thread.written:
                 tensor, _ = thread.written.pop()
                 if tensor.is_leaf:
@@ -543,120 +540,3 @@ class _ModelCall(SharedWrapper):
                 thread.passes.pop(id(recorder), None)
             for recorder, started in passes:
                 recorder.end(started)
-
-
-def _save(tensor: Tensor) -> tuple[Tensor, int]:
-    return tensor.detach(), tensor._version
-
-
-def _load(saved: tuple[Tensor, int]) -> Tensor:
-    tensor, version = saved
-    if tensor._version != version:
-        raise RuntimeError("a tensor that the gradient needs was changed in place after it was used")
-    return tensor
-
-
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-_PLAIN = frozenset({bool, int, float, str, NoneType, FunctionType, torch.dtype, torch.device})
-
-
-def _drop_graphs(model: nn.Module) -> None:
-    """Detach what modules keep in buffers and attributes, as the caller has turned gradients off."""
-    for module in modules_of(model):
-        buffers, attributes = module._buffers, vars(module)
-        for fields, names in ((buffers, list(buffers.keys())), (attributes, attributes.keys() - _OF_EVERY_MODULE)):
-            for name in names:
-                value = fields[name]
-                kind = type(value)
-                if kind in _PLAIN or (isinstance(value, tuple) and _PLAIN.issuperset(map(type, value))):
-                    continue
-                if any(tensor.grad_fn is not None for tensor in tensors_in(value)):
-                    fields[name] = _without_graph(value)
-
-
-def _without_graph(value: Any) -> Any:
-    """Detach the tensors of a structure; lists and dictionaries stay the same objects."""
-    if isinstance(value, (list, dict)):
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            value[key] = _without_graph(item)
-        return value
-    return map_tensors(lambda t: t if t.grad_fn is None else t.detach(), value)
-
-
-class _LayerHook(ExtractorHook):
-    """Records what a target layer returns. The extractor is held weakly: it must not live as long as the model."""
-
-    def __init__(self, recorder: Recorder, index: int) -> None:
-        self._recorder = id(recorder)
-        self._layer = weakref.ref(recorder.layers[index])
-        self._index = index
-        self._differentiates = recorder.differentiates
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Record an output; return a replacement where what follows needs one."""
-        if torch.compiler.is_compiling():  # what is traced now would run again without this extractor
-            return None
-        running = thread.passes.get(self._recorder)
-        if running is None or module is not self._layer():
-            return None
-        kept: dict[str, tuple[Tensor, Tensor | GradientEdge]] = {}
-        running.layers[self._index] = kept
-        replaced = []
-        for level, tensor in primary_tensors(output).items():
-            if not self._differentiates or not tensor.is_floating_point():
-                copied = tensor.detach().clone()  # an operation in place must not change what is recorded
-                kept[level] = copied, copied
-                continue
-            source = tensor
-            if running.private:
-                torch.set_grad_enabled(True)
-                source = next((output for output, handed in thread.written if handed is tensor), tensor)
-            if tensor.requires_grad and torch.is_grad_enabled():
-                kept[level] = tensor.clone(), get_gradient_edge(source)
-                continue
-            leaf, handed, running.is_partial = _with_graph(tensor, module, args, running)
-            kept[level] = leaf, leaf if leaf is not tensor else get_gradient_edge(leaf)
-            if handed is not tensor:
-                replaced.append((tensor, handed))
-        return replace_tensors(output, replaced) if replaced else None
-
-
-def _with_graph(tensor: Tensor, layer: nn.Module, args: Any, running: Pass) -> tuple[Tensor, Tensor, bool]:
-    """Return a leaf with the values of a layer's output, and what is handed on: a function of the leaf.
-
-    The third value says whether other parts of the model may use the values without the graph.
-    """
-    storage = _storage(tensor)
-    is_given = any(_storage(one) == storage for one in tensors_in(args))
-    if (not is_given and not _may_be_kept(tensor, layer)) or running.is_of_model(tensor):
-        leaf = tensor.detach().requires_grad_()
-        return leaf, leaf.clone(), False
-    # Whoever else uses the output gets the graph only if the tensor itself has it.
-    if not running.owns_input and any(_storage(one) == storage for one, _ in running.call.versions):
-        return tensor.detach().clone().requires_grad_(), tensor, True
-    leaf = tensor.detach().clone().requires_grad_()
-    try:
-        tensor.copy_(leaf)
-    except RuntimeError:  # a view that was made without gradients
-        leaf, handed = tensor.requires_grad_(), tensor.clone()
-    else:
-        handed = tensor
-    if running.private:
-        thread.written.append((tensor, handed))
-    return leaf, handed, False
-
-
-def _may_be_kept(output: Tensor, layer: nn.Module) -> bool:
-    """Check whether a layer's output may be used by others than those that it is handed on to."""
-    return any(_has_hooks(one) or any(value is output for value in vars(one).values()) for one in modules_of(layer))
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    """Check whether forward hooks other than those of extractors are on a module."""
-    hooks = module._forward_hooks
-    return bool(hooks) and not all(isinstance(hook, ExtractorHook) for hook in hooks.values())
-
-
-def _storage(tensor: Tensor) -> int:
-    address: int = tensor.untyped_storage()._cdata
-    return address

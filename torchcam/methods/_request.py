@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchcam._tensors import tensors_in
+from torchcam._tensors import map_tensors, tensors_in
 from torchcam.targets import Selector
 
 from ._recorder import Pass
+from ._replay import is_repeated
 
 
 @dataclass(slots=True)
@@ -83,6 +84,20 @@ class Request:
                     f"`scores` of shape {tuple(tensor.shape)} carry no graph and are not the output of the recorded "
                     "pass: pass that output as it came, leave `scores` out, or compute them with gradients on"
                 )
+
+    def check_repeated(self, score: Tensor | None, select: Selector) -> None:
+        """Check that a second pass, with a graph from the input on, has given the recorded score.
+
+        Raises:
+            RuntimeError: if it has not, or could not be differentiated
+        """
+        recorded = self.recorded
+        if score is None or not is_repeated(score, select(map_tensors(Tensor.detach, recorded.output))):
+            raise RuntimeError(
+                f"what {', '.join(recorded.names)} returned reaches the score on a way without gradients, and a second "
+                "pass, in evaluation mode and with gradients, does not give the recorded score: run the forward pass "
+                "with gradients on, on an input that requires them"
+            )
 
 
 def _are_equal(tensor: Tensor, other: Tensor) -> bool:

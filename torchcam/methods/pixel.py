@@ -11,14 +11,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
 from torchcam._replica import replicated
 from torchcam._tensors import is_constant, map_tensors, resize, to_float
 
+from ._gradients import nodes_of
 from ._recorder import Pass, Recorder
-from ._replay import is_close, recorded_scores
+from ._replay import is_repeated, recorded_scores
 from ._running import warn
 from .core import _CAM, Request
 from .gradient import GradCAM
@@ -217,7 +217,7 @@ def _repeated(
         args, kwargs = map_tensors(lambda t: t.clone() if t.is_inference() else t, (args, kwargs))
         score = select(replica(*args, **kwargs))
         expected = recorded_scores(model, request.recorded.output, select)
-        if expected is not None and not is_close(score.detach(), expected):
+        if expected is not None and not is_repeated(score.detach(), expected):
             warn(
                 f"{type(extractor).__name__} explains the model as it runs again, but its scores are not those of the "
                 "recorded pass: it draws random numbers, or its weights or arguments have changed since",
@@ -256,7 +256,7 @@ def _clipped_at_rectifiers(score: Tensor) -> Iterator[None]:
     def clip(gradients: Sequence[Tensor | None], *_: Any) -> tuple[Tensor | None, ...]:
         return tuple(None if gradient is None else gradient.relu() for gradient in gradients)
 
-    graph = list(_graph(score))
+    graph = list(nodes_of(score))
     if any(node.name() == "CompiledFunctionBackward" for node in graph):
         raise ValueError(
             "a part of the model is compiled by `torch.compile`, and the rectifiers inside cannot be found: explain "
@@ -269,18 +269,6 @@ def _clipped_at_rectifiers(score: Tensor) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _graph(score: Tensor) -> Iterator[Node]:
-    """Go through the nodes of the graph of a score."""
-    seen: set[Node | None] = {None}
-    ahead = [score.grad_fn]
-    while ahead:
-        node = ahead.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            yield node
-            ahead += [following for following, _ in node.next_functions]
 
 
 # Their third argument is the bias.
