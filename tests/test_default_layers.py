@@ -15,6 +15,7 @@ from torchcam._planted import seen_at_places
 from torchcam.layers import candidates
 from torchcam.layout import Layout
 from torchcam.methods import GradCAM
+from torchcam.methods._replicas import on_replica
 from torchcam.trust import trust
 
 
@@ -269,6 +270,27 @@ def test_a_default_layer_without_a_path_to_the_score_is_an_error_that_names_one_
             ValueError, match="does not depend on the positions of the default layer 'late', but on those of 'early'"
         ):
             extractor(targets=embedding)
+
+
+def test_a_layer_that_a_replica_has_found_is_the_extractors_own() -> None:
+    """The model refuses the usual input, so that the first pass chooses; metrics run it on replicas."""
+
+    def of_32_pixels(x: Tensor) -> Tensor:
+        if x.shape[2:] != (32, 32):
+            raise ValueError
+        return x
+
+    model = Net(before=of_32_pixels).eval()
+    x = noise(1, 3, 32, 32)
+    with GradCAM(model, "body") as extractor:
+        (expected,) = extractor(0, model(x))
+    with GradCAM(model) as extractor:
+        assert extractor.target_names == []
+        for _ in range(2):
+            with on_replica(extractor) as moved:
+                assert torch.equal(moved(0, moved.model(x))[0], expected)
+        assert torch.equal(extractor(0, model(x))[0], expected)
+        assert extractor.target_names == ["body"]
 
 
 # Tokens before the positions of one side.

@@ -61,26 +61,26 @@ class DefaultLayer:
         self._probed = tuple(input_shape)
         self._choose(found, self._probed)
 
-    def confirm(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str] | None:
-        """Return the layer for the arguments of the first pass; None where the choice stays, as in all later passes.
+    def confirm(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+        """Return the layer for the arguments of a pass. The first pass may change the choice, no later one does.
 
         Of an input of another shape than the probe's, the choice stays where it holds, even if one position is left.
         """
         probed, self._probed = self._probed, None
         if probed is None:
-            return None
+            return self.names
         call = Call(args, kwargs, self.wanted_input)
         shape = image_shape(call.signal)
         if probed and (shape is None or shape[1:] == probed):
-            return None
+            return self.names
         found = candidates_of(self.model, call)
         kept = next((one for one in found if [one.name] == self.names and one.depends), None)
         if kept is None or kept.is_proven is False:
             self._choose(found, () if shape is None else shape[1:], call)
-            return self.names
-        self.layouts.prove(kept.name, kept.layout)
-        _warn_of_one_position(kept, found, () if shape is None else shape[1:])
-        return None
+        else:
+            self.layouts.prove(kept.name, kept.layout)
+            _warn_of_one_position(kept, found, () if shape is None else shape[1:])
+        return self.names
 
     def choose_for(self, call: Call, select: Callable[[Any], Tensor]) -> None:
         """Choose another layer if what is explained in a call does not depend on the one that was chosen.

@@ -28,7 +28,7 @@ from ._layer_hook import LayerHook, drop_graphs, followed, may_be_hooked
 from ._layouts import Layouts
 from ._running import thread
 
-ChooseLayers = Callable[[tuple[Any, ...], dict[str, Any]], list[str] | None]
+ChooseLayers = Callable[[tuple[Any, ...], dict[str, Any]], list[str]]
 
 _numbers = itertools.count()
 
@@ -233,7 +233,7 @@ class Recorder:
         keeps_outputs: whether the outputs of the target layers are recorded
         wanted_input: name or position of the image-like input
         enabled: whether passes are recorded from the start
-        choose_layers: called with the arguments of a pass before it starts; returns target layers, None for no change
+        choose_layers: called with the arguments of a pass before it starts; returns the target layers
         layouts: finds the layouts of the target layers
         around: called in the place of the model, with the pass that starts, the model and its arguments
         ended: called with a pass when the model has returned
@@ -323,7 +323,7 @@ class Recorder:
         """Choose the default layers before the first pass."""
         with self._lock:
             names = choose_layers(args, kwargs)
-            if names is not None and names != self.target_names:
+            if names != self.target_names:
                 self.move(names)
 
     def end(self, ended: Pass) -> None:
