@@ -220,6 +220,36 @@ def test_every_way_from_the_output_to_the_score_counts(way: str, mode: str, numb
             torch.testing.assert_close(found, twin.by_hand(X), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["GradCAMpp", "ShapleyCAM", "EigenGradCAM", "GroupCAM", "GuidedGradCAM", "FinerCAM"])
+@pytest.mark.parametrize("way", ["a keyword", "a view", "a second tensor"])
+@pytest.mark.filterwarnings("ignore:.*activations of both signs")
+def test_every_way_counts_for_every_gradient_method(way: str, name: str) -> None:
+    maps = {}
+    for mode in ("grad", "no_grad"):
+        with getattr(methods, name)(Around(way), "layer") as extractor, MODES[mode]():
+            extractor.model(X)
+            options = {"targets": Softmax()} if name == "ShapleyCAM" else {"class_idx": 1}
+            maps[mode] = extractor(**options, normalized=False)
+    close(maps["no_grad"], maps["grad"])
+
+
+@pytest.mark.parametrize("way", ["a view", "a second tensor"])
+def test_every_way_counts_for_several_classes(way: str) -> None:
+    with methods.HiResCAM(Around(way), "layer") as extractor, torch.no_grad():
+        extractor.model(X)
+        (several,) = extractor([[0, 1], [2, 1]])
+        for column, classes in enumerate(([0, 2], [1, 1])):
+            extractor.model(X)
+            torch.testing.assert_close(several[:, column], extractor(classes)[0], rtol=1e-4, atol=1e-5)
+
+
+class Softmax:
+    """A target with a curvature."""
+
+    def __call__(self, output: Tensor) -> Tensor:
+        return output.softmax(0)[1]
+
+
 class Shifted(Around):
     """Changes a view of what the layer was given in place."""
 

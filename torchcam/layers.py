@@ -115,19 +115,14 @@ class Candidate:
         return self.influence >= 0.25
 
 
-class Candidates(Sequence[Candidate]):
+class Candidates(tuple[Candidate, ...]):
     """The modules that a map can be made from, in the order in which they finish. Prints as a table."""
 
     _HEAD = ("layer", "type", "grid", "channels", "influence", "calls")
 
-    def __init__(self, items: Iterable[Candidate]) -> None:
-        self._items = tuple(items)
-
     def __getitem__(self, index: Any) -> Any:
-        return Candidates(self._items[index]) if isinstance(index, slice) else self._items[index]
-
-    def __len__(self) -> int:
-        return len(self._items)
+        found = super().__getitem__(index)
+        return Candidates(found) if isinstance(index, slice) else found
 
     @property
     def usable(self) -> Candidates:

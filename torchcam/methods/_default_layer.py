@@ -62,7 +62,7 @@ class DefaultLayer:
         self._choose(found, self._probed)
 
     def confirm(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
-        """Return the layer for the arguments of a pass. The first pass may change the choice, no later one does.
+        """Return the layer for the arguments of the first pass, of the model or of a replica; it stays from then on.
 
         Of an input of another shape than the probe's, the choice stays where it holds, even if one position is left.
         """
@@ -77,9 +77,9 @@ class DefaultLayer:
         kept = next((one for one in found if [one.name] == self.names and one.depends), None)
         if kept is None or kept.is_proven is False:
             self._choose(found, () if shape is None else shape[1:], call)
-        else:
-            self.layouts.prove(kept.name, kept.layout)
-            _warn_of_one_position(kept, found, () if shape is None else shape[1:])
+            return self.names
+        self.layouts.prove(kept.name, kept.layout)
+        _warn_of_one_position(kept, found, () if shape is None else shape[1:])
         return self.names
 
     def choose_for(self, call: Call, select: Callable[[Any], Tensor]) -> None:

@@ -320,7 +320,7 @@ class Recorder:
     # Passes.
 
     def prepare(self, choose_layers: ChooseLayers, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Choose the default layers before the first pass."""
+        """Watch the default layers, which the first pass decides: of this recorder, or of one on a replica."""
         with self._lock:
             names = choose_layers(args, kwargs)
             if names != self.target_names:

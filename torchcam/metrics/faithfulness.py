@@ -96,15 +96,8 @@ class ClassificationMetric(CAMMetric):
         return means
 
     def _measure(self, explained: Explained) -> dict[str, Tensor]:
-        image, score = explained.image, explained.score
-        mask = explained.cam.unsqueeze(1).to(image.dtype)
-
-        def masked(samples: Tensor, variants: Tensor) -> Tensor:
-            m = mask[samples]
-            inverted = (variants == 1).reshape(-1, *[1] * (m.ndim - 1))
-            return torch.where(inverted, 1 - m, m) * image[samples]
-
-        kept, deleted = explained.replay(masked, 2, batch_size=len(image)).unbind(1)
+        score = explained.score
+        kept, deleted = explained.replay(masking(explained), 2, batch_size=len(score)).unbind(1)
         rise = (kept - score).relu()
         scores = torch.stack([score, kept])
         return {
@@ -325,6 +318,21 @@ class ROAD(CAMMetric):
     def _measure(self, explained: Explained) -> dict[str, Tensor]:
         morf, lerf = Removal(self.percentiles, self.noise, self.seed).changes(explained, self.batch_size)
         return {"morf": morf, "lerf": lerf}
+
+
+def masking(explained: Explained) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return a function from the numbers of samples and variants, (B,) each, to inputs multiplied by their maps.
+
+    The maps are inverted for variant 1.
+    """
+    image, mask = explained.image, explained.cam.unsqueeze(1).to(explained.image.dtype)
+
+    def masked(samples: Tensor, variants: Tensor) -> Tensor:
+        m = mask[samples]
+        inverted = (variants == 1).reshape(-1, *[1] * (m.ndim - 1))
+        return torch.where(inverted, 1 - m, m) * image[samples]
+
+    return masked
 
 
 def _ranked_between(cam: Tensor, first: list[int], last: list[int]) -> Callable[[Tensor, Tensor], Tensor]:
