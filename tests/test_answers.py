@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from torchcam.targets import Token
 from torchcam.tasks import answers
 from torchcam.tasks._cells import find_cells
 from torchcam.tasks._streams import VisualStreams
-from torchcam.tasks._teacher import encode, grown
+from torchcam.tasks._teacher import encode, generate, grown
 from torchcam.tasks._tokens import choose, pieces_of, words_of
 from torchcam.tasks.answers import AnswerExplanation, explain_answer
 
@@ -210,6 +211,19 @@ class TestOnePass:
         ids = model.generate(**inputs, num_beams=3, max_new_tokens=3)[0, -3:].tolist()
         found = explained("LLaVA", None, num_beams=3, max_new_tokens=3)
         assert list(found.token_ids) == ids
+
+    def test_of_several_sequences(self) -> None:
+        """The first answer to each prompt counts, with its own length."""
+        asked = torch.tensor([[3, 4], [3, 4]])
+        sequences = torch.cat([torch.full((4, 2), 3), torch.tensor([[7, 7, 5], [7, 7, 7], [8, 5, 0], [8, 8, 8]])], 1)
+
+        def answer(input_ids: torch.Tensor, logits_processor: Any = (), **_: Any) -> Any:
+            rows = len(input_ids) if logits_processor else len(sequences)
+            return SimpleNamespace(sequences=sequences, logits=[torch.zeros(rows, 9)] * 3)
+
+        model: Any = SimpleNamespace(generate=answer, generation_config=SimpleNamespace(eos_token_id=5))
+        found = generate(model, None, {"input_ids": asked}, {})
+        assert (found.ids.tolist(), found.lengths) == ([[7, 7], [8, 8]], [2, 1])
 
 
 class TestMaps:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import torchcam
 from tests.detectors import bright_picture, bright_retinanet, detr_family, faster_rcnn, noise_picture
+from torchcam._views import FULL
 from torchcam.methods import AblationCAM, HiResCAM
 from torchcam.targets import Box
 from torchcam.utils import on_picture
@@ -199,6 +200,16 @@ def test_on_the_models_view_the_box_lies_as_well() -> None:
     rows, columns = np.nonzero(picture.any(-1))
     assert (columns.min(), columns.max()) == (21, 39)  # within a line of black
     assert (rows.min(), rows.max()) == (21, 59)
+
+
+def test_a_box_as_thin_as_a_line_is_drawn() -> None:
+    from torchcam._detections import Detections
+
+    boxes, labels, scores = torch.tensor([[20.0, 20, 20.5, 60]]), torch.tensor([1]), torch.tensor([0.5])
+    found = Detections(boxes, labels, scores, (80, 80), explained={"box 0": 0})
+    rows, columns = np.nonzero(np.asarray(found.drawn(Image.new("RGB", (80, 80)), "box 0", FULL, FULL)).any(-1))
+    assert (rows.min(), rows.max()) == (21, 59)
+    assert 20 <= columns.min() <= columns.max() <= 22
 
 
 def test_all_boxes_in_one_call(tmp_path: Path) -> None:

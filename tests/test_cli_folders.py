@@ -19,7 +19,7 @@ from PIL import Image
 
 from torchcam import cli
 from torchcam.cli import _completion
-from torchcam.cli._paths import find_sources, result_path
+from torchcam.cli._images import find_sources, result_path
 from torchcam.explain import explain
 
 FACTORY = """

@@ -256,9 +256,12 @@ class TestFactories:
             ("broken:f", "'broken:f' cannot be found: No module named 'nowhere_at_all'"),
             ("{mine}:f", "has no attribute 'f'"),
             ("{mine}:number", "is not a function: int"),
-            ("{mine}:odd", "must return a torch.nn.Module, got int"),
-            ("{mine}:bad_transform", "must return a transform after the model, got int"),
-            ("{mine}:bad_names", "must return class names, a list of strings"),
+            ("{mine}:odd", "must return a torch.nn.Module, or with it a transform"),
+            (
+                "{mine}:bad_transform",
+                "transform (a function) and the class names (a list of strings), got DemoNet, int",
+            ),
+            ("{mine}:bad_names", "class names (a list of strings), got "),
         ],
     )
     def test_refusals(self, factory: str, message: str, mine: str, capsys: pytest.CaptureFixture[str]) -> None:

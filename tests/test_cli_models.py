@@ -82,7 +82,7 @@ class TestTimm:
         told = fails(capsys, "layers", "--timm", "test_resnet", "--arch", "resnet18")
         assert "give --arch or --timm, not both: each names a model" in told
         asked = ["export", "--timm", "test_resnet", "--output", str(tmp_path / "m.onnx"), "--weights", "nowhere.pt"]
-        assert "--weights 'nowhere.pt' is neither a file nor one of DEFAULT, none" in fails(capsys, *asked)
+        assert "--weights 'nowhere.pt' is not a file, nor DEFAULT, nor none" in fails(capsys, *asked)
 
 
 class TestTransformers:
@@ -112,11 +112,26 @@ class TestTransformers:
         with torch.random.fork_rng():
             exec(classifier.code, made)
         picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))
-        seen = classifier.preprocess(picture)
+        seen = classifier.read([picture]).tensor
         with torch.inference_mode():
             scores = made["model"](**made["transform"](picture, return_tensors="pt")).logits
-            assert torch.equal(scores, classifier.model(seen[None]).logits)
+            assert torch.equal(scores, classifier.model(seen).logits)
         assert made["class_names"] == classifier.categories == ["cat", "dog", "fish"]
+
+    def test_evaluate(self, folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        pixels = np.random.default_rng(0).integers(0, 256, (2, 50, 70, 3), dtype=np.uint8)
+        for name, picture in zip(("cat", "fish"), pixels, strict=True):
+            (tmp_path / "data" / name).mkdir(parents=True)
+            Image.fromarray(picture).save(tmp_path / "data" / name / "a.png")
+        capsys.readouterr()
+        asked = ["--methods", "GradCAM", "--metrics", "ADCC", "--checkpoint", str(tmp_path / "state"), "--json"]
+        assert cli.main(["evaluate", str(tmp_path / "data"), "--hf", folder, *asked]) == 0
+        told = json.loads(capsys.readouterr().out)
+        classifier = load_hf(folder, "DEFAULT")
+        with torch.inference_mode():
+            predicted = classifier.model(classifier.read([*map(Image.fromarray, pixels)]).tensor).logits.argmax(1)
+        assert told["agreement"] == (predicted == torch.tensor([0, 2])).double().mean()
+        assert told["methods"]["GradCAM"]["measured"] == {"ADCC": 2}
 
     def test_export(self, folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         onnxruntime = pytest.importorskip("onnxruntime")

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import torchcam
-from tests.models import shuffled
+from tests.models import shuffled, tiny_vit
 from torchcam._planted import seen_at_places
 from torchcam.layers import candidates
 from torchcam.layout import Layout
 from torchcam.methods import GradCAM
+from torchcam.metrics import ADCC
 from torchcam.trust import trust
 
 
@@ -320,3 +321,18 @@ def test_scores_that_no_gradient_leads_from_are_refused_with_the_way_out() -> No
 class Cut(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         return t.mean((2, 3), keepdim=True).detach()
+
+
+def test_a_layer_that_a_pass_on_a_replica_has_decided_stays() -> None:
+    model, x = tiny_vit(torch.float32), torch.rand((2, 3, 16, 16), generator=torch.Generator().manual_seed(0))
+    with GradCAM(model) as extractor:  # there is no probe of (3, 224, 224) for such a model
+        maps = [cam for (cam,) in extractor.stream([x, x], 1)]
+        metric = ADCC(extractor)
+        metric.update(x, 1)
+        scores = model(x)
+        (own,) = extractor(1, scores)
+        (name,) = extractor.target_names
+    with GradCAM(model, name) as extractor:
+        (expected,) = extractor(1, model(x))
+    assert all(torch.equal(cam, expected) for cam in (*maps, own))
+    assert int(metric.total) == 2

@@ -20,6 +20,7 @@ from tests.test_promises import KEEPS_A_GRAPH, SITUATIONS, Snapshot, count_hooks
 from torchcam import methods
 from torchcam.methods import CAM, GradCAM, LayerCAM, MeanActivation
 from torchcam.methods._diagnose import CODES, Diagnosis, Finding
+from torchcam.targets import ClassLogit, ClassProbability
 
 
 def images(batch_size: int = 2, size: int = 16, channels: int = 3) -> Tensor:
@@ -615,8 +616,6 @@ class TestScore:
         assert "made by a softmax" in diagnosis[-1].message
 
     def test_targets_are_looked_at_themselves(self) -> None:
-        from torchcam.targets import ClassLogit, ClassProbability
-
         assert look(Plain(), targets=ClassLogit(0)).codes == ()
         assert look(Plain(), targets=ClassProbability(0)).codes == ("score_squashed",)
         assert look(Plain(after=nn.Sigmoid()), targets=lambda out: out[0].logit()).codes == ()
@@ -894,3 +893,15 @@ def test_the_page_on_troubleshooting_has_every_code() -> None:
     assert [code for code in CODES if page.count(f"`{code}`") < 1] == []
     named = {word for line in page.splitlines() if line.startswith("### ") for word in line.split("`")[1::2]}
     assert named == set(CODES)
+
+
+def test_questions_that_a_method_cannot_answer_are_findings() -> None:
+    (finding,) = look(Plain(), method=methods.FinerCAM, targets=ClassLogit(0))
+    assert finding.code == "method_failed"
+    assert "FinerCAM contrasts a class with others: it takes `class_idx`, and no `targets`" in finding.message
+    model = Plain()
+    model.fc = nn.Linear(8, 1)
+    nn.init.ones_(model.fc.weight)
+    (finding,) = look(model, method=methods.FinerCAM)
+    assert finding.code == "method_failed"
+    assert "two classes or more, got (2, 1)" in finding.message

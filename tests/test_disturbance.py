@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import pickle
@@ -254,7 +255,7 @@ class Stateful(Net):
 
 
 @of_every_method
-@pytest.mark.filterwarnings("ignore:the score of an input as it is")  # what the net keeps changes its scores
+@pytest.mark.filterwarnings("ignore:.* runs again")  # what the net keeps changes its scores
 def test_what_modules_keep_is_as_before(name: str, mode: str) -> None:
     model, twin = made(Stateful), made(Stateful)
     with METHODS[name](model) as extractor, MODES[mode]():
@@ -499,6 +500,136 @@ def test_the_output_is_changed_in_place_right_behind_the_layer(mode: str) -> Non
             scores = twin.fc(((a + 0.5) * 2).square().mean((2, 3)))
             (gradient,) = torch.autograd.grad(scores[range(BATCH), CLASSES].sum(), a)
         torch.testing.assert_close(found, grad_cam(a.detach(), gradient), rtol=1e-4, atol=1e-6)
+
+
+class Remembering(nn.Conv2d):
+    """A layer that keeps what it returns."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = super().forward(x)
+        return self.kept
+
+
+class Flat(nn.Conv2d):
+    """A layer that returns a view."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).movedim(1, 0).movedim(0, 1)
+
+
+class Collecting(nn.Module):
+    """A later layer reads the output of `layer` from who has kept it: a hook, as in many libraries, or the layer."""
+
+    def __init__(self, keeper: str, uses: str, returns: str = "a tensor") -> None:
+        super().__init__()
+        kind = Remembering if keeper == "attribute" else Flat if returns == "a view" else nn.Conv2d
+        inner = kind(3, CHANNELS, 3, padding=1)
+        self.layer = nn.Sequential(nn.Identity(), inner)
+        self.conv = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1)
+        self.fc = nn.Linear(2 * CHANNELS, 3)
+        self.uses = uses
+        shuffled(self)
+        self.found: dict[str, Tensor] = {}
+        self.seen: dict[str, Any] = {}
+        if keeper == "hook":
+            self.layer.register_forward_hook(self.keep)
+        if keeper == "inner hook":
+            inner.register_forward_hook(self.keep)
+
+    def keep(self, _layer: nn.Module, _args: Any, output: Tensor) -> None:
+        self.found["kept"] = output
+        self.seen["in the hook"] = output.sum().item()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        if self.uses == "changed behind the layer":
+            y += 0.5
+        kept = self.layer[1].kept if isinstance(self.layer[1], Remembering) else self.found["kept"]
+        if self.uses == "added to":
+            kept += 0.5
+        return self.fc(torch.cat([self.conv(y).square().mean((2, 3)), kept.sigmoid().mean((2, 3))], 1))
+
+    def by_hand(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's output and the gradient of the scores of `CLASSES`, in a rewrite that shares nothing."""
+        with torch.inference_mode(False), torch.enable_grad():
+            a = self.layer[1](x).detach().requires_grad_()
+            y = a if self.uses == "read" else a + 0.5
+            read = torch.cat([self.conv(y).square().mean((2, 3)), y.sigmoid().mean((2, 3))], 1)
+            return a.detach(), torch.autograd.grad(self.fc(read)[range(BATCH), CLASSES].sum(), a)[0]
+
+
+@pytest.mark.parametrize("mode", [*MODES, "frozen"])
+@pytest.mark.parametrize(
+    ("uses", "returns"),
+    [("read", "a tensor"), ("changed behind the layer", "a tensor"), ("added to", "a tensor"), ("read", "a view")],
+)
+@pytest.mark.parametrize("keeper", ["hook", "inner hook", "attribute"])
+@pytest.mark.parametrize("number", [1, 2])
+def test_who_keeps_the_output_for_a_later_layer_uses_it_with_the_graph(
+    keeper: str, uses: str, returns: str, mode: str, number: int
+) -> None:
+    model, twin = Collecting(keeper, uses, returns), Collecting(keeper, uses, returns)
+    model.requires_grad_(mode != "frozen")
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    batches = SMALL, -SMALL
+    with contextlib.ExitStack() as stack:
+        extractors = [stack.enter_context(methods.GradCAM(model, "layer")) for _ in range(number)]
+        stack.enter_context(MODES.get(mode, torch.enable_grad)())
+        for x in batches:
+            same_output(model(x), twin(x))
+            for name, kept in model.found.items():
+                assert torch.equal(kept, twin.found[name])
+            assert model.seen == twin.seen
+            if mode in {"no_grad", "inference"}:  # what is kept can be read as without an extractor
+                assert not any(kept.requires_grad for kept in (*model.found.values(), *attributes_kept(model)))
+            activation, gradient = twin.by_hand(x)
+            for extractor in extractors:
+                (found,) = extractor(CLASSES, normalized=False, retain_graph=True)
+                torch.testing.assert_close(found, grad_cam(activation, gradient), rtol=1e-4, atol=1e-6)
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+
+
+def attributes_kept(model: Collecting) -> list[Tensor]:
+    return [model.layer[1].kept] if isinstance(model.layer[1], Remembering) else []
+
+
+@pytest.mark.parametrize("name", ["GradCAM", "GradCAMpp", "LayerCAM", "XGradCAM", "ShapleyCAM", "EigenGradCAM"])
+def test_a_kept_output_counts_for_every_gradient_method(name: str) -> None:
+    """The maps are those of a pass with gradients, where nothing is handed on in another's place."""
+    maps = {}
+    for mode in ("grad", "no_grad"):
+        model = Collecting("hook", "changed behind the layer")
+        with getattr(methods, name)(model, "layer") as extractor, MODES[mode]():
+            model(SMALL)
+            maps[mode] = extractor(CLASSES, normalized=False)
+    close(maps["no_grad"], maps["grad"])
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_parameter_that_a_layer_returns_stays_one(mode: str, frozen: bool) -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Parameter(torch.rand(BATCH, CHANNELS, SIDE, SIDE), requires_grad=not frozen)
+            self.register_buffer("shift", torch.rand(BATCH, CHANNELS, SIDE, SIDE))
+            self.conv, self.fc = nn.Conv2d(3, CHANNELS, 3, padding=1), nn.Linear(CHANNELS, 3)
+            self.drop, self.keep = nn.Dropout(), nn.Identity()
+            self.requires_grad_(not frozen).eval()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc((self.conv(x) * self.drop(self.gate) + self.keep(self.shift)).mean((2, 3)))
+
+    model = Gated()
+    gate, shift = model.gate, model.shift
+    with methods.GradCAM(model, ["drop", "keep"], reshape_transform=lambda t: t) as extractor, MODES[mode]():
+        model(SMALL)
+        assert all(cam.isfinite().all() for cam in extractor(CLASSES, retain_graph=True))
+    assert model.gate is gate
+    assert model.shift is shift
+    assert gate.is_leaf
+    assert gate.requires_grad is not frozen
+    assert not shift.requires_grad
 
 
 # Torch's fast paths of attention --------------------------------------------------------------------------------------

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from tests.snapshots import own_attributes
 from tests.test_files import full_disk
 from torchcam import methods
-from torchcam import monitor as monitor_module
 from torchcam.methods import CAM, EigenCAM, GradCAM, GuidedBackprop, LayerCAM, ScoreCAM, SmoothGradCAMpp
 from torchcam.monitor import CAMMonitor, ProbeResult
 from torchcam.targets import ClassProbability
@@ -572,9 +571,6 @@ class TestScalars:
         assert found[0].values["score"] == found[1].values["score"]
         assert np.array_equal(np.asarray(found[0].thumbnails), np.asarray(found[1].thumbnails))
         assert found[0].means["blank"] == 0
-
-    def test_the_earlier_name_of_the_result(self) -> None:
-        assert monitor_module.Moment is ProbeResult
 
 
 class TestWhen:

@@ -291,9 +291,18 @@ class TestTorchCAMNames:
         for name in names.split():
             assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
 
-    def test_those_that_are_elsewhere_are_the_same_objects(self) -> None:
-        for name in ("FinerCAM", "LeGrad", "RefineCAM"):
-            assert getattr(torchcam.methods.gradient, name) is getattr(torchcam.methods, name)
+    @pytest.mark.parametrize(
+        ("module", "names"),
+        [("gradient", ["FinerCAM", "LeGrad", "RefineCAM"]), ("composite", ["AugmentedCAM", "SESS"])],
+    )
+    def test_those_that_are_elsewhere_are_the_same_objects(self, module: str, names: tuple[str, ...]) -> None:
+        for name in names:
+            assert getattr(getattr(torchcam.methods, module), name) is getattr(torchcam.methods, name)
+
+    def test_names_of_the_first_edition(self) -> None:
+        assert importlib.import_module("torchcam.monitor").Moment is torchcam.monitor.ProbeResult
+
+    def test_unknown_names(self) -> None:
         with pytest.raises(AttributeError, match="gradient' has no attribute 'FinestCAM'"):
             _ = torchcam.methods.gradient.FinestCAM
 

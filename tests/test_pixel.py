@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchcam.methods import FullGrad, GradCAM, GuidedBackprop, GuidedGradCAM
 from torchcam.methods._request import Request
 from torchcam.methods.pixel import _clipped_at_rectifiers
+from torchcam.metrics import ClassificationMetric
 from torchcam.targets import Selector
 
 
@@ -127,6 +128,16 @@ def test_guided_backprop_of_a_net_without_rectifiers_is_its_gradient(dim: int) -
     (gradient,) = torch.autograd.grad(net(leaf)[:, 1].sum(), leaf)
     (guided,) = ask(GuidedBackprop(net), x, 1, normalized=False)
     close(guided, gradient)
+
+
+def test_the_map_of_a_single_layer_is_what_is_fused(dim: int) -> None:
+    net, x = split_net(dim), image(dim)
+    with GuidedBackprop(net) as extractor:
+        (cam,) = extractor(1, net(x))  # (N, C, *spatial)
+        assert torch.equal(extractor.fuse_cams([cam]), cam)
+        metric = ClassificationMetric(extractor)
+        metric.update(x, 1)
+    assert int(metric.total) == len(x)
 
 
 def test_clipping_ends_with_the_block() -> None:

@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-__all__ = ["NOTHING", "Kind", "Patches", "Shown", "hint_of", "is_apart", "kind_of", "shown_by"]
-
 
 class Kind(NamedTuple):
     """What the type of a module says of its output; None for what it does not say.

@@ -9,8 +9,6 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-__all__ = ["CallableModule", "make_callable"]
-
 
 class CallableModule(ModuleType):
     """A module or package whose call is that of the function that has its name."""

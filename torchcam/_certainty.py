@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -14,8 +15,6 @@ from ._passes import Call, image_shape
 from ._planted import Changes, Trial, changes_of, try_reading
 from ._tensors import tensors_in
 from .layout import FEW, Layout, Reading, input_axes, readings
-
-__all__ = ["Certainty", "Verdict"]
 
 _NEEDED = 0.4  # the score at which a grid follows the input
 _NEEDED_OF_SEVERAL = 0.6  # the same where several readings are possible
@@ -43,6 +42,9 @@ class Certainty:
     Args:
         model: the model
         call: how it was called
+
+    Attributes:
+        watched: the layers that the experiment was run for
     """
 
     def __init__(self, model: nn.Module, call: Call) -> None:
@@ -50,7 +52,8 @@ class Certainty:
         self.call = call
         self.modules = dict(model.named_modules())
         self.input_shape = image_shape(call.signal)
-        self._changes: Mapping[str, Mapping[tuple[int, int], Changes]] = {}
+        self.watched: set[str] = set()
+        self._changes: dict[str, dict[tuple[int, int], Changes]] = {}
 
     @cached_property
     def shown(self) -> Shown:
@@ -120,12 +123,12 @@ class Certainty:
         return possible[scores.index(max(scores))] if scores and max(scores) > 0 else ()
 
     def try_out(self, layers: Sequence[str]) -> None:
-        """Run the experiment for the outputs of layers; :meth:`tried` says what it shows."""
-        if self.input_shape is not None:
-            try:
-                self._changes = changes_of(self.model, self.call, self.input_shape, layers)
-            except Exception:  # noqa: BLE001 - whatever a model raises at noise: then nothing is known
-                self._changes = {}
+        """Run the experiment for the outputs of layers, once for each; :meth:`tried` says what it shows."""
+        new = [layer for layer in layers if layer not in self.watched]
+        self.watched.update(new)
+        if new and self.input_shape is not None:
+            with suppress(Exception):  # whatever a model raises at noise: then nothing is known
+                self._changes |= changes_of(self.model, self.call, self.input_shape, new)
 
     def refutes(self, verdict: Verdict, layer: str) -> bool:
         """Check whether the experiment speaks against a verdict that was certain."""

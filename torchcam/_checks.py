@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import Any, TypeVar
 
-__all__ = ["callable_object", "finite_number", "fraction", "integer", "one_of", "positive_integer", "torch_module"]
-
 T = TypeVar("T")
 
 

@@ -11,8 +11,6 @@ from ._checks import callable_object, integer
 from ._names import closest
 from .targets import OutputTarget
 
-__all__ = ["Choice", "as_class_names", "find_class"]
-
 T = TypeVar("T")
 
 _LISTS = (list, tuple, range)

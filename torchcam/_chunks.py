@@ -8,13 +8,11 @@ from typing import Any
 
 import torch
 
-__all__ = ["run_chunks"]
-
 
 def run_chunks(
     evaluate: Callable[[slice], Any], total: int, batch_size: int, *, progress: bool = False, description: str = ""
 ) -> list[Any]:
-    """Call ``evaluate`` on consecutive slices of ``range(total)``, each of ``batch_size`` at most.
+    """Call ``evaluate`` on consecutive slices of ``range(total)``, each of ``batch_size`` at most; one may be empty.
 
     Where a CUDA device has too little memory for a chunk, the chunk is halved and tried again, with one warning.
     """
@@ -25,12 +23,12 @@ def run_chunks(
 
         bar = tqdm(total=total, desc=description)
     try:
-        while start < total:
+        while start < total or not results:
             size = min(batch_size, total - start)
             try:
                 results.append(evaluate(slice(start, start + size)))
             except torch.OutOfMemoryError:
-                if size == 1:
+                if size <= 1:
                     raise
             else:
                 start += size

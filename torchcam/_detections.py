@@ -13,8 +13,6 @@ from torch import Tensor
 
 from ._views import View
 
-__all__ = ["Detections"]
-
 
 @dataclass(frozen=True, eq=False)
 class Detections:
@@ -82,5 +80,5 @@ class Detections:
             pixels = np.clip(corners * picture.size, 0, np.array(picture.size) - 1)
             first, last = pixels.min(0), pixels.max(0)
             pen.rectangle([*first, *last], outline="black", width=width + 2)
-            pen.rectangle([*(first + 1), *(last - 1)], outline="white", width=width)
+            pen.rectangle([*(first + 1), *np.maximum(last - 1, first + 1)], outline="white", width=width)
         return picture

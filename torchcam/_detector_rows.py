@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["SIDES", "Rows", "corners", "overlaps", "read_rows"]
-
 SIDES = ("left", "top", "right", "bottom")
 _NEAR = 1e-4  # by which a score and what it was decoded from may differ
 

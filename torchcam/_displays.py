@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
-__all__ = ["Pictures"]
-
 
 class Pictures:
     """Figures, pages and notebook output, for one explanation and for several alike."""

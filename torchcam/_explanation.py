@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from numpy.typing import NDArray
 
-__all__ = ["Explanations", "PredictionExplanation"]
-
 LINES = 8  # for the inputs of a batch that is printed
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["extra"]
-
 
 def extra(name: str) -> str:
     """Return the command that installs an extra. The name "torchcam" of the package index is another project's."""

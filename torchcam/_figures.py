@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
-__all__ = ["Cell", "Column", "Row", "Sheet", "draw", "fitting", "png", "to_html"]
-
 SCALES = {
     False: ("relevance, each map scaled by itself", ("0", "0.5", "1")),
     True: ("evidence against (−) and for (+), each map scaled by itself", ("−1", "0", "1")),

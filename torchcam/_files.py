@@ -11,8 +11,6 @@ from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 
-__all__ = ["append_lines", "atomic_write", "free_directory", "write_all", "written_whole"]
-
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 

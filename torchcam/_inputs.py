@@ -20,8 +20,6 @@ from ._passes import Call, to_model
 from ._pictures import from_unit_range, to_picture
 from ._views import FULL, View, Views
 
-__all__ = ["Inputs", "as_rgb", "read_inputs", "read_picture", "split_processor", "transformed"]
-
 Transform = Callable[..., Any]
 Normalisation = tuple[Sequence[float], Sequence[float]]
 
@@ -162,6 +160,28 @@ def split_processor(processor: Any) -> tuple[Any, Any]:
     of_images = getattr(processor, "image_processor", None) or (processor if "pixel_values" in reads else None)
     of_texts = getattr(processor, "tokenizer", None) or (processor if "input_ids" in reads else None)
     return of_images, of_texts
+
+
+def opened(model: Any, given: Any, transform: Any, processor: Any) -> tuple[Any, Any, Any, Any]:
+    """Return the model of a pipeline, its input, and what makes tensors of images and of texts; others as they are.
+
+    A pipeline of sounds turns an array (length,) into the model's arguments.
+    """
+    inside = getattr(model, "model", None)
+    if (
+        isinstance(model, nn.Module)
+        or not isinstance(inside, nn.Module)
+        or not callable(getattr(model, "preprocess", None))
+    ):
+        return model, given, transform, processor
+    images, tokenizer, sounds = (
+        getattr(model, part, None) for part in ("image_processor", "tokenizer", "feature_extractor")
+    )
+    if processor is None:
+        transform, processor = transform or images, images if tokenizer is None else tokenizer
+    if images is None and sounds is not None and isinstance(given, np.ndarray) and given.ndim == 1:
+        given = dict(sounds(given, sampling_rate=sounds.sampling_rate, return_tensors="pt"))
+    return inside, given, transform, processor
 
 
 # Tensors.

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from numpy.typing import NDArray
 
-__all__ = ["MethodMaps", "draw_over", "save_maps"]
-
 
 @dataclass(frozen=True, eq=False)
 class MethodMaps:
@@ -96,15 +94,9 @@ def save_maps(
         values = cam.numpy().astype(np.float32)
         shares = (values + 1) / 2 if result.signed else values
         grey = (255 * np.nan_to_num(shares)).round().astype(np.uint8)
-        np.save(folder / f"{stem}.npy", cam.numpy(), allow_pickle=False)
-        Image.fromarray(grey).save(folder / f"{stem}-heatmap.png")
-        draw(values).save(folder / f"{stem}-overlay.png")
-        entries.append(
-            {
-                "target_layers": names,
-                "map": f"{stem}.npy",
-                "heatmap": f"{stem}-heatmap.png",
-                "overlay": f"{stem}-overlay.png",
-            }
-        )
+        files = {"map": f"{stem}.npy", "heatmap": f"{stem}-heatmap.png", "overlay": f"{stem}-overlay.png"}
+        np.save(folder / files["map"], cam.numpy(), allow_pickle=False)
+        Image.fromarray(grey).save(folder / files["heatmap"])
+        draw(values).save(folder / files["overlay"])
+        entries.append({"target_layers": names, **files})
     return entries

@@ -9,8 +9,6 @@ from typing import Any
 from . import methods
 from ._names import closest, match_name
 
-__all__ = ["CALL_OPTIONS", "by_method", "find_method", "method_names", "takes"]
-
 # Options of an extractor's call; all others are for its constructor.
 CALL_OPTIONS = {"comparison_idx", "eps", "relu", "target_shape"}
 
@@ -41,6 +39,12 @@ def find_method(name: type[Any] | str, argument: str = "method") -> type[Any]:
         raise TypeError(f"{quoted} must be a CAM class such as GradCAM, or its name, got {name!r}")
     method: type[Any] = found
     return method
+
+
+def find_methods(given: Sequence[type[Any] | str] | type[Any] | str, argument: str) -> list[type[Any]]:
+    """Return the classes of one method or several, each once."""
+    several = [given] if isinstance(given, (str, type)) else given
+    return list(dict.fromkeys(find_method(one, argument) for one in several))
 
 
 def method_names() -> list[str]:

@@ -12,16 +12,6 @@ from ._checks import torch_module
 from ._pictures import to_picture
 from .targets import ClassIndex, check_one_of, class_columns
 
-__all__ = [
-    "check_explained",
-    "check_images",
-    "check_interval",
-    "check_labels",
-    "check_masks",
-    "check_model",
-    "check_pictures",
-]
-
 
 def check_model(model: Any) -> nn.Module:
     sharded = {"FullyShardedDataParallel", "FSDPModule"}

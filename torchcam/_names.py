@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
-
-__all__ = ["closest", "listed", "match_name"]
+from importlib import import_module
+from typing import Any
 
 
 def match_name(name: str, names: Iterable[str]) -> str | None:
@@ -35,6 +35,17 @@ def closest(name: str, names: Iterable[str], otherwise: Iterable[str] | None = N
 def listed(words: Sequence[str]) -> str:
     """Join words as in a sentence."""
     return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+
+
+def moved(name: str, names: Iterable[str], module: str) -> Any:
+    """Return a method that an earlier release, or TorchCAM, has in another module of `torchcam.methods`.
+
+    Raises:
+        AttributeError: if the name is none of ``names``, the methods that were in this module
+    """
+    if name not in names:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    return getattr(import_module("torchcam.methods"), name)
 
 
 def _simplified(name: str) -> str:

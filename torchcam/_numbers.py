@@ -10,8 +10,6 @@ from typing import Any
 
 from . import __version__
 
-__all__ = ["finite", "to_json", "versions"]
-
 
 def finite(value: Any) -> Any:
     """Return nested plain values with every number that JSON lacks, NaN or infinite, replaced by None."""

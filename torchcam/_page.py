@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from numpy.typing import NDArray
 
-__all__ = ["color_table", "item_entry", "method_entry", "render"]
-
 COLORMAPS = (COLORMAP, "plasma", "inferno", "cividis", "gray", "jet")
 EDGE = 768  # the longest side of a picture in the page
 

@@ -13,16 +13,6 @@ from torch import Tensor, nn
 
 from ._tensors import map_structure, map_tensors, tensors_in
 
-__all__ = [
-    "Call",
-    "find_image",
-    "forwards_replaced",
-    "image_shape",
-    "model_device",
-    "to_model",
-    "untouched",
-    "without_inference",
-]
 
 _AS_IT_IS = nullcontext()
 
@@ -93,7 +83,7 @@ def to_model(model: nn.Module, value: Any) -> Any:
 
 
 class Call:
-    """The arguments a model was called with, held by reference.
+    """The arguments a model was called with: tensors by reference, lists and mappings as they were.
 
     Args:
         args: the positional arguments
@@ -115,6 +105,8 @@ class Call:
         if any(map(Tensor.is_inference, tensors)):  # no later change to such a tensor could be noticed
             args, kwargs = without_inference((args, kwargs))
             tensors = tuple(tensors_in((args, kwargs)))
+        if tensors is not values:  # the model may add to a list of the caller's
+            args, kwargs = map_tensors(lambda tensor: tensor, (args, kwargs))
         self.args = args
         self.kwargs = kwargs
         self.wanted = wanted
@@ -265,8 +257,17 @@ class Call:
 
 
 def without_inference(arguments: Any) -> Any:
-    """Return the arguments of a call with copies of the tensors that were made in inference mode."""
-    return map_tensors(lambda tensor: tensor.clone() if tensor.is_inference() else tensor, arguments)
+    """Return the arguments of a call with copies of the tensors that were made in inference mode.
+
+    A list or mapping without such tensors is the same object: the model may add to it.
+    """
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.clone() if value.is_inference() else value
+        return NotImplemented if any(tensor.is_inference() for tensor in tensors_in(value)) else value
+
+    return map_structure(plain, arguments)
 
 
 def _channels_first(tensor: Tensor, axes: tuple[int, ...]) -> Tensor:

@@ -17,19 +17,6 @@ from ._tensors import min_max
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
-__all__ = [
-    "TINY",
-    "as_plane",
-    "base64_text",
-    "data_uri",
-    "enlarged",
-    "enlarged_size",
-    "fitted",
-    "fitted_size",
-    "from_unit_range",
-    "to_picture",
-]
-
 TOLERANCE = 0.02  # by which rounding may carry an input out of [0, 1]
 SMALLEST = 256  # pictures with less on their longest side are enlarged, to 512 at least: maps over them are smooth
 TINY = 112  # of pictures whose longest side is shorter, the pixels can be seen
@@ -99,7 +86,7 @@ def enlarged_size(size: tuple[int, int]) -> tuple[int, int]:
 
 
 def enlarged(picture: Image.Image) -> Image.Image:
-    """Enlarge a picture by an integer if its longer side is shorter than ``edge``: tiny ones pixel by pixel."""
+    """Enlarge a picture that is small to :func:`enlarged_size`: tiny ones pixel by pixel."""
     is_tiny = max(picture.size) < TINY or picture.mode not in {"L", "RGB"}
     resample = Image.Resampling.NEAREST if is_tiny else Image.Resampling.BICUBIC
     size = enlarged_size(picture.size)

@@ -18,8 +18,6 @@ from ._replica import replicated
 from ._tensors import tensors_in
 from .layout import Layout, Reading, primary_tensors
 
-__all__ = ["Changes", "Seen", "Trial", "changes_of", "seen_at_places", "try_reading"]
-
 _STRIPS = 4  # of each axis of the input
 _PLACES: tuple[tuple[float, ...], ...] = (
     (0.125, 0.875, 0.125),

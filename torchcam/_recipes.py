@@ -16,8 +16,6 @@ from ._methods import CALL_OPTIONS, by_method, find_method, takes
 from ._passes import Call
 from .methods.core import _CAM, plain_tensors
 
-__all__ = ["Recipe", "as_recipes", "extractors_on", "named_errors", "plain_value"]
-
 
 @dataclass(frozen=True)
 class Recipe:

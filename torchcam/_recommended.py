@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from ._architecture import is_composed
 from .layers import Candidate, Candidates, candidates
 
-__all__ = ["COMPARED", "Recommended", "compared", "recommended", "recommended_of"]
-
 COMPARED = ("GradCAM", "LayerCAM", "ReciproCAM")
 """The methods that a map is compared with in a trust report, beside what is recommended for the model."""
 

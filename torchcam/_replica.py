@@ -9,10 +9,10 @@ import random
 import sys
 import threading
 import weakref
-from collections import OrderedDict, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from types import FunctionType, MethodType, NoneType
+from types import CellType, FunctionType, MethodType, NoneType
 from typing import Any
 
 import numpy as np
@@ -20,23 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = [
-    "CallWrapper",
-    "ExtractorHook",
-    "KeptReplica",
-    "freeze",
-    "has_hooks",
-    "modules_of",
-    "random_states_kept",
-    "replicate",
-    "replicated",
-]
-
 _WRAPPED_CALL = nn.Module._wrapped_call_impl.__code__
-_SHARED = frozenset(
-    {bool, int, float, str, bytes, NoneType, FunctionType, type, torch.dtype, torch.device, torch.Size, nn.Parameter}
-)
-_MAPPINGS = frozenset({dict, OrderedDict, defaultdict})
+_SHARED = frozenset({bool, int, float, str, bytes, NoneType, type, torch.dtype, torch.device, torch.Size, nn.Parameter})
+_MAPPINGS = frozenset({dict, OrderedDict, defaultdict, Counter})
 _EMPTY = frozenset({dict, OrderedDict, list, set, tuple})  # the types whose empty values are copied at once
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
@@ -71,15 +57,12 @@ class CallWrapper:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module."""
-        own = self._module()
-        called: Any = own
-        if not (args and isinstance(args[0], Tensor) and args[0].is_cpu):
-            # The replicas of `nn.DataParallel`, none of which is on a CPU, take attributes along.
-            frame = sys._getframe(1)
-            called = frame.f_locals["self"] if frame.f_code is _WRAPPED_CALL else own
-        if called is not own or own is None or torch.compiler.is_compiling():
-            return called._call_impl(*args, **kwargs)
-        return self.call(own, args, kwargs)
+        own: Any = self._module()
+        if torch.compiler.is_compiling():
+            return own._call_impl(*args, **kwargs)
+        frame = sys._getframe(1)  # shallow copies of the module, as `nn.DataParallel` makes them, take attributes along
+        called = frame.f_locals["self"] if frame.f_code is _WRAPPED_CALL else own
+        return self.call(own, args, kwargs) if called is own else called._call_impl(*args, **kwargs)
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the module with what the wrapper adds."""
@@ -226,6 +209,11 @@ def has_hooks(model: nn.Module) -> bool:
     )
 
 
+def has_backward_hooks(model: nn.Module) -> bool:
+    """Check whether a hook of the user's would run in a backward pass."""
+    return any(module._backward_hooks or module._backward_pre_hooks for module in modules_of(model))
+
+
 class replicated:  # noqa: N801 - named as the contexts of torch
     """A context with a replica of ``model`` to run.
 
@@ -288,6 +276,7 @@ class _Copier:
 
     def __init__(self) -> None:
         self.copies: dict[int, tuple[Any, Any]] = {}  # with the original, which must outlive its key
+        self._functions: dict[FunctionType, FunctionType] = {}
 
     def __call__(self, value: Any) -> Any:
         kind = type(value)
@@ -317,8 +306,13 @@ class _Copier:
             return copied
         if kind in {set, tuple}:
             return self._keep(value, kind(map(self, value)))
+        if isinstance(value, np.ndarray):
+            return self._keep(value, value.copy())
+        if kind is FunctionType:
+            return self._function(value) if value.__closure__ else value
         if kind is MethodType:
-            return MethodType(value.__func__, self(value.__self__)) if isinstance(value.__self__, nn.Module) else value
+            own = value.__self__
+            return MethodType(self(value.__func__), self(own)) if isinstance(own, nn.Module) else value
         if kind is functools.partial:
             keywords = {name: self(item) for name, item in value.keywords.items()}
             return functools.partial(self(value.func), *map(self, value.args), **keywords)
@@ -327,6 +321,29 @@ class _Copier:
     def _keep(self, value: Any, copied: Any) -> Any:
         self.copies[id(value)] = value, copied
         return copied
+
+    def _function(self, function: FunctionType) -> FunctionType:
+        """Copy a function that holds modules, such as a `forward` of the user's; others are shared."""
+        if function not in self._functions:
+            self._functions[function] = function  # it may hold itself
+            closure = tuple(map(self._cell, function.__closure__ or ()))
+            if closure != function.__closure__:
+                code, names = function.__code__, function.__globals__
+                copied = FunctionType(code, names, function.__name__, function.__defaults__, closure)
+                copied.__kwdefaults__ = function.__kwdefaults__
+                vars(copied).update(vars(function))
+                self._functions[function] = copied
+        return self._functions[function]
+
+    def _cell(self, cell: CellType) -> CellType:
+        try:
+            value = cell.cell_contents
+        except ValueError:  # nothing was assigned yet
+            return cell
+        if not isinstance(value, (nn.Module, FunctionType, MethodType, functools.partial)):
+            return cell
+        copied = self(value)
+        return cell if copied is value else CellType(copied)
 
     def _module(self, module: nn.Module) -> nn.Module:
         if isinstance(module, torch.jit.ScriptModule):

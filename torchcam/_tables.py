@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["as_csv", "as_text", "make_table", "printable"]
-
 
 def make_table(header: Sequence[str], rows: Iterable[Sequence[Any]], right: Iterable[int] = ()) -> Table:
     """Make a table with a line below its header.

@@ -12,24 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = [
-    "blurred_out",
-    "gaussian_blur",
-    "gaussian_noise",
-    "is_constant",
-    "is_finite",
-    "map_structure",
-    "map_tensors",
-    "min_max",
-    "named_tensor",
-    "over_channels",
-    "over_positions",
-    "resize",
-    "seeded",
-    "tensors_in",
-    "to_float",
-]
-
 _NO_TENSORS = (str, int, float, NoneType)
 _WIDE = (torch.float32, torch.float64)
 _LOST = 0.125  # a difference from a value is rounding where this share of it is lost in a sum with the value
@@ -117,13 +99,13 @@ def resize(maps: Tensor, shape: Sequence[int]) -> Tensor:
         ValueError: if ``shape`` has another number of dimensions than ``maps``, or one that is not 1, 2 or 3
     """
     size = tuple(map(int, shape))
+    if maps.shape[2:] == size:
+        return maps
     if maps.ndim - 2 != len(size) or len(size) not in _INTERPOLATION:
         raise ValueError(
             f"maps of spatial shape {tuple(maps.shape[2:])} cannot be resized to {size}: "
             "both need the same number of dimensions, 1, 2 or 3"
         )
-    if maps.shape[2:] == size:
-        return maps
     return F.interpolate(maps, size=size, mode=_INTERPOLATION[len(size)], align_corners=False)
 
 

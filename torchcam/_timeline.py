@@ -17,8 +17,6 @@ from PIL import Image, ImageDraw, ImageFont
 from ._pictures import as_plane
 from .utils import overlay_map
 
-__all__ = ["ProbeResult", "Timeline"]
-
 _PAPER, _INK, _FAINT = (255, 255, 255), (32, 32, 32), (110, 110, 110)
 _GAP = 6
 _LOW, _HIGH = "none", "peak of the map"

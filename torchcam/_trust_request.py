@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ._methods import find_method
+from ._methods import find_methods
 from ._recipes import Recipe
 from ._recommended import compared
 from .targets import OutputTarget
 
 if TYPE_CHECKING:
     from .trust import TrustReport
-
-__all__ = ["TrustRequest"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,8 +85,7 @@ class TrustRequest:
                 methods += [key for key in found if key != name]
                 layers = {key: one.target_layer for key, one in found.items()} | layers
                 arguments = {key: dict(one.method_kwargs) for key, one in found.items()} | arguments
-        methods = [methods] if isinstance(methods, (str, type)) else methods
-        names = [find_method(method, "methods").__name__ for method in methods]
+        names = [method.__name__ for method in find_methods(methods, "methods")]
         by_method = {
             "target_layer": {key: layers.get(key, shared) for key in names},
             "method_kwargs": {key: arguments[key] for key in names if key in arguments},

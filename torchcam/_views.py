@@ -13,8 +13,6 @@ from torch import Tensor
 
 from ._replica import random_states_kept
 
-__all__ = ["FULL", "View", "Views", "find_view"]
-
 View = tuple[float, float, float, float]
 """Top, left, bottom and right, as shares of a picture's height and width; beyond 0 and 1 where padding was added, and
 the other way round where the picture was mirrored."""

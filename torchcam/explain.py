@@ -19,7 +19,7 @@ from torchcam._choice import Choice, as_class_names
 from torchcam._detections import Detections
 from torchcam._explanation import Explanations, PredictionExplanation
 from torchcam._files import written_whole
-from torchcam._inputs import Inputs, read_inputs
+from torchcam._inputs import Inputs, opened, read_inputs
 from torchcam._method_maps import MethodMaps
 from torchcam._numbers import versions
 from torchcam._passes import Call
@@ -32,7 +32,6 @@ from torchcam.layers import TargetLayer
 from torchcam.methods import GradCAM, HiResCAM
 from torchcam.methods.core import plain_tensors
 from torchcam.targets import Selector, read_logits
-from torchcam.tasks._pipelines import opened
 from torchcam.tasks.boxes import as_boxes, is_detector
 from torchcam.tasks.texts import as_images, as_texts, own_scores
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from ._names import closest
 from ._passes import Call, to_model
 from ._planted import Seen, seen_at_places
 from ._replica import freeze, replicated
+from ._templates import render
 from ._tensors import map_tensors, tensors_in
 from .layout import Layout, input_axes, primary_tensors, replace_tensors
 from .targets import read_logits
@@ -115,19 +115,14 @@ class Candidate:
         return self.influence >= 0.25
 
 
-class Candidates(Sequence[Candidate]):
+class Candidates(tuple[Candidate, ...]):
     """The modules that a map can be made from, in the order in which they finish. Prints as a table."""
 
     _HEAD = ("layer", "type", "grid", "channels", "influence", "calls")
 
-    def __init__(self, items: Iterable[Candidate]) -> None:
-        self._items = tuple(items)
-
     def __getitem__(self, index: Any) -> Any:
-        return Candidates(self._items[index]) if isinstance(index, slice) else self._items[index]
-
-    def __len__(self) -> int:
-        return len(self._items)
+        found = super().__getitem__(index)
+        return Candidates(found) if isinstance(index, slice) else found
 
     @property
     def usable(self) -> Candidates:
@@ -135,13 +130,18 @@ class Candidates(Sequence[Candidate]):
         return Candidates(c for c in self if c.depends and math.prod(c.grid) > 1 and c.is_proven is not False)
 
     @cached_property
+    def _ranking(self) -> list[str]:
+        """The names of those that are usable, the last of the best kind there is first."""
+        ranked = sorted(self.usable, key=lambda c: (c.reach, c.fits, c.is_stage))
+        return [one.name for one in reversed(ranked)]
+
+    @property
     def choice(self) -> str | None:
         """The layer that extractors take by default: the last of the best kind there is.
 
         Of a dense output, say of boxes from several levels, that is a layer which all of it depends on, if one exists.
         """
-        best = max(reversed(self.usable), key=lambda c: (c.reach, c.fits, c.is_stage), default=None)
-        return None if best is None else best.name
+        return next(iter(self._ranking), None)
 
     def _rows(self) -> Iterator[tuple[str, ...]]:
         for c in self:
@@ -156,11 +156,7 @@ class Candidates(Sequence[Candidate]):
         return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{cell}</th>" for cell in self._HEAD)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in self._rows()
-        )
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        return render("_layers.html", head=self._HEAD, rows=self._rows())
 
 
 def candidates(model: nn.Module, *inputs: Any, **kwargs: Any) -> Candidates:
@@ -245,26 +241,28 @@ def candidates_of(model: nn.Module, call: Call, select: Callable[[Any], Tensor] 
     certain = {name: certainty.certain(shape, name) for name, shape in shapes.items()}
     open_ = [name for name, one in certain.items() if one is None]
     verdicts = {n: one or Verdict(None, None, certainty.readings(shapes[n], n)) for n, one in certain.items()}
+    entries = {name: candidate(name, one) for name, one in verdicts.items()}
     tried: set[str] = set()
 
     def listed() -> Candidates:
-        found = Candidates(filter(None, (candidate(name, one) for name, one in verdicts.items())))
+        found = Candidates(filter(None, entries.values()))
         surer = Candidates(one if one.is_proven else replace(one, is_proven=False) for one in found)
         # What has too few positions to prove anything is the last resort.
         return surer if tried and surer.choice is not None else found
 
-    def try_out(names: Iterable[str]) -> None:
-        tried.update(name for name in names if len(shapes[name]) > 2)
-        certainty.try_out([*tried])
+    def try_out(names: Sequence[str]) -> None:
+        certainty.try_out(names)
+        tried.update(names)
         for name in names:
             if name in open_ or certainty.refutes(verdicts[name], name):  # what has too few positions stays what it is
                 verdicts[name] = certainty.tried(shapes[name], name)
+                entries[name] = candidate(name, verdicts[name])
 
     found = listed()
     if found.choice is None or found.choice in open_:  # it rests on a doubt
         try_out(open_)
         found = listed()
-    for _ in range(_GLANCES):
+    for glance in range(_GLANCES):
         chosen = next((one for one in found if one.name == found.choice), None)
         if chosen is None or signal is None:
             break
@@ -278,10 +276,13 @@ def candidates_of(model: nn.Module, call: Call, select: Callable[[Any], Tensor] 
         if seen is None or seen.is_clear or (no_more and not seen.is_against):
             break
         rest = [name for name in shapes if name not in tried]
-        if rest:  # the layer by itself, and if it fails, all others
-            try_out([chosen.name] if chosen.name in rest and not seen.is_against else rest)
+        if chosen.name not in certainty.watched:  # with more of those that are next in each run of the model
+            certainty.try_out([name for name in found._ranking if name not in tried][: 2**glance])
+        if rest:
+            try_out(rest if seen.is_against else [chosen.name])
         if seen.is_against:
-            verdicts[chosen.name] = Verdict(None, False, certainty.readings(shapes[chosen.name], chosen.name))
+            against = Verdict(None, False, certainty.readings(shapes[chosen.name], chosen.name))
+            entries[chosen.name] = candidate(chosen.name, against)
         found = listed()
     return found
 

@@ -21,19 +21,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from torchcam import _monitor_checks as checks
 from torchcam._checks import callable_object, integer, one_of, positive_integer
 from torchcam._chunks import run_chunks
 from torchcam._files import append_lines, atomic_write
 from torchcam._methods import find_method
-from torchcam._monitor_checks import (
-    check_explained,
-    check_images,
-    check_interval,
-    check_labels,
-    check_masks,
-    check_model,
-    check_pictures,
-)
 from torchcam._passes import model_device, to_model
 from torchcam._recipes import Recipe, extractors_on
 from torchcam._replica import random_states_kept, replicated
@@ -47,10 +39,9 @@ from torchcam.targets import ClassIndex, OutputTarget, Selector, read_logits
 __all__ = ["CAMMonitor", "ProbeResult", "check_options"]
 
 Moment = ProbeResult
-"""An earlier name of :class:`ProbeResult`."""
+"""The name of :class:`ProbeResult` in the first edition."""
 
 _HISTORY = 10_000  # results whose means are kept
-_NO_LAYERS = {"input", "attention"}  # target names of methods that explain no layer
 
 
 class CAMMonitor:
@@ -171,14 +162,14 @@ class CAMMonitor:
         colormap: Any = None,
         on_error: Literal["raise", "warn"] = "raise",
     ) -> None:
-        self.model = check_model(model)
-        self._images = check_images(images).detach().clone()
+        self.model = checks.check_model(model)
+        self._images = checks.check_images(images).detach().clone()
         num_images = len(self._images)
         self.method = find_method(method)
         if class_idx is not None or targets is not None or not getattr(method, "class_agnostic", False):
-            class_idx, targets = check_explained(class_idx, targets, num_images)
+            class_idx, targets = checks.check_explained(class_idx, targets, num_images)
         self._class_idx, self._targets = class_idx, targets
-        check_interval(every_n_steps, every_n_epochs)
+        checks.check_interval(every_n_steps, every_n_epochs)
         self.unit: Literal["step", "epoch"] = "step" if every_n_epochs is None else "epoch"
         every = every_n_steps if every_n_epochs is None else every_n_epochs
         self.every = None if every is None else positive_integer(f"every_n_{self.unit}s", every)
@@ -195,16 +186,16 @@ class CAMMonitor:
         self._batch_size = positive_integer("batch_size", batch_size)
         self.on_error = one_of("on_error", on_error, ("raise", "warn"))
 
-        self._masks = check_masks(masks, self._images)
+        self._masks = checks.check_masks(masks, self._images)
         self._timeline = Timeline(
-            check_pictures(self._images, pictures),
+            checks.check_pictures(self._images, pictures),
             self.unit,
             integer("max_columns", max_columns, lowest=2),  # the first and the newest result
             integer("thumbnail", thumbnail, lowest=32),
             colormap,
             {name: name.removeprefix("energy_").removeprefix("inside_") for name in self._masks},
         )
-        self._labels = check_labels(labels, num_images)
+        self._labels = checks.check_labels(labels, num_images)
         self._timeline.names = self._labels or self._timeline.names
         if directory is not None and not isinstance(directory, (str, os.PathLike)):
             raise TypeError(f"`directory` must be a path, got {directory!r} of type {type(directory).__name__}")
@@ -341,8 +332,7 @@ class CAMMonitor:
                 return tuple(tensor.detach().cpu() for tensor in found)
 
             chunks = run_chunks(explain, len(self._images), self._batch_size)
-            names = set(extractor.target_names)
-            if self._layers is None and names and names <= set(extractor.submodule_dict) - _NO_LAYERS:
+            if self._layers is None and extractor.inner.looks_at_a_layer:
                 self._layers = list(extractor.target_names)
         cams, *scores = (torch.cat(parts) for parts in zip(*chunks, strict=True))
         scalars = dict(zip(("score", "probability"), scores, strict=False))
@@ -501,7 +491,7 @@ def check_options(
     unknown = sorted(set(options) - set(inspect.signature(CAMMonitor).parameters))
     if unknown or "model" in options:
         raise TypeError(f"{unknown or ['model']} are not options of a callback: see torchcam.monitor.CAMMonitor")
-    check_interval(every_n_steps, every_n_epochs)
+    checks.check_interval(every_n_steps, every_n_epochs)
     if every_n_steps is None and every_n_epochs is None:
         every_n_epochs = 1
     interval = {"every_n_steps": every_n_steps, "every_n_epochs": every_n_epochs}

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-__all__ = ["LOOPBACK", "KnownHosts", "uploads_in"]
-
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 VARIABLE = "GRADIO_TEMP_DIR"
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchcam._checks import torch_module
 from torchcam._explanation import PredictionExplanation
 from torchcam._inputs import read_inputs
 from torchcam._methods import find_method, method_names
@@ -17,8 +18,6 @@ from torchcam._passes import Call
 from torchcam._recommended import Recommended, recommended_of
 from torchcam.explain import explain
 from torchcam.layers import Candidates, candidates_of
-
-__all__ = ["METHODS", "Question", "Subject", "as_code", "bundled"]
 
 # RefineCAM multiplies the maps of several layers, and one is chosen here.
 METHODS = tuple(name for name in method_names() if name != "RefineCAM")
@@ -66,9 +65,7 @@ class Subject:
         to_probabilities: Callable[[Tensor], Tensor] | None = None,
         setup: str | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
-        self.model = model
+        self.model: nn.Module = torch_module("model", model)
         self.setup = UNKNOWN if setup is None else setup
         given = {"transform": transform, "class_names": class_names, "to_probabilities": to_probabilities}
         self._given = {name: value for name, value in given.items() if value is not None}

@@ -19,37 +19,18 @@ from starlette.middleware import Middleware
 
 from torchcam._explanation import PredictionExplanation
 from torchcam._inputs import as_rgb, read_picture
+from torchcam._templates import render
 from torchcam.demo import sample_images
 from torchcam.demo.model import DemoNet
 
 from ._private import LOOPBACK, KnownHosts, uploads_in
 from ._subject import Question, Subject, as_code
 
-__all__ = ["Window"]
-
 SHOWN = 5  # classes that are seen at a glance
 AT_ONCE = 4  # questions that are answered at the same time
 OLD = (600, 24 * 3600)  # every so many seconds, files older than that are removed
 SYSTEM_FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # nothing is fetched
 BEGIN = ["GradCAM", "LayerCAM"]
-# Gradio takes folders by its button alone: read one that is dropped anywhere, and hand on its files.
-TAKE_FOLDERS = """() => document.addEventListener("drop", async (event) => {
-    const entries = [...event.dataTransfer.items].map((item) => item.webkitGetAsEntry());
-    if (!entries.some((entry) => entry?.isDirectory)) return;
-    event.preventDefault();
-    event.stopPropagation();
-    const found = new DataTransfer();
-    const ask = (owner, call) => new Promise((done, failed) => owner[call](done, failed));
-    const read = async (entry) => {
-        if (entry.isFile) return void found.items.add(await ask(entry, "file"));
-        const reader = entry.createReader();
-        for (let some; (some = await ask(reader, "readEntries")).length;) for (const one of some) await read(one);
-    };
-    for (const entry of entries) await read(entry);
-    const input = document.querySelector("#folder input[type=file]");
-    input.files = found.files;
-    input.dispatchEvent(new Event("change"));
-}, true)"""
 
 
 class Window(gr.Blocks):  # type: ignore[misc]
@@ -180,7 +161,7 @@ class Window(gr.Blocks):  # type: ignore[misc]
                 [top, maps, layer_text, code, verdict], trigger_mode="always_last", show_progress_on=[maps],
                 cancels=[judging], **private,
             )  # fmt: skip
-            self.load(js=TAKE_FOLDERS)
+            self.load(js=render("app/_folders.js"))
             folder.upload(_pictures_in, folder, [gallery, folder, picture], **private)
             gallery.select(_chosen, gallery, picture, **private)
             top.select(self._add_class, classes, classes, **private)

@@ -1,30 +1,5 @@
-"""The command line: a module for each command.
+"""Class activation maps for PyTorch: see which regions of an image made a score.
 
-No module imports more than the standard library at its top, so that `--help` is fast.
-"""
-
-from __future__ import annotations
-
-import sys
-from argparse import RawDescriptionHelpFormatter as HelpFormatter
-from collections.abc import Sequence
-
-from torchcam import __version__
-
-from . import _options, app, compare, demo, diagnose, evaluate, explain, export, layers, trust
-from ._completion import complete
-from ._messages import Parser, UserError, one_line, plain_messages
-
-__all__ = ["main"]
-
-COMMANDS = (demo, app, explain, compare, diagnose, trust, evaluate, layers, export)
-
-DESCRIPTION = """\
-Class activation maps for PyTorch: see which regions of an image made a model's
-score.
-"""
-
-EPILOG = """\
 start here:
   torchcam demo
       explain a picture of two digits with a model that ships with the package;
@@ -41,6 +16,22 @@ start here:
 `eval "$(register-python-argcomplete torchcam)"` in its settings, a shell
 completes commands, options, methods, models and layers.
 """
+# A module for each command; its docstring is what `--help` prints. None imports more than the standard library at its
+# top, so that this is fast.
+
+from __future__ import annotations
+
+import sys
+from argparse import RawDescriptionHelpFormatter as HelpFormatter
+from collections.abc import Sequence
+
+from torchcam import __version__
+
+from . import _options, app, compare, demo, diagnose, evaluate, explain, export, layers, trust
+from ._completion import complete
+from ._messages import Parser, UserError, one_line, plain_messages
+
+COMMANDS = (demo, app, explain, compare, diagnose, trust, evaluate, layers, export)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,16 +61,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_parser() -> Parser:
     """Make the parser of all commands. `run` is the function that takes the parsed arguments."""
-    parser = Parser(prog="torchcam", description=DESCRIPTION, epilog=EPILOG, formatter_class=HelpFormatter)
+    about, _, start = str(__doc__).partition("\n\n")
+    parser = Parser(prog="torchcam", description=about, epilog=start, formatter_class=HelpFormatter)
     parser.add_argument("--version", action="version", version=f"torchcam {__version__}")
     parser.set_defaults(run=lambda _: parser.print_help(), **_options.DEFAULTS)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for command in COMMANDS:
+        short, _, text = str(command.__doc__).partition("\n\n")
+        about, heading, examples = text.partition("Examples:")
         added = commands.add_parser(
             command.__name__.rpartition(".")[2],
-            help=command.SHORT,
-            description=command.HELP,
-            epilog=getattr(command, "EXAMPLES", None),
+            help=short[0].lower() + short[1:].rstrip("."),
+            description=about,
+            epilog=heading.lower() + examples,
             formatter_class=HelpFormatter,
         )
         added.set_defaults(run=command.run)

@@ -11,8 +11,6 @@ import torchcam
 if TYPE_CHECKING:
     import argparse
 
-__all__ = ["architectures", "complete", "layers", "method_names", "timm_models"]
-
 
 def complete(parser: argparse.ArgumentParser) -> None:
     """Answer a shell that asks for completions, and end; otherwise do nothing."""

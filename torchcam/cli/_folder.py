@@ -9,15 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._images import read_image
+from ._images import images_in, read_image
 from ._messages import UserError, one_line
 from ._models import Classifier
-from ._paths import images_in
 
 if TYPE_CHECKING:
     import argparse
-
-__all__ = ["Folder", "match_classes", "read_folder"]
 
 
 @dataclass(frozen=True)
@@ -42,8 +39,10 @@ class Folder:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Any:
+        from torchcam._inputs import transformed
+
         path = self.files[index]
-        pixels = self.classifier.preprocess(read_image(path))
+        pixels = transformed(self.classifier.preprocess, None, read_image(path))
         return (pixels, self.classes[_subfolder(self.root, path)]) if self.classes else pixels
 
     @property

@@ -50,7 +50,7 @@ class Parser(argparse.ArgumentParser):
     """A parser that raises a `UserError`."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise the error of the arguments; of a choice that there is not, with those that are like it."""
+        """Raise a `UserError`; for an unknown choice it names the closest ones."""
         choice = re.fullmatch(r"(.*invalid choice: )'(.*)' \(choose from (.*)\)", message, re.DOTALL)
         if choice is not None:
             there = re.findall(r"[\w-]+", choice[3])
@@ -58,7 +58,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (`{self.prog} --help` explains)")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """Parse the arguments of a command, and refuse an option that it has not, with those that are like it."""
+        """Parse the arguments of a command; the error of an unknown option names the closest ones."""
         found, rest = super().parse_known_args(args, namespace)
         wrong = next((text.partition("=")[0] for text in rest if text.startswith("--")), None)
         if wrong is not None:

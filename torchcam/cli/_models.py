@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 
     from torchcam._inputs import Inputs
 
-__all__ = ["RANDOM_WEIGHTS", "SEED", "Classifier", "find_device", "load_classifier", "load_model"]
-
 SEED = 0
 SEED_CODE = f"import torch\n\ntorch.manual_seed({SEED})\n"
 RANDOM = f"random weights (seed {SEED})"
@@ -46,7 +45,7 @@ class Classifier:
     Attributes:
         model: the model, in evaluation mode
         name: architecture and weights
-        preprocess: the transform from a PIL image to an input (C, H, W)
+        preprocess: the transform from a PIL image to an input (C, H, W), or an image processor of transformers
         categories: the names of the classes, if they are known
         is_random: whether the weights are random
         code: the lines of Python that make ``model``, ``transform`` and, if they are known, ``class_names``
@@ -55,7 +54,7 @@ class Classifier:
 
     model: nn.Module
     name: str
-    preprocess: Callable[[Image.Image], Tensor]
+    preprocess: Any
     categories: Sequence[str] | None = None
     is_random: bool = False
     code: str = ""
@@ -74,7 +73,7 @@ class Classifier:
         """An input (C, H, W) made of a black image."""
         from PIL import Image
 
-        return self.preprocess(Image.new("RGB", (256, 256)))
+        return self.read([Image.new("RGB", (256, 256))]).tensor[0]
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -127,21 +126,15 @@ def load_own(factory: str, weights: str | None = None) -> Classifier:
 
     made = _find_function(factory)()
     model, preprocess, categories = (*(made if isinstance(made, tuple) else (made,)), None, None)[:3]
-    if not isinstance(model, nn.Module):
-        raise UserError(f"--model-factory '{factory}' must return a torch.nn.Module, got {type(model).__name__}")
-    if preprocess is not None and not callable(preprocess):
+    fits = isinstance(model, nn.Module) and (preprocess is None or callable(preprocess))
+    if not fits or isinstance(categories, str) or not all(isinstance(name, str) for name in categories or ()):
+        kinds = ", ".join(type(one).__name__ for one in (model, preprocess, categories) if one is not None)
         raise UserError(
-            f"--model-factory '{factory}' must return a transform after the model, got {type(preprocess).__name__}"
+            f"--model-factory '{factory}' must return a torch.nn.Module, or with it a transform (a function) and the "
+            f"class names (a list of strings), got {kinds}"
         )
-    if categories is not None and (isinstance(categories, str) or not all(isinstance(c, str) for c in categories)):
-        raise UserError(f"--model-factory '{factory}' must return class names, a list of strings, as its third result")
     name = factory
     if weights is not None:
-        if not Path(weights).is_file():
-            raise UserError(
-                f"--weights '{weights}' is not a file: with --model-factory it can only be one with a state dict, by "
-                "default the function loads what it wants"
-            )
         _set_state(model, weights, factory)
         name = f"{factory}, weights {Path(weights).name}"
     module, _, function = factory.partition(":")
@@ -172,28 +165,29 @@ def _find_function(path: str) -> Callable[[], Any]:
     return function
 
 
+def _library(name: str, option: str, way: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise UserError(f"{option} needs {name}: {way}") from error
+
+
 def load_timm(name: str, weights: str) -> Classifier:
     """Load a classification model of timm."""
-    try:
-        import timm as library
-    except ImportError as error:
-        raise UserError("--timm needs timm: pip install timm") from error
-    timm: Any = library  # but partly typed
+    timm = _library("timm", "--timm", "pip install timm")
     arch, _, tag = name.partition(".")
     known = timm.list_models() if not timm.is_model(arch) else timm.list_pretrained(f"{arch}.*") if tag else [name]
     if name not in known:
         examples = known if timm.is_model(arch) else ["resnet50", "vit_base_patch16_224", "and more"]
         raise UserError(f"--timm '{name}' is not a model of timm; {closest(name, known, examples)}")
     is_random, is_pretrained = weights.lower() == "none", weights.upper() == "DEFAULT"
-    if not (is_random or is_pretrained):
-        _check_file(weights, ["DEFAULT"])
     with _making(f"--timm '{name}'"):
         model = timm.create_model(name, pretrained=is_pretrained)
     told, subset, state_code = "weights of timm", timm.data.infer_imagenet_subset(model), ""
     if is_random:
         told = RANDOM
     elif not is_pretrained:
-        _set_state(model, weights, name)
+        _set_state(model, weights, name, ["DEFAULT", "none"])
         told, subset, state_code = f"weights {Path(weights).name}", None, _state_code(weights)
     preprocess = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model), is_training=False)
     names = timm.data.ImageNetInfo(subset).label_descriptions() if subset else []
@@ -209,14 +203,9 @@ def load_timm(name: str, weights: str) -> Classifier:
 
 def load_hf(place: str, weights: str, texts: Sequence[str] = (), *, boxes: bool = False) -> Classifier:
     """Load a model of transformers: an image classifier, one with two towers whose classes are texts, or a detector."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise UserError(f"--hf needs transformers: {extra('transformers')}") from error
-
     from torchcam._inputs import split_processor
 
-    library: Any = transformers  # but partly typed
+    library = _library("transformers", "--hf", extra("transformers"))
     kind = "AutoModelForObjectDetection" if boxes else "AutoModelForImageClassification"
     auto, reader = ("AutoModel", "AutoProcessor") if texts else (kind, "AutoImageProcessor")
     if weights.lower() not in {"none", "default"}:
@@ -230,14 +219,10 @@ def load_hf(place: str, weights: str, texts: Sequence[str] = (), *, boxes: bool 
             model = getattr(library, auto).from_pretrained(place)
     name = f"{place}, {RANDOM if is_random else 'its weights'}"
     if texts:
-        images, tokenizer = split_processor(processor)
-        return Classifier(model.eval(), name, images, list(texts), is_random, processor=tokenizer)
+        return Classifier(
+            model.eval(), name, split_processor(processor)[0], list(texts), is_random, processor=processor
+        )
     labels = model.config.id2label
-
-    def preprocess(image: Image.Image) -> Tensor:
-        pixels: Tensor = processor(images=image, return_tensors="pt")["pixel_values"][0]
-        return pixels
-
     categories = [str(labels[index]) for index in range(len(labels))]
     loader = f"from_config(AutoConfig.from_pretrained({place!r}))" if is_random else f"from_pretrained({place!r})"
     code = (
@@ -246,9 +231,7 @@ def load_hf(place: str, weights: str, texts: Sequence[str] = (), *, boxes: bool 
         f"transform = AutoImageProcessor.from_pretrained({place!r})\n"
         "class_names = [str(model.config.id2label[index]) for index in range(model.config.num_labels)]\n"
     )
-    return Classifier(
-        model.eval(), name, preprocess, categories, is_random, code, processor=processor if boxes else None
-    )
+    return Classifier(model.eval(), name, processor, categories, is_random, code, processor if boxes else None)
 
 
 def load_classifier(arch: str, weights: str) -> Classifier:
@@ -278,8 +261,7 @@ def load_classifier(arch: str, weights: str) -> Classifier:
             state, told = _downloaded(arch, entry.url), f"weights {entry.name}"
             code = f"model = models.get_model({arch!r}, weights=weights)\n"
         else:
-            _check_file(weights, entries.__members__)
-            state, told = _read_state(weights), f"weights {Path(weights).name}"
+            state, told = _read_state(weights, [*entries.__members__, "none"]), f"weights {Path(weights).name}"
             code = f"model = models.get_model({arch!r})\n{_state_code(weights)}"
         # When torchvision loads weights it renames parameters of some models, and sets others up differently: let it.
         entries.get_state_dict = lambda *_args, **_kwargs: state
@@ -332,29 +314,28 @@ def _downloaded(arch: str, url: str) -> dict[str, Tensor]:
         ) from error
 
 
-def _check_file(weights: str, names: Iterable[str]) -> None:
-    if not Path(weights).is_file():
-        raise UserError(f"--weights '{weights}' is neither a file nor one of {', '.join(names)}, none")
-
-
-def _read_state(path: str) -> dict[str, Tensor]:
+def _read_state(path: str, names: Iterable[str] = ()) -> dict[str, Tensor]:
+    """Read a state dict; the names are those that ``--weights`` takes besides files."""
     import torch
 
+    if not Path(path).is_file():
+        others = "".join(f", nor {name}" for name in names)
+        raise UserError(f"--weights '{path}' is not a file{others}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+            raise TypeError("it holds something else")  # noqa: TRY301 - one message for all
     except Exception as error:  # unpickling arbitrary bytes can raise anything
         raise UserError(
-            f"--weights '{path}' is not a file of weights ({type(error).__name__}): it must hold a state dict, "
-            "written by torch.save(model.state_dict(), PATH)"
+            f"--weights '{path}' must hold a state dict, written by torch.save(model.state_dict(), PATH) "
+            f"({type(error).__name__})"
         ) from error
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"--weights '{path}' holds no state dict, the result of model.state_dict()")
     return state
 
 
-def _set_state(model: nn.Module, weights: str, name: str) -> None:
+def _set_state(model: nn.Module, weights: str, name: str, names: Iterable[str] = ()) -> None:
     """Load the weights of a file into a model."""
-    state = _read_state(weights)
+    state = _read_state(weights, names)
     with _fitting(weights, name):
         model.load_state_dict(state)
 

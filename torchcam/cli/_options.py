@@ -11,26 +11,6 @@ from typing import Any
 from . import _completion
 from ._messages import UserError, library_errors
 
-__all__ = [
-    "add_class",
-    "add_classes",
-    "add_colours",
-    "add_count",
-    "add_images",
-    "add_json",
-    "add_layers",
-    "add_method",
-    "add_methods",
-    "add_model",
-    "add_picture",
-    "add_reports",
-    "file_with",
-    "find_method",
-    "find_methods",
-    "names",
-    "numbers",
-]
-
 ARCH = "resnet50"
 # What options are for commands that do not have them.
 DEFAULTS: dict[str, Any] = {

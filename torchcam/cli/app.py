@@ -1,4 +1,20 @@
-"""`torchcam app`: the maps of a classifier in the browser."""
+"""Explain pictures in the browser.
+
+Open an app in the browser: drop a picture or a folder, or use the camera;
+choose classes by name, a layer and methods; see the maps side by side, whether
+to believe them, and the code that makes them. Without a model it starts with
+the one that ships with the package. Only this computer is served, nothing is
+sent anywhere, and what is uploaded is gone when the app ends. Needs Gradio:
+`pip install -e ".[app]"` in a clone.
+
+Examples:
+  torchcam app
+      the model and the pictures that ship with the package; needs no network
+  torchcam app --timm resnet18.a1_in1k --open
+      a model of timm, in a new tab of the browser
+  torchcam app --model-factory mine.models:load --port 8000
+      your own model, which the function `load` of `mine/models.py` returns
+"""
 
 from __future__ import annotations
 
@@ -12,29 +28,6 @@ from ._models import RANDOM_WEIGHTS, load_model
 
 if TYPE_CHECKING:
     import argparse
-
-__all__ = ["EXAMPLES", "HELP", "SHORT", "add_options", "run"]
-
-SHORT = "explain pictures in the browser"
-
-HELP = """\
-Open an app in the browser: drop a picture or a folder, or use the camera;
-choose classes by name, a layer and methods; see the maps side by side, whether
-to believe them, and the code that makes them. Without a model it starts with
-the one that ships with the package. Only this computer is served, nothing is
-sent anywhere, and what is uploaded is gone when the app ends. Needs Gradio:
-`pip install -e ".[app]"` in a clone.
-"""
-
-EXAMPLES = """\
-examples:
-  torchcam app
-      the model and the pictures that ship with the package; needs no network
-  torchcam app --timm resnet18.a1_in1k --open
-      a model of timm, in a new tab of the browser
-  torchcam app --model-factory mine.models:load --port 8000
-      your own model, which the function `load` of `mine/models.py` returns
-"""
 
 
 def add_options(app: Any) -> None:

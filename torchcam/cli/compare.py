@@ -1,4 +1,20 @@
-"""`torchcam compare`: one image, many methods, one picture."""
+r"""Explain an image by several methods.
+
+Explain one image by several methods, all on the same class and layers, in one
+picture with one scale of colours. The table shows how similar each map is to
+the others: the mean rank correlation with them, from -1 to 1. RandomCAM does
+not depend on the class: a method whose maps look like those of RandomCAM is no
+help.
+
+Examples:
+  torchcam compare dog.jpg
+      seven methods on the most probable class of a resnet50
+  torchcam compare dog.jpg --arch convnext_tiny --target-layer features.5 \
+      --methods GradCAM,LayerCAM,Ablation-CAM
+      three methods, on a layer with more positions
+  torchcam compare dog.jpg --class-idx 207 --json
+      the numbers for another program, beside the picture
+"""
 
 from __future__ import annotations
 
@@ -6,10 +22,9 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from . import _options
-from ._images import prepare, read_image, save_figure
+from ._images import check_output, is_picture, prepare, read_image, save_figure
 from ._messages import BEST, print_json, print_line, print_table
 from ._models import RANDOM_WEIGHTS
-from ._paths import check_output, is_picture
 from .explain import explain_image, picture_of
 
 if TYPE_CHECKING:
@@ -17,30 +32,7 @@ if TYPE_CHECKING:
 
     from torchcam._explanation import PredictionExplanation
 
-__all__ = ["EXAMPLES", "HELP", "SHORT", "add_options", "run"]
-
 METHODS = "GradCAM,GradCAMpp,XGradCAM,HiResCAM,LayerCAM,EigenCAM,RandomCAM"
-
-SHORT = "explain an image by several methods"
-
-HELP = """\
-Explain one image by several methods, all on the same class and layers, in one
-picture with one scale of colours. The table shows how similar each map is to
-the others: the mean rank correlation with them, from -1 to 1. RandomCAM does
-not depend on the class: a method whose maps look like those of RandomCAM is no
-help.
-"""
-
-EXAMPLES = """\
-examples:
-  torchcam compare dog.jpg
-      seven methods on the most probable class of a resnet50
-  torchcam compare dog.jpg --arch convnext_tiny --target-layer features.5 \\
-      --methods GradCAM,LayerCAM,Ablation-CAM
-      three methods, on a layer with more positions
-  torchcam compare dog.jpg --class-idx 207 --json
-      the numbers for another program, beside the picture
-"""
 
 
 def add_options(compare: Any) -> None:
@@ -81,17 +73,10 @@ def run(arguments: argparse.Namespace) -> None:
     print_line(f"{title}\n")
     known = {entry["method"]: entry["likeness"] for entry in entries if not math.isnan(entry["likeness"])}
     best = max(known.values(), default=math.nan)
-    rows = [
-        (
-            f"  {entry['method']}",
-            Text(
-                f"{entry['likeness']:.2f}" if entry["method"] in known else "",
-                BEST if entry["likeness"] == best else "",
-            ),
-            ", ".join(entry["target_layers"]),
-        )
-        for entry in entries
-    ]
+    rows = []
+    for name, layers, likeness in ((one["method"], one["target_layers"], one["likeness"]) for one in entries):
+        cell = Text(f"{likeness:.2f}" if name in known else "", BEST if likeness == best else "")
+        rows.append((f"  {name}", cell, ", ".join(layers)))
     print_table(make_table(("  method", "like the others", "layers"), rows, right=[1]))
     print_line(f"\n{source} -> {path}")
     if len(known) > 2:

@@ -1,4 +1,11 @@
-"""`torchcam demo`: explain a picture that ships with the package."""
+"""Explain a picture that ships with the package.
+
+Explain a picture that ships with the package, with a model that ships with it:
+two handwritten digits in clutter, by several methods. It is known which pixels
+belong to which digit, so the maps can be checked: the table gives the share of
+each map's energy that lies on the digit that was asked for, and on the other
+one. Needs no network.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +13,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from . import _options
-from ._images import save_figure
+from ._images import check_output, save_figure
 from ._messages import BEST, print_json, print_line, print_table
-from ._paths import check_output
 
 if TYPE_CHECKING:
     import argparse
@@ -17,8 +23,6 @@ if TYPE_CHECKING:
 
     from torchcam.demo import Sample
 
-__all__ = ["HELP", "SHORT", "add_options", "run"]
-
 METHODS = {  # and the layers of the demo model that each looks at
     "GradCAM": ["layer4"],
     "FinerCAM": ["layer4"],
@@ -26,16 +30,6 @@ METHODS = {  # and the layers of the demo model that each looks at
     "LayerCAM": ["layer2"],
     "RefineCAM": ["layer2", "layer3", "layer4"],
 }
-
-SHORT = "explain a picture that ships with the package"
-
-HELP = """\
-Explain a picture that ships with the package, with a model that ships with it:
-two handwritten digits in clutter, by several methods. It is known which pixels
-belong to which digit, so the maps can be checked: the table gives the share of
-each map's energy that lies on the digit that was asked for, and on the other
-one. Needs no network.
-"""
 
 
 def add_options(demo: Any) -> None:
@@ -72,15 +66,8 @@ def run(arguments: argparse.Namespace) -> None:
     flat_maps = [_measured("(flat map)", (), digit, torch.ones(1, 1), sample) for digit in sample.labels]
     probabilities = explanation.logits[0].sigmoid()
     if arguments.json:
-        print_json(
-            {
-                "digits": list(sample.labels),
-                "probabilities": probabilities.tolist(),
-                "maps": maps,
-                "flat_map": flat_maps,
-                "picture": str(path),
-            }
-        )
+        about = {"digits": list(sample.labels), "probabilities": probabilities.tolist(), "picture": str(path)}
+        print_json({**about, "maps": maps, "flat_map": flat_maps})
         return
 
     from rich.text import Text
@@ -93,17 +80,12 @@ def run(arguments: argparse.Namespace) -> None:
     print("How much of each map lies on the digit it explains, on the other digit, and on neither:\n")
     header = ("  method", "layers", "explains", "on it", "on the other", "on neither")
     best = {digit: max(m["on_it"] for m in maps if m["class_idx"] == digit) for digit in sample.labels}
-    rows = [
-        (
-            f"  {m['method']}",
-            " to ".join(dict.fromkeys([*m["target_layers"][:1], *m["target_layers"][-1:]])),
-            str(m["class_idx"]),
-            Text(f"{m['on_it']:.1%}", BEST if m["on_it"] == best[m["class_idx"]] else ""),
-            f"{m['on_the_other']:.1%}",
-            f"{m['on_neither']:.1%}",
-        )
-        for m in (*maps, *flat_maps)
-    ]
+    rows = []
+    for m in (*maps, *flat_maps):
+        digit, layers = m["class_idx"], dict.fromkeys([*m["target_layers"][:1], *m["target_layers"][-1:]])
+        on_it = Text(f"{m['on_it']:.1%}", BEST if m["on_it"] == best[digit] else "")
+        others = f"{m['on_the_other']:.1%}", f"{m['on_neither']:.1%}"
+        rows.append((f"  {m['method']}", " to ".join(layers), str(digit), on_it, *others))
     print_table(make_table(header, rows, right=range(2, 6)))
     print_line(f"\nThe maps are drawn in {path}.")
 
@@ -116,11 +98,5 @@ def _measured(method: str, layers: Sequence[str], digit: int, cam: Tensor, sampl
     shares = (cam * sample.masks).sum((1, 2)) / cam.sum().clamp_min(1e-12)
     own = float(shares[sample.labels.index(digit)])
     other = float(shares.sum()) - own
-    return {
-        "method": method,
-        "target_layers": list(layers),
-        "class_idx": digit,
-        "on_it": own,
-        "on_the_other": other,
-        "on_neither": 1 - own - other,
-    }
+    on = {"on_it": own, "on_the_other": other, "on_neither": 1 - own - other}
+    return {"method": method, "target_layers": list(layers), "class_idx": digit, **on}

@@ -1,4 +1,16 @@
-"""`torchcam diagnose`: why a map is blank, broken or not what it seems."""
+r"""Report what is wrong with a map.
+
+Report why the map of an image is blank, constant, NaN, upside down, the same
+for every class, or too coarse, and what to do about it.
+
+Examples:
+  torchcam diagnose dog.jpg --arch vit_b_16 \
+      --target-layer encoder.layers.encoder_layer_11
+      why is the map of a transformer's last block empty?
+  torchcam diagnose dog.jpg --model-factory mine.models:load \
+      --method GradCAMpp --json
+      your own model, for another program
+"""
 
 from __future__ import annotations
 
@@ -11,26 +23,7 @@ from ._messages import UserError, count_of, library_errors, print_json, print_li
 if TYPE_CHECKING:
     import argparse
 
-__all__ = ["EXAMPLES", "HELP", "SHORT", "add_options", "run"]
-
 MARKS = {r"^error: ": "bold red", r"^warning: ": "bold yellow", r"^info: ": "bold"}
-
-SHORT = "report what is wrong with a map"
-
-HELP = """\
-Report why the map of an image is blank, constant, NaN, upside down, the same
-for every class, or too coarse, and what to do about it.
-"""
-
-EXAMPLES = """\
-examples:
-  torchcam diagnose dog.jpg --arch vit_b_16 \\
-      --target-layer encoder.layers.encoder_layer_11
-      why is the map of a transformer's last block empty?
-  torchcam diagnose dog.jpg --model-factory mine.models:load \\
-      --method GradCAMpp --json
-      your own model, for another program
-"""
 
 
 def add_options(diagnose: Any) -> None:

@@ -1,34 +1,5 @@
-"""`torchcam evaluate`: methods and metrics over a data set, in one table."""
+r"""Measure the maps of several methods over a data set.
 
-from __future__ import annotations
-
-import sys
-from collections.abc import Mapping, Sequence
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from . import _options
-from ._folder import read_folder
-from ._images import file_errors, save_reports
-from ._messages import UserError, library_errors, print_line, print_table
-from ._models import load_model
-from ._paths import check_output
-from ._processes import processes, wait_for_all
-
-if TYPE_CHECKING:
-    import argparse
-
-__all__ = ["EXAMPLES", "HELP", "SHORT", "add_options", "run"]
-
-METHODS = "GradCAM,GradCAMpp,LayerCAM,EigenCAM,RandomCAM"
-METRICS = ["ClassificationMetric", "DeletionInsertionMetric"]
-DEMO_SCENES = 32
-SCORES = ("softmax", "sigmoid", "none")
-
-SHORT = "measure the maps of several methods over a data set"
-
-HELP = """\
 Measure how faithful the maps of several methods are, over a folder of images
 with a subfolder for each class. Each method explains each image once, and all
 metrics measure the same maps. In the table, an arrow says whether a high or a
@@ -38,25 +9,60 @@ The folders' names are looked up among the model's classes: by name, by number,
 or in sorted order if there are as many and their names are WordNet's. The
 state is kept after every batch: interrupted, the same command goes on where it
 was.
-"""
 
-EXAMPLES = """\
-examples:
+Examples:
   torchcam evaluate --demo
       the model that ships with the package, on pictures made for it; it is
       known what is where in them
   torchcam evaluate val --limit 200 --output results.csv --output results.md
       a resnet50 on 200 images of a folder, evenly spread over its classes
-  torchcam evaluate photos --class-source predicted \\
+  torchcam evaluate photos --class-source predicted \
       --methods ScoreCAM,GradCAM --metrics ROAD,ADCC
       a folder without known classes: what the model predicts is explained
-  torchcam evaluate val --model-factory mine.models:load \\
+  torchcam evaluate val --model-factory mine.models:load \
       --class-map classes.json --json
       your own model, and a file that gives the number of each folder's class
 
 on several GPUs or machines, with the same result:
   torchrun --nproc-per-node 4 -m torchcam evaluate val --device cuda
 """
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import _options
+from ._folder import read_folder
+from ._images import check_output, file_errors, save_reports
+from ._messages import UserError, library_errors, print_line, print_table
+from ._models import find_device, load_model
+
+if TYPE_CHECKING:
+    import argparse
+
+METHODS = "GradCAM,GradCAMpp,LayerCAM,EigenCAM,RandomCAM"
+METRICS = ["ClassificationMetric", "DeletionInsertionMetric"]
+DEMO_SCENES = 32
+
+
+def _softmax(output: Any) -> Any:
+    from torchcam.targets import read_logits
+
+    return read_logits(output).softmax(1)
+
+
+def _sigmoid(output: Any) -> Any:
+    from torchcam.targets import read_logits
+
+    return read_logits(output).sigmoid()
+
+
+SCORES = {"softmax": _softmax, "sigmoid": _sigmoid, "none": None}
 
 
 def add_options(evaluate: Any) -> None:
@@ -78,7 +84,7 @@ def add_options(evaluate: Any) -> None:
     _options.add_layers(what)
     what.add_argument(
         "--scores",
-        choices=SCORES,
+        choices=tuple(SCORES),
         help="what is made of the model's output before it is explained and measured (default: softmax)",
     )
     what.add_argument(
@@ -118,10 +124,10 @@ def run(arguments: argparse.Namespace) -> None:
     methods = _check(arguments, outputs)
     first = outputs[0] if outputs else Path("torchcam-evaluate")
     checkpoint = arguments.checkpoint or first.with_name(f"{first.name}.partial")
-    with processes(arguments.device, arguments.timeout) as rank:
+    with _processes(arguments.device, arguments.timeout) as rank:
         if arguments.restart:
             _discard(checkpoint)
-            wait_for_all()
+            _wait_for_all()
         model, data, title, facts = _demo(arguments) if arguments.demo else _folder(arguments)
         if rank == 0 and not arguments.json:
             print(f"{title}\n", flush=True)
@@ -134,8 +140,53 @@ def run(arguments: argparse.Namespace) -> None:
                 print_table(result)
                 for path in outputs:
                     print_line(f"-> {path}")
-        wait_for_all()
+        _wait_for_all()
         _discard(checkpoint)
+
+
+# The processes that torchrun has started.
+
+
+@contextmanager
+def _processes(device: str, timeout: float) -> Iterator[int]:
+    """Join the processes that torchrun has started, if any, and yield this one's number; each has a GPU of its own."""
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+
+    found = find_device(device)
+    joins = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
+    if joins:
+        on_gpu = found.type == "cuda"
+        if on_gpu and found.index is None:
+            local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+            if local >= count:
+                raise UserError(f"--device cuda: there are {count} GPUs for more processes than that")
+            found = torch.device("cuda", local)
+            torch.cuda.set_device(found)
+        try:
+            dist.init_process_group(
+                "nccl" if on_gpu else "gloo",
+                timeout=timedelta(minutes=timeout),
+                device_id=found if on_gpu else None,
+            )
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"the other processes cannot be reached: {error}") from error
+    yield dist.get_rank() if dist.is_initialized() else 0
+    if joins:
+        dist.destroy_process_group()  # not after an error: the others may have ended, and this process ends anyway
+
+
+def _wait_for_all() -> None:
+    """Wait until all processes are here."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+
+
+# What is evaluated.
 
 
 def _check(arguments: argparse.Namespace, outputs: Sequence[Path]) -> list[type[Any]]:
@@ -203,12 +254,10 @@ def _evaluate(
     methods: Sequence[type[Any]],
     checkpoint: Path,
 ) -> Any:
-    import torch
     from torch.utils.data import DataLoader
 
     from torchcam.evaluation import evaluate
 
-    scores: dict[str, Any] = {"softmax": partial(torch.softmax, dim=1), "sigmoid": torch.sigmoid, "none": None}
     usual = "sigmoid" if arguments.demo else "softmax"
     metrics = [*METRICS, "Localization"] if arguments.demo else METRICS
     layers = arguments.target_layer or None
@@ -220,7 +269,7 @@ def _evaluate(
                 methods,
                 arguments.metrics or metrics,
                 target_layer=layers,
-                logits_fn=scores[arguments.scores or usual],
+                logits_fn=SCORES[arguments.scores or usual],
                 class_source=arguments.class_source,
                 batch_size=arguments.chunk_size,
                 checkpoint=checkpoint,

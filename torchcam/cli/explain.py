@@ -1,49 +1,13 @@
-"""`torchcam explain`: the regions of images that made a classifier's scores."""
+r"""Explain images with a classifier.
 
-from __future__ import annotations
-
-import sys
-import time
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from torchcam._names import listed
-
-from . import _options
-from ._images import file_errors, prepare, read_image, recommend, save_array, save_figure
-from ._messages import UserError, count_of, library_errors, print_json, print_line, print_warning
-from ._models import RANDOM_WEIGHTS, Classifier
-from ._paths import Source, check_folder, check_output, find_sources, is_picture, result_path
-
-if TYPE_CHECKING:
-    import argparse
-
-    from PIL import Image
-
-    from torchcam._explanation import PredictionExplanation
-    from torchcam._method_maps import MethodMaps
-    from torchcam._recommended import Recommended
-
-__all__ = ["EXAMPLES", "HELP", "SHORT", "add_options", "explain_image", "picture_of", "run"]
-
-METHOD = "GradCAM"
-METHOD_OF_BOXES = "HiResCAM"
-
-SHORT = "explain images with a classifier"
-
-HELP = """\
 Explain what a classification model sees in images. Each image gives one
 picture: the image as the model sees it (resized and cropped as the weights
 want it), and a grid of maps over it, with the methods in columns and the
 classes in rows. With --box, it explains what a detector found. The name of a
 picture says of what model, layers, methods and classes it is. Images of a
 folder that cannot be read, and pictures that torchcam made, are left out.
-"""
 
-EXAMPLES = """\
-examples:
+Examples:
   torchcam explain dog.jpg
       the most probable class of a resnet50, Grad-CAM on its last layer with
       positions
@@ -56,13 +20,13 @@ examples:
   torchcam explain dog.jpg cat.jpg --top-k 3 --methods GradCAM,LayerCAM
       three classes of each of two images by two methods, in one picture per
       image
-  torchcam explain dog.jpg --arch convnext_tiny --method LayerCAM \\
+  torchcam explain dog.jpg --arch convnext_tiny --method LayerCAM \
       --target-layer features.5,features.7
       the maps of two layers, fused into one
-  torchcam explain dog.jpg --timm vit_base_patch16_224.augreg_in21k_ft_in1k \\
+  torchcam explain dog.jpg --timm vit_base_patch16_224.augreg_in21k_ft_in1k \
       --class-idx beagle --save-maps
       a model of timm, a class by its name, and the map as numbers
-  torchcam explain dog.jpg --arch resnet18 --weights resnet18-f37072fd.pth \\
+  torchcam explain dog.jpg --arch resnet18 --weights resnet18-f37072fd.pth \
       --class-idx 207
       weights from a file: for machines without network
   torchcam explain dog.jpg --model-factory mine.models:load
@@ -81,6 +45,33 @@ HiResCAM with balanced gradients for transformers. LayerCAM gives fine maps in
 early layers. ScoreCAM needs no gradients, but one forward pass per channel.
 FinerCAM shows what tells a class from those most like it.
 """
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torchcam._names import listed
+
+from . import _images, _options
+from ._messages import UserError, count_of, library_errors, print_json, print_line, print_warning
+from ._models import RANDOM_WEIGHTS, Classifier
+
+if TYPE_CHECKING:
+    import argparse
+
+    from PIL import Image
+
+    from torchcam._explanation import PredictionExplanation
+    from torchcam._method_maps import MethodMaps
+    from torchcam._recommended import Recommended
+
+METHOD = "GradCAM"
+METHOD_OF_BOXES = "HiResCAM"
 
 
 def add_options(explain: Any) -> None:
@@ -144,13 +135,13 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError("--threshold is the least score of a box: name one with --box, or --box all")
     if arguments.top_k == 0 and not arguments.class_idx:
         raise UserError("--top-k must be at least 1 without --class-idx, got 0")
-    sources = find_sources(arguments.images)
-    file = [arguments.output] if is_picture(arguments.output) else []
+    sources = _images.find_sources(arguments.images)
+    file = [arguments.output] if _images.is_picture(arguments.output) else []
     if file and len(sources) > 1:
         raise UserError(f"--output '{file[0]}' is one file for {len(sources)} images: name a folder")
     if not file:
-        check_folder(arguments.output)
-    classifier = prepare(arguments, file, [source.path for source in sources if source.is_named])
+        _images.check_folder(arguments.output)
+    classifier = _images.prepare(arguments, file, [source.path for source in sources if source.is_named])
     inputs, began = [source.path for source in sources], time.perf_counter()
     found: dict[str, PredictionExplanation] = {}
     images: list[dict[str, Any]] = []
@@ -158,7 +149,7 @@ def run(arguments: argparse.Namespace) -> None:
     page = best = None
     for source in tqdm(sources, unit="image", disable=len(sources) < 2 or not sys.stderr.isatty(), leave=False):
         try:
-            image = read_image(source.path)
+            image = _images.read_image(source.path)
         except UserError as error:
             if source.is_named:
                 raise
@@ -166,13 +157,13 @@ def run(arguments: argparse.Namespace) -> None:
             left_out.append(str(source.path))
             continue
         if not images and not arguments.box:
-            best = recommend(arguments, classifier, image)
+            best = _images.recommend(arguments, classifier, image)
         explanation = explain_image(arguments, classifier, image, methods, best)
         title = _title(classifier, explanation)
         if not images:
             if arguments.html:
                 page = _page_of(arguments, classifier, sources, explanation)
-                check_output([page], inputs, arguments.overwrite)
+                _images.check_output([page], inputs, arguments.overwrite)
             if not arguments.json:
                 print_line(title)
                 if best is not None:
@@ -183,7 +174,7 @@ def run(arguments: argparse.Namespace) -> None:
     if not images:
         raise UserError(f"none of the {count_of(len(left_out), 'image')} can be read")
     if page is not None:
-        with file_errors(page), library_errors():
+        with _images.file_errors(page), library_errors():
             Explanations(list(found.values())).to_html(
                 page, colormap=arguments.colormap, alpha=arguments.alpha, title=title, names=list(found)
             )
@@ -250,10 +241,10 @@ def picture_of(
     arguments: argparse.Namespace, classifier: Classifier, name: str, explanation: PredictionExplanation
 ) -> Path:
     """Return the file of an image's picture; its name carries the model, the layers, the methods and the classes."""
-    if is_picture(arguments.output):
+    if _images.is_picture(arguments.output):
         return Path(arguments.output)
     classes = [_part(key) for key in explanation.cams]
-    return result_path(arguments.output, name, [*_made_by(classifier, explanation.results), classes], ".png")
+    return _images.result_path(arguments.output, name, [*_made_by(classifier, explanation.results), classes], ".png")
 
 
 def _made_by(classifier: Classifier, results: Mapping[str, MethodMaps]) -> list[list[str]]:
@@ -270,24 +261,26 @@ def _part(key: int | str) -> str:
 def _write(
     arguments: argparse.Namespace,
     classifier: Classifier,
-    source: Source,
+    source: _images.Source,
     explanation: PredictionExplanation,
     title: str,
     inputs: Collection[Path],
 ) -> dict[str, Any]:
     """Write the picture of an image, and its maps if they are asked for; print what the model sees, or return it."""
     picture = picture_of(arguments, classifier, source.name, explanation)
-    stem = picture.stem if is_picture(arguments.output) else Path(source.name).name
+    stem = picture.stem if _images.is_picture(arguments.output) else Path(source.name).name
     files = {
-        (name, key): result_path(picture.parent, stem, [*_made_by(classifier, {name: result}), [_part(key)]], ".npy")
+        (name, key): _images.result_path(
+            picture.parent, stem, [*_made_by(classifier, {name: result}), [_part(key)]], ".npy"
+        )
         for name, result in explanation.results.items()
         for key in explanation.cams
         if arguments.save_maps
     }
-    check_output([picture, *files.values()], inputs, arguments.overwrite)
-    save_figure(arguments, explanation, title, picture)
+    _images.check_output([picture, *files.values()], inputs, arguments.overwrite)
+    _images.save_figure(arguments, explanation, title, picture)
     for (name, key), file in files.items():
-        save_array(explanation.results[name].values(key), file)
+        _images.save_array(explanation.results[name].values(key), file)
     if not arguments.json:
         print_line(f"{source.path} -> {picture}")
         for key in explanation.cams:
@@ -306,7 +299,7 @@ def _write(
 def _page_of(
     arguments: argparse.Namespace,
     classifier: Classifier,
-    sources: Sequence[Source],
+    sources: Sequence[_images.Source],
     explanation: PredictionExplanation,
 ) -> Path:
     """Return the file of the page; of several images, its name says in place of classes what was asked for."""
@@ -317,7 +310,7 @@ def _page_of(
     if arguments.box:
         asked = [f"box{number}" for number in arguments.box]
     parts = [*_made_by(classifier, explanation.results), asked]
-    return result_path(arguments.output, f"{len(sources)}-images", parts, ".html")
+    return _images.result_path(arguments.output, f"{len(sources)}-images", parts, ".html")
 
 
 def _conclusion(

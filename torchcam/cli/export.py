@@ -1,24 +1,5 @@
-"""`torchcam export`: a classifier and its maps as one file that runs without Python."""
+r"""Write a classifier and its maps to a file that runs without Python.
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from . import _options
-from ._images import file_errors
-from ._messages import UserError, library_errors, print_json, print_line
-from ._models import RANDOM_WEIGHTS, SEED, load_model
-from ._paths import check_output
-
-if TYPE_CHECKING:
-    import argparse
-
-__all__ = ["EXAMPLES", "HELP", "SHORT", "add_options", "run"]
-
-SHORT = "write a classifier and its maps to a file that runs without Python"
-
-HELP = """\
 Write a classification model and the maps of a method to one file that runs
 without Python: it computes the scores, and the map of a class. The suffix says
 for what: .onnx (ONNX Runtime), .pt2 (torch.export), .aoti.pt2 (C++, compiled
@@ -26,18 +7,29 @@ for this kind of processor), .html (a page that runs the model in a browser).
 What the file computes is compared with the maps of the method before it is
 written. Needs torch 2.13; .onnx and .html need the extra of a clone:
 `pip install -e ".[export]"`.
-"""
 
-EXAMPLES = """\
-examples:
+Examples:
   torchcam export --arch resnet18 --output resnet18.onnx
       scores and Grad-CAM of any class, for batches of any size
-  torchcam export --model-factory mine:load --method LayerCAM \\
+  torchcam export --model-factory mine:load --method LayerCAM \
       --target-layer stage3 --dynamic-size --output mine.onnx
       your own model, for images of any size
   torchcam export --arch resnet18 --output page.html --runtime onnxruntime-web
       a page; the folder is the npm package, unpacked
 """
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import _options
+from ._images import check_output, file_errors
+from ._messages import UserError, library_errors, print_json, print_line
+from ._models import RANDOM_WEIGHTS, SEED, load_model
+
+if TYPE_CHECKING:
+    import argparse
 
 SUFFIXES = (".onnx", ".pt2", ".aoti.pt2", ".html")
 

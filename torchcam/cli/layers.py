@@ -1,4 +1,18 @@
-"""`torchcam layers`: the layers of a model that a map can be made from."""
+"""List the layers of a model that maps can be made from.
+
+List the layers of a classification model that a map can be made from, in the
+order in which they finish: the grid of positions in each, its channels, and
+the share of the positions that the scores depend on. Projections within a
+layer, and layers that the scores do not depend on, are left out but for --all.
+Needs no weights.
+
+Examples:
+  torchcam layers --arch vit_b_16
+      in the last block only the class token counts: the default is the layer
+      before its attention
+  torchcam layers --arch swin_t --size 224x320
+      the grids for images that are not square
+"""
 
 from __future__ import annotations
 
@@ -11,27 +25,6 @@ from ._models import SEED, load_model
 
 if TYPE_CHECKING:
     import argparse
-
-__all__ = ["EXAMPLES", "HELP", "SHORT", "add_options", "run"]
-
-SHORT = "list the layers of a model that maps can be made from"
-
-HELP = """\
-List the layers of a classification model that a map can be made from, in the
-order in which they finish: the grid of positions in each, its channels, and
-the share of the positions that the scores depend on. Projections within a
-layer, and layers that the scores do not depend on, are left out but for --all.
-Needs no weights.
-"""
-
-EXAMPLES = """\
-examples:
-  torchcam layers --arch vit_b_16
-      in the last block only the class token counts: the default is the layer
-      before its attention
-  torchcam layers --arch swin_t --size 224x320
-      the grids for images that are not square
-"""
 
 
 def add_options(layers: Any) -> None:

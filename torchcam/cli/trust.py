@@ -1,4 +1,18 @@
-"""`torchcam trust`: whether to believe the map of a prediction."""
+r"""Report whether to believe a map.
+
+Test the map of a prediction, and report whether to believe it: is there
+evidence in the image, does the score fall where the map says so when windows
+of the image are removed, is the map's region enough to tell the class? The
+first method is judged; if it fails, the others are tried as well. Takes about
+70 forward passes for each image.
+
+Examples:
+  torchcam trust dog.jpg
+      Grad-CAM on the most probable class of a resnet50
+  torchcam trust dog.jpg cat.jpg --arch convnext_tiny \
+      --methods LayerCAM,GradCAM --output report.html
+      Layer-CAM on two images, in a page with pictures
+"""
 
 from __future__ import annotations
 
@@ -13,8 +27,6 @@ from ._messages import UserError, library_errors, print_json, print_line, print_
 if TYPE_CHECKING:
     import argparse
 
-__all__ = ["EXAMPLES", "HELP", "SHORT", "add_options", "run"]
-
 METHODS = "GradCAM,LayerCAM,ReciproCAM"
 MARKS = {
     r"^ *Do not believe": "bold red",
@@ -24,25 +36,6 @@ MARKS = {
     r"^  [?!]": "yellow",
     r"^  ✗": "red",
 }
-
-SHORT = "report whether to believe a map"
-
-HELP = """\
-Test the map of a prediction, and report whether to believe it: is there
-evidence in the image, does the score fall where the map says so when windows
-of the image are removed, is the map's region enough to tell the class? The
-first method is judged; if it fails, the others are tried as well. Takes about
-70 forward passes for each image.
-"""
-
-EXAMPLES = """\
-examples:
-  torchcam trust dog.jpg
-      Grad-CAM on the most probable class of a resnet50
-  torchcam trust dog.jpg cat.jpg --arch convnext_tiny \\
-      --methods LayerCAM,GradCAM --output report.html
-      Layer-CAM on two images, in a page with pictures
-"""
 
 
 def add_options(trust: Any) -> None:

@@ -24,8 +24,6 @@ from torch import Tensor
 from torchcam._checks import one_of, positive_integer
 from torchcam._extras import extra
 
-__all__ = ["CLASS_NAMES", "Scenes", "make_scenes"]
-
 CLASS_NAMES: tuple[str, ...] = tuple("0123456789")
 """The class names, in the order of the logits of the demo model."""
 

@@ -7,8 +7,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-__all__ = ["DemoNet", "load_model"]
-
 WEIGHTS = Path(__file__).with_name("weights.pt")
 
 

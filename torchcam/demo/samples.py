@@ -12,8 +12,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-__all__ = ["Sample", "sample_images"]
-
 SAMPLES = Path(__file__).with_name("samples")
 
 

@@ -19,8 +19,6 @@ from torch import Tensor, nn
 
 from torchcam._files import atomic_write, write_all
 
-__all__ = ["Checkpoint", "checksum", "describe"]
-
 
 class Checkpoint:
     """A folder with one file per process, each replaced as a whole, with a checksum of its content.

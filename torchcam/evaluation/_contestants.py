@@ -25,8 +25,6 @@ from torchcam.metrics.core import missing_parts
 
 from ._checkpoint import describe
 
-__all__ = ["Contestant", "LogitsFn", "error_note", "find_class", "generators_of", "make_contestants", "metric_options"]
-
 LogitsFn = Callable[[Any], Any]
 
 
@@ -65,12 +63,9 @@ def _named(what: str, entries: Any, module: ModuleType) -> dict[str, Any]:
         TypeError: if ``entries`` is neither a sequence nor a mapping
         ValueError: if there are none, a name is unknown, or two entries have the same name
     """
-    if isinstance(entries, Mapping):
-        items = [(str(name), entry) for name, entry in entries.items()]
-    elif isinstance(entries, str) or not isinstance(entries, Iterable):
-        items = [("", entries)]
-    else:
-        items = [("", entry) for entry in entries]
+    if isinstance(entries, str) or not isinstance(entries, Iterable):
+        entries = [entries]
+    items = list(entries.items()) if isinstance(entries, Mapping) else [("", entry) for entry in entries]
     if not items:
         raise ValueError(f"`{what}` is empty: name at least one")
     found: dict[str, Any] = {}
@@ -80,7 +75,7 @@ def _named(what: str, entries: Any, module: ModuleType) -> dict[str, Any]:
         elif not callable(entry):
             raise TypeError(f"`{what}` must hold names, classes, objects or functions that make them, got {entry!r}")
         function = _unwrapped(entry)
-        name = name or getattr(function, "__name__", None) or type(function).__name__
+        name = str(name) or getattr(function, "__name__", None) or type(function).__name__
         if name in found:
             raise ValueError(f"`{what}` has two entries named '{name}': pass a dict that gives each a name of its own")
         found[name] = entry

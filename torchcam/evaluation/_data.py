@@ -16,8 +16,6 @@ from torch.utils.data.sampler import RandomSampler, WeightedRandomSampler
 
 from torchcam._tensors import map_tensors
 
-__all__ = ["Batch", "Stream", "length"]
-
 _IMAGE_KEYS = ("input_tensor", "input", "inputs", "image", "images", "pixel_values", "x")
 _CLASS_KEYS = ("class_idx", "label", "labels", "class", "y")
 

@@ -17,8 +17,6 @@ from torchcam._tables import as_csv, as_text, make_table
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions
 
-__all__ = ["FORMATS", "Evaluation", "MethodResult", "check_format"]
-
 FORMATS = {".json": "to_json", ".csv": "to_csv", ".md": "to_markdown", ".txt": "__str__"}
 """The formats that an evaluation can be saved in, by the file's suffix."""
 
@@ -138,17 +136,10 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything, as JSON can hold it: NaN and infinity become None."""
-        methods = {
-            name: {
-                "values": entry.values,
-                "measured": entry.measured,
-                "left_out": entry.left_out,
-                "empty": entry.empty,
-                "nan_maps": entry.nan_maps,
-                "seconds_per_map": entry.seconds,
-            }
-            for name, entry in self.methods.items()
-        }
+        methods = {}
+        for name, entry in self.methods.items():
+            methods[name] = dict(vars(entry))
+            methods[name]["seconds_per_map"] = methods[name].pop("seconds")
         everything: dict[str, Any] = finite(
             {
                 "schema_version": 1,

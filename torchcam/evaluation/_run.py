@@ -36,8 +36,6 @@ from ._data import Batch, Stream, length
 from ._result import Evaluation, MethodResult
 from ._team import Team
 
-__all__ = ["discard_checkpoint", "evaluate"]
-
 ClassSource = Literal["label", "predicted"]
 
 
@@ -328,18 +326,16 @@ class _Run:
         entries, directions = {}, {}
         for number, one in enumerate(self.contestants):
             values: dict[str, dict[str, float]] = {}
-            measured: dict[str, int] = {}
-            left_out: dict[str, int] = {}
-            empty: dict[str, int] = {}
+            counts: dict[str, dict[str, int]] = {"total": {}, "nan_count": {}, "empty_count": {}}
             for name, metric in one.metrics.items():
                 values[name] = self._compute(name, metric)
                 by_key = getattr(metric, "key_higher_is_better", {})
                 directions[name] = {key: by_key.get(key, metric.higher_is_better) for key in values[name]}
-                for counts, state in ((measured, "total"), (left_out, "nan_count"), (empty, "empty_count")):
+                for state, of_metrics in counts.items():
                     if isinstance(count := getattr(metric, state, None), Tensor):
-                        counts[name] = int(self.team.sum(count.cpu()))
+                        of_metrics[name] = int(self.team.sum(count.cpu()))
             nan_maps, seconds = tally[2 + 2 * number : 4 + 2 * number]
-            entries[one.name] = MethodResult(values, measured, left_out, empty, int(nan_maps), seconds / num_samples)
+            entries[one.name] = MethodResult(values, *counts.values(), int(nan_maps), seconds / num_samples)
         return Evaluation(
             methods=MappingProxyType(entries),
             higher_is_better=MappingProxyType(directions),

@@ -9,8 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Team"]
-
 
 class Team:
     """The processes of the default process group, or this one alone.

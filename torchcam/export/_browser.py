@@ -16,25 +16,14 @@ from torchcam._templates import render
 
 from ._formats import Run, needs, onnx_model, onnx_runner
 
-__all__ = ["write_page"]
-
 _SCRIPT, _WASM = "ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm"
-_LICENCE = """\
-MIT License. Copyright (c) Microsoft Corporation. Permission is hereby granted, free of charge, to any person \
-obtaining a copy of this software and associated documentation files (the "Software"), to deal in the Software \
-without restriction, including without limitation the rights to use, copy, modify, merge, publish, distribute, \
-sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is furnished to do so, \
-subject to the following conditions: The above copyright notice and this permission notice shall be included in all \
-copies or substantial portions of the Software. THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, \
-EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE \
-AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER \
-LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE \
-SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE."""
 
 
 def write_page(program: ExportedProgram, metadata: Mapping[str, Any], runtime: Path, path: Path) -> Run:
     """Write a page, and return what runs the graph in it (by ONNX Runtime outside of the browser)."""
     needs("onnx", "onnxscript", "onnxruntime")
+    import onnx_ir
+
     shape = metadata["input"]["shape"]
     if len(shape) != 3 or shape[0] not in {1, 3} or metadata["input"]["dtype"] != "float32":
         found = f"{metadata['input']['dtype']} of shape {tuple(shape)}"
@@ -44,7 +33,7 @@ def write_page(program: ExportedProgram, metadata: Mapping[str, Any], runtime: P
     if "unknown" in metadata["preprocessing"]:
         raise ValueError(metadata["preprocessing"]["unknown"])
     script, wasm = _runtime(runtime)
-    model = _serialized(program, metadata)
+    model: bytes = onnx_ir.to_proto(onnx_model(program, metadata)).SerializeToString(deterministic=True)
     facts = [
         ("Model", metadata["model"]),
         ("Method", metadata["method"]),
@@ -54,7 +43,6 @@ def write_page(program: ExportedProgram, metadata: Mapping[str, Any], runtime: P
     page = render(
         "export/_page.html",
         title=f"{metadata['method']} of {metadata['model']}",
-        licence=_LICENCE,
         data={"about": metadata, "facts": facts, "colours": color_table(None, signed=False)},
         wasm=_packed(wasm),
         model=_packed(model),
@@ -62,13 +50,6 @@ def write_page(program: ExportedProgram, metadata: Mapping[str, Any], runtime: P
     )
     path.write_text(page, encoding="utf-8")
     return onnx_runner(model)
-
-
-def _serialized(program: ExportedProgram, metadata: Mapping[str, Any]) -> bytes:
-    import onnx_ir
-
-    data: bytes = onnx_ir.to_proto(onnx_model(program, metadata)).SerializeToString(deterministic=True)
-    return data
 
 
 def _packed(data: bytes) -> str:

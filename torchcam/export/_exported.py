@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from torchcam import __version__
 from torchcam._checks import torch_module
 from torchcam._choice import as_class_names
+from torchcam._methods import find_method, method_names
 from torchcam._recipes import as_recipes, extractors_on
 from torchcam._replica import freeze, replicated
 from torchcam._tensors import is_finite
@@ -31,30 +32,18 @@ from ._preprocessing import read_preprocessing
 from ._proof import Case, check, make_cases
 from ._trace import ExplainedModel, Question, check_torch, trace
 
-__all__ = ["EXPORTABLE", "Exported", "export"]
-
-EXPORTABLE = (
-    "CAM",
-    "EigenCAM",
-    "EigenGradCAM",
-    "EigenSmoothedCAM",
-    "FEM",
-    "FinerCAM",
-    "GradCAM",
-    "GradCAMElementWise",
-    "GradCAMpp",
-    "HiResCAM",
-    "LayerCAM",
-    "MeanActivation",
-    "RefineCAM",
-    "SegEigenCAM",
-    "ShapleyCAM",
-    "XGradCAM",
-)
-# What these methods have in common: their evidence is what one pass left behind, and their formulas are traced.
+# What can be exported: methods whose evidence is what one pass left behind, and whose formulas are traced.
 _EVIDENCE = {method._evidence for method in (_CAM, _GradientCAM, CAM, GradCAMpp, ShapleyCAM)}
 _MAPS = {method._raw_maps for method in (_CAM, EigenSmoothedCAM, FinerCAM, RefineCAM)}
 _NOT_TRACED = (KPCACAM, RandomCAM)  # eigenvalues of both signs, random numbers
+
+
+def _is_exportable(kind: type[Any]) -> bool:
+    traced = issubclass(kind, _CAM) and not issubclass(kind, _NOT_TRACED) and kind._get_weights is _CAM._get_weights
+    return traced and kind._raw_maps in _MAPS and kind._evidence in _EVIDENCE
+
+
+EXPORTABLE = sorted(name for name in method_names() if _is_exportable(find_method(name)))
 
 
 class Exported:
@@ -75,10 +64,7 @@ class Exported:
         self.metadata = dict(metadata)
         self._cases = list(cases)
         self._run: Run = program.module()
-        self.error = self._prove("the graph", self._run)
-
-    def _prove(self, what: str, run: Run) -> float:
-        return check(run, self._cases, what)
+        self.error = check(self._run, self._cases, "the graph")
 
     def __call__(self, images: Tensor, classes: Any = None) -> tuple[Tensor, Tensor]:
         """Run the graph in PyTorch.
@@ -139,7 +125,7 @@ class Exported:
             raise ValueError(f"`path` '{path}' must end with one of {', '.join(writers)}")
         if suffix == ".html" and runtime is None:
             raise ValueError("a page needs `runtime`, the folder of the npm package onnxruntime-web")
-        error = write_files(path, writers[suffix], partial(self._prove, f"'{path.name}'"))
+        error = write_files(path, writers[suffix], partial(check, cases=self._cases, what=f"'{path.name}'"))
         self.error = max(self.error, error)
         return path
 
@@ -238,9 +224,7 @@ def export(
             explained = ExplainedModel(question, layouts, checks_input=breaks)
             images = example[:1].expand(2, *example.shape[1:]) if dynamic_batch else example
             with quietly():
-                program = trace(
-                    explained, images, class_input=class_input, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size
-                )
+                program = trace(explained, images, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size)
             metadata = {
                 "torchcam": __version__,
                 "torch": torch.__version__,
@@ -269,8 +253,7 @@ def export(
 
 def _check_method(kind: type[Any]) -> None:
     """Raise a ``NotImplementedError`` if the maps are not a function of what one pass left behind."""
-    traced = issubclass(kind, _CAM) and not issubclass(kind, _NOT_TRACED) and kind._get_weights is _CAM._get_weights
-    if not traced or kind._raw_maps not in _MAPS or kind._evidence not in _EVIDENCE:
+    if not _is_exportable(kind):
         raise NotImplementedError(
             f"{kind.__name__} cannot be exported: its maps are not a function of the activations and gradients of one "
             f"pass that other runtimes can compute. These can be: {', '.join(EXPORTABLE)}"

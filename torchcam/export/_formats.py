@@ -21,8 +21,6 @@ from torchcam._files import atomic_write
 if TYPE_CHECKING:
     import onnx_ir
 
-__all__ = ["METADATA", "needs", "write_files", "write_onnx", "write_package", "write_program"]
-
 METADATA = "torchcam"  # the key of the metadata, a JSON text
 _LARGEST_FILE = 1 << 31  # of protobuf; weights of larger models are in a file of their own
 
@@ -72,24 +70,19 @@ def write_onnx(program: ExportedProgram, metadata: Mapping[str, Any], path: Path
 
 def onnx_model(program: ExportedProgram, metadata: Mapping[str, Any]) -> onnx_ir.Model:
     """Translate a graph to ONNX, without names of files and lines of the machine."""
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
     names = ["images", "classes"][: len(program.graph_signature.user_inputs)]
     found = torch.onnx.export(
         program, dynamo=True, verbose=False, input_names=names, output_names=["scores", "map"], optimize=True
     )
     assert found is not None  # noqa: S101 - for the type checker
     model: onnx_ir.Model = found.model
+    ClearMetadataAndDocStringPass()(model)
     for graph in model.graphs():
-        graph.metadata_props.clear()
-        graph.doc_string = None
-        for value in [*graph.inputs, *graph.outputs, *graph.initializers.values()]:
+        made = [value for node in graph for value in node.outputs]
+        for value in [*graph.inputs, *graph.initializers.values(), *made]:
             value.metadata_props.clear()
-        for node in graph:
-            node.metadata_props.clear()
-            node.doc_string = None
-            for value in node.outputs:
-                value.metadata_props.clear()
-    for function in model.functions.values():
-        function.metadata_props.clear()
     _name_sizes(model)
     model.metadata_props.clear()
     model.metadata_props[METADATA] = json.dumps(metadata)
@@ -147,10 +140,5 @@ def write_package(program: ExportedProgram, metadata: Mapping[str, Any], example
         torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
     finally:
         program.example_inputs = None
-    package = torch._inductor.aoti_load_package(str(path))
-
-    def run(*arguments: Tensor) -> tuple[Tensor, Tensor]:
-        scores, cam = package(*arguments)
-        return scores, cam
-
+    run: Run = torch._inductor.aoti_load_package(str(path))
     return run

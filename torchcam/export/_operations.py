@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from functools import cache, partial
 from types import FunctionType
 from typing import Any
@@ -16,10 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-
-__all__ = ["KEPT", "RULES", "Rewritten", "explicit_attention"]
 
 aten = torch.ops.aten
 Sizes = Sequence[int]
@@ -137,12 +133,6 @@ _REWRITES: dict[str, Callable[..., Any]] = {
     "scaled_dot_product_attention": _attention,
     "silu": _activation,
 }
-
-
-def explicit_attention() -> AbstractContextManager[Any]:
-    """Return a context without fused attention: its backward operation would stay, and its forward be another one."""
-    context: AbstractContextManager[Any] = sdpa_kernel(SDPBackend.MATH)
-    return context
 
 
 # Rules. Each takes what the operation takes; the gradient of an input is its linear map, transposed.

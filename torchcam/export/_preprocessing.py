@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-__all__ = ["read_preprocessing"]
-
 _INTERPOLATIONS = ("bilinear", "bicubic")
 _NO_CHANGE = {"Compose", "ToTensor", "MaybeToTensor", "PILToTensor", "ToImage", "ConvertImageDtype", "ToDtype"}
 

@@ -17,8 +17,6 @@ from torchcam.targets import class_scores, read_logits
 from ._formats import Run
 from ._trace import Question, fused_map
 
-__all__ = ["Case", "check", "make_cases"]
-
 _ALLOWED = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _ALLOWED_BY_DEFAULT = 1e-5
 _OTHER_SIDES = ((32, 64), (13, 27))  # how much larger the images of another size are

@@ -17,8 +17,6 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-__all__ = ["KEPT", "shorten"]
-
 aten = torch.ops.aten
 KEPT = (aten.select_backward.default,)
 """What is decomposed here, in place of torch's table."""

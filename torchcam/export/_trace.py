@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchcam.layout import Layout, primary_tensors, replace_tensors
 from torchcam.methods._recorder import Pass
@@ -17,9 +18,7 @@ from torchcam.methods.core import _CAM, Request
 from torchcam.targets import Selector, class_scores, read_logits
 
 from . import _shortcuts
-from ._operations import KEPT, RULES, Rewritten, explicit_attention
-
-__all__ = ["ExplainedModel", "Question", "fused_map", "trace"]
+from ._operations import KEPT, RULES, Rewritten
 
 OLDEST_TORCH = (2, 13)
 _LARGEST_BATCH = 65536
@@ -84,14 +83,14 @@ class ExplainedModel(nn.Module):
     def __init__(self, question: Question, layouts: Mapping[str, Layout], *, checks_input: bool = True) -> None:
         super().__init__()
         self.model = question.extractor.model
-        self._question = question
+        self.question = question
         self._layouts = dict(layouts)
         self._checks_input = checks_input
         self.eval()
 
     def forward(self, images: Tensor, classes: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the scores of images (N, C, *spatial) and the maps (N, *grid) of a class of each, (N,)."""
-        question, extractor = self._question, self._question.extractor
+        question, extractor = self.question, self.question.extractor
         recorded = self._recorded(images)
         scores = read_logits(recorded.output)
         if classes is None and not extractor.class_agnostic:
@@ -115,7 +114,7 @@ class ExplainedModel(nn.Module):
 
     def _recorded(self, images: Tensor) -> Pass:
         """Run the model and return the pass, whose graph begins at the first target layer."""
-        extractor = self._question.extractor
+        extractor = self.question.extractor
         recorded = Pass(extractor._recorder, (images,), {}, private=True)
         recorded.layouts = dict(self._layouts)
 
@@ -161,9 +160,7 @@ def fused_map(extractor: _CAM, maps: list[Tensor]) -> Tensor:
     return maps[0] if len(maps) == 1 else extractor.fuse_cams(maps)
 
 
-def trace(
-    explained: ExplainedModel, images: Tensor, *, class_input: bool, dynamic_batch: bool, dynamic_size: bool
-) -> ExportedProgram:
+def trace(explained: ExplainedModel, images: Tensor, *, dynamic_batch: bool, dynamic_size: bool) -> ExportedProgram:
     """Trace a model and its maps, forward and backward, into a graph of operations that other runtimes have.
 
     Raises:
@@ -171,17 +168,17 @@ def trace(
             operation that has no translation
         ValueError: if the model fixes a size that is to be dynamic
     """
-    check_torch()
     images = torch.zeros_like(images)
     shapes: dict[int, Any] = {0: Dim("batch", min=1, max=_LARGEST_BATCH)} if dynamic_batch else {}
     arguments: tuple[Tensor, ...] = (images,)
     dynamic: tuple[dict[int, Any], ...] = (shapes | {axis: Dim.AUTO for axis in range(2, images.ndim) if dynamic_size},)
-    if class_input:
+    if explained.question.class_input:
         arguments += (torch.zeros(images.shape[0], dtype=torch.long, device=images.device),)
         dynamic += (shapes,)
     name = type(explained.model).__name__
     try:
-        with Rewritten(), explicit_attention():
+        # The backward operation of fused attention would stay, and its forward be another one.
+        with Rewritten(), sdpa_kernel(SDPBackend.MATH):
             captured = _export(explained, arguments, dynamic)
             program: ExportedProgram = captured.run_decompositions(_table())
     except Exception as error:

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from torchcam.monitor import CAMMonitor, as_writers, check_options
 from torchcam.targets import ClassIndex
 
-__all__ = ["MonitorCallback"]
-
 
 class MonitorCallback:
     """Holds the options of a monitor, and creates it when the training starts."""

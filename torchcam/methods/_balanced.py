@@ -29,8 +29,6 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from torchcam._tensors import tensors_in
 
-__all__ = ["balanced_grad"]
-
 Gradients = Sequence[Tensor | None]
 Rule = Callable[[Gradients, Gradients], tuple[Tensor | None, ...]]  # of a node's plain gradients for inputs and outputs
 

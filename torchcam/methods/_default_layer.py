@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from torchcam._passes import Call, image_shape
 from torchcam.layers import Candidate, Candidates, candidates_of, probe
 
 from ._layouts import Layouts
 from ._running import warn
-
-__all__ = ["DefaultLayer"]
 
 logger = logging.getLogger(f"{__package__}.core")
 
@@ -46,6 +45,11 @@ class DefaultLayer:
         self.wanted_input = wanted_input
         self.layouts = layouts
         self.channels = channels
+        if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
+            raise ValueError(
+                f"{type(model).__name__} has parameters that its first forward pass makes: run it once before, or name "
+                "the `target_layer`"
+            )
         self.names: list[str] = []
         self._probed: tuple[int, ...] | None = ()
         self._is_checked = False
@@ -57,18 +61,18 @@ class DefaultLayer:
         self._probed = tuple(input_shape)
         self._choose(found, self._probed)
 
-    def confirm(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str] | None:
-        """Return the layer for the arguments of the first pass; None where the choice stays, as in all later passes.
+    def confirm(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+        """Return the layer for the arguments of the first pass, of the model or of a replica; it stays from then on.
 
         Of an input of another shape than the probe's, the choice stays where it holds, even if one position is left.
         """
         probed, self._probed = self._probed, None
         if probed is None:
-            return None
+            return self.names
         call = Call(args, kwargs, self.wanted_input)
         shape = image_shape(call.signal)
         if probed and (shape is None or shape[1:] == probed):
-            return None
+            return self.names
         found = candidates_of(self.model, call)
         kept = next((one for one in found if [one.name] == self.names and one.depends), None)
         if kept is None or kept.is_proven is False:
@@ -76,7 +80,7 @@ class DefaultLayer:
             return self.names
         self.layouts.prove(kept.name, kept.layout)
         _warn_of_one_position(kept, found, () if shape is None else shape[1:])
-        return None
+        return self.names
 
     def choose_for(self, call: Call, select: Callable[[Any], Tensor]) -> None:
         """Choose another layer if what is explained in a call does not depend on the one that was chosen.
@@ -103,18 +107,15 @@ class DefaultLayer:
         Raises:
             ValueError: if it does not, but does on another layer, which the message names
         """
-        if self._is_checked:
-            return
-        if any(bool(effect.any()) for effect in effects):
-            self._is_checked = True
-            return
-        found = candidates_of(self.model, call, select)
-        own = next((one for one in found if [one.name] == self.names), None)
-        if found.choice is not None and (own is None or not own.depends):
-            raise ValueError(
-                f"the explained score does not depend on the positions of the default layer '{self.names[0]}', but on "
-                f"those of '{found.choice}': name that as `target_layer`"
-            )
+        if not self._is_checked and not any(bool(effect.any()) for effect in effects):
+            found = candidates_of(self.model, call, select)
+            own = next((one for one in found if [one.name] == self.names), None)
+            if found.choice is not None and (own is None or not own.depends):
+                raise ValueError(
+                    f"the explained score does not depend on the positions of the default layer '{self.names[0]}', but "
+                    f"on those of '{found.choice}': name that as `target_layer`"
+                )
+        self._is_checked = True
 
     def of_positions(self, gradient: Tensor) -> Tensor:
         """Leave out what is before the positions: a class token may be all that a score is read from."""

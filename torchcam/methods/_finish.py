@@ -13,8 +13,6 @@ from torchcam._tensors import is_finite, resize
 
 from ._running import warn
 
-__all__ = ["all_finite", "broken_samples", "scale_signed", "to_one_shape", "weighted_sum"]
-
 
 def weighted_sum(weight: Tensor, activation: Tensor) -> Tensor:
     """Sum the weighted channels: (N, C) or (N, C, *spatial) by (N, C, *spatial) to (N, *spatial)."""

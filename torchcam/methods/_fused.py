@@ -14,8 +14,6 @@ from torchcam._tensors import map_tensors, tensors_in
 
 from ._running import thread
 
-__all__ = ["SharedWrapper", "attached", "fused_modules", "with_graph_of"]
-
 _lock = threading.RLock()  # a dropped extractor leaves when it is collected, in the middle of anything
 
 

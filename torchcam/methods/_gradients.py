@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from ._balanced import balanced_grad
 from ._recorder import Row
-
-__all__ = ["OTHER_SIGN", "differentiate", "share_of_other_sign", "share_of_score"]
 
 OTHER_SIGN = 0.1
 """The share of the rarer sign from which on activations count as of both signs."""
@@ -85,6 +84,24 @@ def differentiate(
         row.values.new_zeros((*score.shape[1:], *row.values.shape)) if gradient is None else gradient  # type: ignore[union-attr]
         for row, gradient in zip(rows, gradients, strict=True)
     ]
+
+
+def nodes_of(score: Tensor) -> Iterator[Node]:
+    """Go through the nodes of the graph of a score."""
+    seen: set[Node | None] = {None}
+    ahead = [score.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            ahead += [following for following, _ in node.next_functions]
+
+
+def reaches(score: Tensor, leaves: Iterable[Tensor]) -> bool:
+    """Check whether any of some leaves is in the graph of a score."""
+    wanted = set(map(id, leaves))
+    return any(id(getattr(node, "variable", None)) in wanted for node in nodes_of(score))
 
 
 def share_of_score(activation: Tensor, gradient: Tensor, score: Tensor) -> Tensor:

@@ -14,8 +14,6 @@ from torchcam.layout import AmbiguousLayoutError, Layout, Reading, no_reading, u
 
 from ._running import warn
 
-__all__ = ["Layouts"]
-
 
 class Layouts:
     """Finds the layout of each target layer once for the shapes of its output and of the input.

@@ -7,28 +7,28 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Sequence, Set
+from contextlib import nullcontext
 from contextvars import ContextVar
 from functools import partial
-from types import FunctionType, NoneType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd import forward_ad
+from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
 
 from torchcam._passes import Call, image_shape, without_inference
-from torchcam._replica import CallWrapper, ExtractorHook, KeptReplica, modules_of
+from torchcam._replica import CallWrapper, KeptReplica
 from torchcam._tensors import map_tensors, tensors_in
-from torchcam.layout import Layout, axes_of, primary_tensors, replace_tensors, unusual_axes
+from torchcam.layout import Layout, axes_of, replace_tensors, unusual_axes
 
 from ._fused import FusedCall, SharedWrapper, attached, fused_modules
+from ._layer_hook import LayerHook, drop_graphs, followed, may_be_hooked
 from ._layouts import Layouts
 from ._running import thread
 
-__all__ = ["Pass", "Recorder", "Row"]
-
-ChooseLayers = Callable[[tuple[Any, ...], dict[str, Any]], list[str] | None]
+ChooseLayers = Callable[[tuple[Any, ...], dict[str, Any]], list[str]]
 
 _numbers = itertools.count()
 
@@ -89,8 +89,8 @@ class Pass:
             to differentiate for
         rows: the same in the order of the target layers, with a row without values for one that was not reached
         grids: these in grid form, once somebody has asked
-        is_partial: whether some use of a layer's output may lie outside of the graph: that output is the caller's input
-        owns_input: whether the arguments are copies, which the caller does not use
+        is_partial: whether some use of a layer's output lies outside of the graph: it is the caller's input, or a view
+        others: leaves in the place of what else the layers returned: the graph of a score that they are in is partial
         gradients: those of the score that was explained last, as the layers returned their outputs
         num_scores: how many scores of each sample were explained last; None for one without a dimension of its own
         score: the score that was explained last, (N,) or (N, K)
@@ -104,6 +104,7 @@ class Pass:
     explained = False
     superseded = False
     is_partial = False
+    others: Sequence[Tensor] = ()
     watch: Any = None
     rows: Sequence[Row] = ()
     grids: list[Tensor] | None = None
@@ -111,6 +112,7 @@ class Pass:
     num_scores: int | None = None
     score: Tensor | None = None
     unbalanced: Set[str] = frozenset()
+    _versions: Sequence[tuple[Tensor, int]] = ()
 
     def __init__(self, recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], private: bool) -> None:
         self.number = next(_numbers)
@@ -120,13 +122,13 @@ class Pass:
         self.call = Call(args, kwargs, recorder.wanted_input)
         self.input_shape = image_shape(self.call.found)
         self.call.axes = axes_of(self.input_shape)
-        self.owns_input = recorder.owns_input
         self.returned: list[weakref.ref[Tensor]] = []
         self.target_names = recorder.target_names
         self.attentions: list[list[Tensor] | None] = [None] * len(self.target_names)
         self.layers: dict[int, dict[str, tuple[Tensor, Tensor | GradientEdge]]] = {}
         self.layouts: dict[str, Layout] = {}
         self._layouts = recorder.layouts
+        self._modules = recorder.modules.values()
         self._reads_layers = recorder.keeps_outputs
 
     @property
@@ -153,15 +155,30 @@ class Pass:
         in_event_loop = asyncio._get_running_loop() is not None
         return other.predecessor == self.number or (in_event_loop and not other.in_event_loop)
 
+    def check_output(self) -> None:
+        """Check that the output is as the model returned it, where no graph shows what was changed.
+
+        Raises:
+            RuntimeError: if it was modified in place
+        """
+        if any(tensor._version != version for tensor, version in self._versions):
+            raise RuntimeError(
+                "the output of the model was modified in place after its forward pass without gradients, so the score "
+                "is not the one that it was made of: change a copy (`scores.clone()`), or explain before you change it"
+            )
+
     def fail(self) -> None:
         """Forget what the pass has recorded: it was cut short."""
         self.layers.clear()
+        self.others = ()
         self.attentions = [None] * len(self.target_names)
         self.finish(None, None)
 
     def finish(self, output: Any, returned: Any) -> None:
         """Take note of what the model and its target layers returned, and of what the caller gets."""
         self.output = output
+        if self.private:
+            self._versions = [(tensor, tensor._version) for tensor in tensors_in(output)]
         returned = [returned] if isinstance(returned, Tensor) else tensors_in(returned)
         self.returned = [weakref.ref(tensor) for tensor in returned]
         self.rows = [
@@ -177,6 +194,16 @@ class Pass:
             found = self._layouts.find(tensor.shape, name, self.target_names, self.call, self.input_shape)
             self.layouts[name] = found
         return found
+
+    def is_of_model(self, tensor: Tensor) -> bool:
+        """Check whether a tensor is a parameter or a buffer of the model, or a view of one."""
+        whole = tensor if tensor._base is None else tensor._base
+        return any(
+            whole is one
+            for module in self._modules
+            for own in (module._parameters, module._buffers)
+            for one in own.values()
+        )
 
     def settle_axes(self) -> None:
         """Note in the call along which of its axes the positions of a signal or a spectrogram are."""
@@ -203,13 +230,12 @@ class Recorder:
         keeps_outputs: whether the outputs of the target layers are recorded
         wanted_input: name or position of the image-like input
         enabled: whether passes are recorded from the start
-        choose_layers: called with the arguments of a pass before it starts; returns target layers, None for no change
+        choose_layers: called with the arguments of a pass before it starts; returns the target layers
         layouts: finds the layouts of the target layers
         around: called in the place of the model, with the pass that starts, the model and its arguments
         ended: called with a pass when the model has returned
 
     Attributes:
-        owns_input: whether the model is called with copies, which nobody else uses
         replicas: replicas of the model that ran in earlier calls, and may run again
     """
 
@@ -237,7 +263,6 @@ class Recorder:
         self.keeps_outputs = keeps_outputs
         self.wanted_input = wanted_input
         self.enabled = enabled
-        self.owns_input = False
         self.replicas: list[KeptReplica] = []
         self.handles: list[RemovableHandle] = []
         self.choose_layers = choose_layers
@@ -272,7 +297,7 @@ class Recorder:
     def _hook_layers(self) -> None:
         self.layers = [self.modules[name] for name in self.target_names]
         if self.keeps_outputs:
-            self.handles += [layer.register_forward_hook(_LayerHook(self, i)) for i, layer in enumerate(self.layers)]
+            self.handles += [layer.register_forward_hook(LayerHook(self, i)) for i, layer in enumerate(self.layers)]
         for module in fused_modules(self.model, self.target_names, self.differentiates or self.reads_attention):
             self._leave.append(attached(FusedCall, module, weakref.ref(self)))
 
@@ -292,10 +317,10 @@ class Recorder:
     # Passes.
 
     def prepare(self, choose_layers: ChooseLayers, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Choose the default layers before the first pass."""
+        """Watch the default layers, which the first pass decides: of this recorder, or of one on a replica."""
         with self._lock:
             names = choose_layers(args, kwargs)
-            if names is not None and names != self.target_names:
+            if names != self.target_names:
                 self.move(names)
 
     def end(self, ended: Pass) -> None:
@@ -415,6 +440,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+def _is_transformed() -> bool:
+    """Check whether calls are traced, or go through a transform of `torch.func` or forward-mode differentiation."""
+    return (
+        torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
 class _ModelCall(SharedWrapper):
     """Records the calls of a model for the recorders on it.
 
@@ -431,7 +465,7 @@ class _ModelCall(SharedWrapper):
             if recorder is not None and recorder.enabled and id(recorder) not in thread.passes:
                 recorders.append(recorder)
                 differentiates |= recorder.differentiates
-        if not recorders or torch._C._get_tracing_state() is not None:
+        if not recorders or _is_transformed():
             return self.run(module, args, kwargs)
         for recorder in recorders:
             if recorder.choose_layers is not None:
@@ -446,16 +480,32 @@ class _ModelCall(SharedWrapper):
             return self._recorded_privately(module, recorders, args, kwargs)
 
     def _recorded_privately(self, module: nn.Module, recorders: list[Recorder], args: Any, kwargs: Any) -> Any:
+        hooked = any(may_be_hooked(layer) for recorder in recorders for layer in recorder.layers)
         try:
             torch.set_grad_enabled(False)
             thread.private = True
-            return self._recorded(module, recorders, args, kwargs, detached=True)
+            # A graph that saved tensors itself could not be followed once these are detached, as below.
+            with followed() if hooked else nullcontext():
+                return self._recorded(module, recorders, args, kwargs, detached=True)
+        except RuntimeError as error:
+            if torch.is_grad_enabled():
+                error.add_note(
+                    "An extractor on the model has turned gradients on behind its target layer. If the model cannot "
+                    "run with gradients there, take a method that needs none, or disable the extractor's hooks."
+                )
+            raise
         finally:
             started = torch.is_grad_enabled()
             thread.private = False
             torch.set_grad_enabled(False)
             if started:
-                _drop_graphs(module)
+                drop_graphs(module)
+            while thread.written:
+                tensor, _ = thread.written.pop()
+                if tensor.is_leaf:
+                    tensor.requires_grad_(False)
+                elif hooked and not tensor._is_view():
+                    tensor.detach_()
 
     def _recorded(
         self, module: nn.Module, recorders: list[Recorder], args: Any, kwargs: Any, *, detached: bool = False
@@ -469,6 +519,8 @@ class _ModelCall(SharedWrapper):
                 if recorder.around is not None:
                     run = partial(recorder.around, started, run)
             output = run(*args, **kwargs)
+            if detached and thread.written:
+                output = replace_tensors(output, [(tensor, tensor.view_as(tensor)) for tensor, _ in thread.written])
         except BaseException:
             for _, started in passes:
                 started.fail()
@@ -485,82 +537,3 @@ class _ModelCall(SharedWrapper):
                 thread.passes.pop(id(recorder), None)
             for recorder, started in passes:
                 recorder.end(started)
-
-
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-_PLAIN = frozenset({bool, int, float, str, NoneType, FunctionType, torch.dtype, torch.device})
-
-
-def _drop_graphs(model: nn.Module) -> None:
-    """Detach what modules keep in buffers and attributes, as the caller has turned gradients off."""
-    for module in modules_of(model):
-        buffers, attributes = module._buffers, vars(module)
-        for fields, names in ((buffers, list(buffers.keys())), (attributes, attributes.keys() - _OF_EVERY_MODULE)):
-            for name in names:
-                value = fields[name]
-                kind = type(value)
-                if kind in _PLAIN or (isinstance(value, tuple) and _PLAIN.issuperset(map(type, value))):
-                    continue
-                if any(tensor.grad_fn is not None for tensor in tensors_in(value)):
-                    fields[name] = map_tensors(lambda t: t if t.grad_fn is None else t.detach(), value)
-
-
-class _LayerHook(ExtractorHook):
-    """Records what a target layer returns. The extractor is held weakly: it must not live as long as the model."""
-
-    def __init__(self, recorder: Recorder, index: int) -> None:
-        self._recorder = id(recorder)
-        self._layer = weakref.ref(recorder.layers[index])
-        self._index = index
-        self._differentiates = recorder.differentiates
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Record an output; return a replacement where what follows needs one."""
-        if torch.compiler.is_compiling():  # what is traced now would run again without this extractor
-            return None
-        running = thread.passes.get(self._recorder)
-        if running is None or module is not self._layer():
-            return None
-        kept: dict[str, tuple[Tensor, Tensor | GradientEdge]] = {}
-        running.layers[self._index] = kept
-        replaced = []
-        for level, tensor in primary_tensors(output).items():
-            if not self._differentiates or not tensor.is_floating_point():
-                copied = tensor.detach() if tensor.requires_grad else tensor
-                copied = copied.clone()  # an operation in place must not change what is recorded
-                kept[level] = copied, copied
-                continue
-            if not tensor.requires_grad and running.private:
-                torch.set_grad_enabled(True)
-            if tensor.requires_grad and torch.is_grad_enabled():
-                kept[level] = tensor.clone(), get_gradient_edge(tensor)
-                continue
-            leaf, handed, running.is_partial = _with_graph(tensor, list(tensors_in(args)), running)
-            kept[level] = leaf, leaf
-            if handed is not tensor:
-                replaced.append((tensor, handed))
-        return replace_tensors(output, replaced) if replaced else None
-
-
-def _with_graph(tensor: Tensor, given: list[Tensor], running: Pass) -> tuple[Tensor, Tensor, bool]:
-    """Return a leaf with the values of a layer's output, and what is handed on: a function of the leaf.
-
-    The third value says whether other parts of the model may use the values without the graph.
-    """
-    storage = _storage(tensor)
-    if all(_storage(one) != storage for one in given):
-        leaf = tensor.detach().requires_grad_()
-        return leaf, leaf.clone(), False
-    # The layer returned what it was given. Whoever uses that, too, gets the graph only if the tensor itself has it.
-    leaf = tensor.detach().clone().requires_grad_()
-    if not running.owns_input and any(_storage(one) == storage for one, _ in running.call.versions):
-        return leaf, tensor, True
-    try:
-        return leaf, tensor.copy_(leaf), False
-    except RuntimeError:  # views made without gradients and parameters cannot be written to
-        return leaf, leaf.clone(), False
-
-
-def _storage(tensor: Tensor) -> int:
-    address: int = tensor.untyped_storage()._cdata
-    return address

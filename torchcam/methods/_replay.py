@@ -23,11 +23,10 @@ from torchcam.targets import Selector
 
 from ._running import plain_tensors, warn
 
-__all__ = ["Edit", "Replay", "VariantRunner", "is_close"]
-
 Edit = Callable[[Tensor, Tensor], Tensor]
 
 _SHORT = frozenset({torch.bfloat16, torch.float16})  # scores of these types round away what variants differ by
+_TF32 = 2**-10  # the rounding of what a GPU may compute float32 in
 _is_training = attrgetter("training")
 _LITTLE = 0.01  # of the largest effect of a variant: no map shows it
 
@@ -219,9 +218,8 @@ class Replay:
 
     def _recorded_score(self, modules: Iterable[nn.Module]) -> Tensor | None:
         """Return the recorded score of the first sample, (1,); None if it is not known, or of another mode."""
-        if self.output is None or any(map(_is_training, modules)):
-            return None
-        return self.select(self.output)[:1]
+        scores = recorded_scores(modules, self.output, self.select)
+        return None if scores is None else scores[:1]
 
     def _compare(self, found: Tensor, expected: Tensor, variants: Tensor) -> None:
         """Warn, once, if the first sample as it is does not get the expected score, by more than no map would show.
@@ -233,7 +231,7 @@ class Replay:
         """
         kinds = [self.autocast, self.call.autocast, self.image.dtype]
         eps = max(torch.finfo(kind).eps for kind in kinds if kind is not None)
-        eps = max(eps, 2**-10) if found.is_cuda else eps  # there, float32 may be TF32
+        eps = max(eps, _TF32) if found.is_cuda else eps
         effect = (variants - expected).abs().nan_to_num(0.0).amax()
         rounding = eps**0.5 * torch.maximum(expected.abs(), effect)
         differs = (found - expected).abs() > torch.maximum(rounding, _LITTLE * effect)
@@ -266,7 +264,6 @@ class Replay:
             progress=self.progress,
             description=self.description,
         )
-        chunks = chunks or [torch.zeros(0, device=samples.device)]
         scores = chunks[0] if len(chunks) == 1 else torch.cat(chunks)
         if expected is not None and more:
             found, scores = torch.split_with_sizes(scores, (1, total))
@@ -289,15 +286,25 @@ class Replay:
         return recorded.scores, _WholeModel(self, replica, layer, recorded.layer_calls)
 
 
-def is_close(found: Tensor, expected: Tensor) -> bool:
+def recorded_scores(modules: Iterable[nn.Module], output: Any, select: Selector) -> Tensor | None:
+    """Return the scores that were recorded, (N,); None if they are not known, or of training mode."""
+    return None if output is None or any(map(_is_training, modules)) else select(output)
+
+
+def is_repeated(found: Tensor, expected: Tensor) -> bool:
+    """Check whether another pass has given the same scores, by kernels that may be others."""
+    return is_close(found, expected, _TF32 if found.is_cuda else 0.0)
+
+
+def is_close(found: Tensor, expected: Tensor, eps: float = 0.0) -> bool:
     """Check whether numbers are the same, up to what another order of the same operations makes of them."""
     if not expected.is_floating_point():
         return torch.equal(found, expected)
-    tolerance = max(torch.finfo(found.dtype).eps, torch.finfo(expected.dtype).eps) ** 0.5
+    tolerance = max(eps, torch.finfo(found.dtype).eps, torch.finfo(expected.dtype).eps) ** 0.5
     if expected.numel() == 1 and math.isclose(found.item(), expected.item(), rel_tol=tolerance):
         return True
     scale = torch.where(expected.isfinite(), expected.abs(), 0.0).amax() if expected.numel() else 0.0
-    near = (found - expected).abs() <= tolerance * scale
+    near = (found == expected) | ((found - expected).abs() <= tolerance * scale)
     return bool((near | (found.isnan() & expected.isnan())).all())
 
 
@@ -314,10 +321,9 @@ def _rows(tensor: Tensor, dimension: int | None, samples: Tensor) -> Tensor:
         return torch.full((), torch.nan, dtype=tensor.dtype, device=samples.device).expand(shape)
     if dimension is None:
         return tensor.clone()
-    first, last = int(samples[0]), int(samples[-1])
-    if first != last or len(samples) == 1:
+    if len(samples) < 2 or int(samples[0]) != int(samples[-1]):
         return tensor.index_select(dimension, samples)
-    return tensor.narrow(dimension, first, 1).expand(shape)
+    return tensor.narrow(dimension, int(samples[0]), 1).expand(shape)
 
 
 class _UnknownDecidesError(Exception):

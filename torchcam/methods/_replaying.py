@@ -16,8 +16,6 @@ from ._recorder import Pass
 from ._replay import Edit, Replay
 from .core import _CAM, Request
 
-__all__ = ["_ChannelCAM", "_EditingCAM", "_ReplayCAM"]
-
 
 class _ReplayCAM(_CAM):
     """What methods that run the model again share: how many variants are in memory at a time, and a final ReLU.

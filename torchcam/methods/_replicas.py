@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
+
+from torch import Tensor
 
 from torchcam._passes import untouched
 from torchcam._replica import replicated
+from torchcam._tensors import map_tensors
 
-__all__ = ["on_replica"]
+from ._request import Request
+from ._running import with_graph
 
 
 @contextmanager
@@ -25,3 +30,28 @@ def on_replica(extractor: Any) -> Iterator[Any]:
         return
     with replicated(extractor.model) as replica, extractor.moved_to(replica) as moved:
         yield moved
+
+
+def gradients_of_copies(extractor: Any, request: Request) -> list[Tensor]:
+    """Repeat the recorded pass on copies of its inputs, with a graph from these on, and differentiate that.
+
+    Raises:
+        RuntimeError: if the score is not the recorded one
+    """
+    call, recorded = extractor._recorded_call(request), request.recorded
+    request.check_recorded()
+    with on_replica(extractor) as repeated, call.as_recorded(), with_graph():
+        args, kwargs = map_tensors(_copied_with_graph, (call.args, call.kwargs))
+        repeated.model(*args, **kwargs)
+        again = replace(request, recorded=repeated._recorder.find(), scores=None)
+        grids: list[Tensor] = [] if again.recorded.is_partial else repeated._gradients(again)
+    request.check_repeated(again.recorded.score, extractor._selector(request))
+    for name in ("rows", "gradients", "num_scores", "score", "unbalanced"):
+        setattr(recorded, name, getattr(again.recorded, name))
+    return grids
+
+
+def _copied_with_graph(tensor: Tensor) -> Tensor:
+    """Return a copy that can be changed in place, with a graph if it is of floating-point numbers."""
+    copied = tensor.detach().clone()
+    return copied.requires_grad_().clone() if tensor.is_floating_point() else copied

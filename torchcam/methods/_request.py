@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchcam._tensors import tensors_in
+from torchcam._tensors import map_tensors, tensors_in
 from torchcam.targets import Selector
 
 from ._recorder import Pass
-
-__all__ = ["Request"]
+from ._replay import is_repeated
 
 
 @dataclass(slots=True)
@@ -51,6 +50,7 @@ class Request:
         """Return the output with its graph: the one handed over, or else the one of the recorded pass."""
         recorded, scores = self.recorded, self.scores
         if recorded.output is not None and (scores is None or recorded.has_returned(scores)):
+            recorded.check_output()
             return recorded.output
         if any(tensor.requires_grad for tensor in tensors_in(scores)):
             return scores
@@ -79,8 +79,26 @@ class Request:
         for tensor in tensors_in(self.scores):
             if any(tensor is returned() for returned in self.recorded.returned):
                 continue
-            if not any(tensor.shape == one.shape and torch.equal(tensor.to(one), one) for one in known):
+            if not any(tensor.shape == one.shape and _are_equal(tensor.to(one), one) for one in known):
                 raise RuntimeError(
                     f"`scores` of shape {tuple(tensor.shape)} carry no graph and are not the output of the recorded "
                     "pass: pass that output as it came, leave `scores` out, or compute them with gradients on"
                 )
+
+    def check_repeated(self, score: Tensor | None, select: Selector) -> None:
+        """Check that a second pass, with a graph from the input on, has given the recorded score.
+
+        Raises:
+            RuntimeError: if it has not, or could not be differentiated
+        """
+        recorded = self.recorded
+        if score is None or not is_repeated(score, select(map_tensors(Tensor.detach, recorded.output))):
+            raise RuntimeError(
+                f"what {', '.join(recorded.names)} returned reaches the score on a way without gradients, and a second "
+                "pass, in evaluation mode and with gradients, does not give the recorded score: run the forward pass "
+                "with gradients on, on an input that requires them"
+            )
+
+
+def _are_equal(tensor: Tensor, other: Tensor) -> bool:
+    return bool(torch.isclose(tensor, other, rtol=0, atol=0, equal_nan=other.is_floating_point()).all())

@@ -12,8 +12,6 @@ import torch
 
 from torchcam._passes import Call
 
-__all__ = ["computing", "plain_tensors", "quietly", "thread", "warn", "with_graph"]
-
 
 class _ThreadState(threading.local):
     """What extractors do on a thread while a model runs.
@@ -21,6 +19,7 @@ class _ThreadState(threading.local):
     Attributes:
         passes: the passes that run, by the identity of their recorders
         private: whether gradients are turned on for the passes alone, and not by the caller
+        written: outputs of target layers that got a graph for the passes alone, with what was handed on in their place
         watches: who notes the attention that is computed
         quiet: whether nobody is warned of what extractors meet
     """
@@ -28,6 +27,7 @@ class _ThreadState(threading.local):
     def __init__(self) -> None:
         self.passes: dict[int, Any] = {}
         self.private = False
+        self.written: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.watches: list[Any] = []
         self.quiet = False
 

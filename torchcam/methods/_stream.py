@@ -15,8 +15,6 @@ from torchcam.targets import ClassIndex, OutputTarget, class_scores
 from ._diagnose import Diagnosis, diagnose
 from ._replicas import on_replica
 
-__all__ = ["Repeats", "batch_arguments"]
-
 
 class Repeats:
     """What an extractor does with more passes than the recorded one."""

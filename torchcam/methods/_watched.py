@@ -18,8 +18,6 @@ from ._fused import with_graph_of
 from ._recorder import Pass, Recorder
 from ._running import thread
 
-__all__ = ["AttentionWatched", "BlockStarts", "Watch"]
-
 _SOFTMAX = {torch.softmax, F.softmax, Tensor.softmax, torch.special.softmax}
 # Under a function mode, this function is one call as a whole; its copy is the calls that it is made of.
 _multi_head_attention = FunctionType(

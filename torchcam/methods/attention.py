@@ -22,8 +22,6 @@ from ._running import thread, with_graph
 from ._watched import AttentionWatched, BlockStarts, Watch
 from .core import _CAM, Request
 
-__all__ = ["AttentionRollout", "LeGrad", "TransformerAttribution"]
-
 
 class _AttentionCAM(_CAM):
     """What the methods share that read the attention probabilities of blocks.

@@ -19,8 +19,6 @@ from .composite import Wrapper
 from .core import _CAM, Request
 from .gradient import GradCAM
 
-__all__ = ["SESS", "AugmentedCAM"]
-
 Transform = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 
 
@@ -84,16 +82,17 @@ class AugmentedCAM(Wrapper):
 
     def _raw_maps(self, request: Request, **options: Any) -> list[Tensor]:
         image = self._recorded_call(request).image
+        count = max(len(image), 1)
         total = len(self.transforms) * len(image)
         numbers = torch.arange(total, device=image.device)  # all samples under the first transform, then the second
 
         def transformed(chunk: slice) -> Tensor:
-            which, samples = numbers[chunk] // len(image), numbers[chunk] % len(image)
-            first, last = chunk.start // len(image), (chunk.stop - 1) // len(image)
+            which, samples = numbers[chunk] // count, numbers[chunk] % count
+            first, last = chunk.start // count, max(chunk.stop - 1, 0) // count
             parts = [(self.transforms[t][0], image[samples[which == t]]) for t in range(first, last + 1)]
             return torch.cat([_same_shape(augment, part) for augment, part in parts])
 
-        layers = self._explain_variants(transformed, numbers % len(image), request, self.batch_size, **options)
+        layers = self._explain_variants(transformed, numbers % count, request, self.batch_size, **options)
         means = []
         for maps in layers:
             by_transform = zip(self.transforms, maps.chunk(len(self.transforms)), strict=True)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from torchcam._checks import finite_number, one_of, positive_integer
 from torchcam._chunks import run_chunks
+from torchcam._names import moved
 from torchcam._tensors import min_max
 from torchcam.layers import TargetLayer
 from torchcam.targets import ClassIndex, OutputTarget, Selector, as_class_indices, read_logits
@@ -24,7 +25,9 @@ from .core import _CAM, Request, on_replica
 from .decomposition import along, first_component
 from .gradient import GradCAM, GradCAMpp
 
-__all__ = ["EigenSmoothedCAM", "FinerCAM", "RefineCAM"]
+
+def __getattr__(name: str) -> Any:
+    return moved(name, ("AugmentedCAM", "SESS"), __name__)  # which the first edition had here
 
 
 class Wrapper(_CAM):
@@ -245,8 +248,6 @@ class FinerCAM(Wrapper):
             ValueError: if a class does not exist, is compared with itself or named twice, or is the only one
             RuntimeError: if the score does not depend on a target layer
         """
-        if class_idx is None or "targets" in kwargs:
-            raise ValueError("FinerCAM contrasts a class with others: it takes `class_idx`, and no `targets`")
         return self.compute_cams(class_idx, scores, comparison_idx, normalized, **kwargs)
 
     def compute_cams(  # type: ignore[override]  # TorchCAM's order of arguments
@@ -257,7 +258,7 @@ class FinerCAM(Wrapper):
         normalized: bool = True,
         **kwargs: Any,
     ) -> list[Tensor]:
-        """Compute the maps as a call does, without its checks."""
+        """Compute the maps as a call does."""
         return super().compute_cams(class_idx, scores, normalized, comparison_idx=comparison_idx, **kwargs)
 
     def _layer_weights(
@@ -273,6 +274,8 @@ class FinerCAM(Wrapper):
 
     def _contrasted(self, request: Request, comparison_idx: Any) -> Request:
         """Ask for what tells each sample's class from its references."""
+        if request.class_idx is None or request.targets is not None:
+            raise ValueError("FinerCAM contrasts a class with others: it takes `class_idx`, and no `targets`")
         self._activations(request)  # there are none of a pass that was cut short
         output = request.recorded.output if request.scores is None else request.scores
         logits = read_logits(output).detach()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, Literal, Self
 
 import torch
@@ -13,16 +12,17 @@ from torch.utils.hooks import RemovableHandle
 
 from torchcam._checks import one_of, torch_module
 from torchcam._passes import Call
-from torchcam._tensors import map_tensors, min_max, to_float
+from torchcam._replica import has_backward_hooks
+from torchcam._tensors import min_max, to_float
 from torchcam.layers import TargetLayer, layer_names
 from torchcam.targets import ClassIndex, OutputTarget, Selector, check_one_of, class_columns
 
 from ._default_layer import DefaultLayer
 from ._finish import all_finite, broken_samples, scale_signed, to_one_shape, weighted_sum
-from ._gradients import differentiate, share_of_score
+from ._gradients import differentiate, reaches, share_of_score
 from ._layouts import Layouts
 from ._recorder import Pass, Recorder
-from ._replicas import on_replica
+from ._replicas import gradients_of_copies, on_replica
 from ._request import Request
 from ._running import computing, plain_tensors, with_graph
 from ._stream import Repeats
@@ -420,7 +420,7 @@ class _CAM(Repeats):
         """Compute the maps as a call does, without its checks."""
         columns = None if type(class_idx) is int else class_columns(class_idx, targets)
         recorded = self._recorder.find(scores)
-        if columns is not None and not self._explains_many:
+        if columns is not None and not (self._explains_many and not has_backward_hooks(self.model)):
             asked = kwargs | {"scores": scores, "normalized": normalized}
             keep = {"retain_graph": True} if self._differentiates else {}
             each = [self.compute_cams(**asked | keep, **column) for column in columns[:-1]]
@@ -506,11 +506,13 @@ class _CAM(Repeats):
         """Differentiate the explained score for every target layer's output, shaped as the activations."""
         recorded = request.recorded
         if recorded.is_partial:
-            return self._gradients_of_copies(request)
+            return gradients_of_copies(self, request)
         with with_graph():
             output = request.attached()
             select = self._selector(request)
             score = select(output)
+            if recorded.others and reaches(score, recorded.others):
+                return gradients_of_copies(self, request)
             balanced: tuple[Any, set[str]] | None = None
             if self.gradients == "balanced":
                 recorded.unbalanced = set()
@@ -527,19 +529,6 @@ class _CAM(Repeats):
         recorded.gradients, recorded.num_scores = gradients, None if score.ndim == 1 else score.shape[1]
         recorded.score = score.detach()
         return self._gradient_grids(recorded, request.create_graph)
-
-    def _gradients_of_copies(self, request: Request) -> list[Tensor]:
-        """Repeat the recorded pass on copies of its inputs, and differentiate that."""
-        call, recorded = self._recorded_call(request), request.recorded
-        with on_replica(self) as repeated, call.as_recorded():
-            repeated._recorder.owns_input = True
-            args, kwargs = map_tensors(Tensor.clone, (call.args, call.kwargs))
-            repeated.model(*args, **kwargs)
-            again = replace(request, recorded=repeated._recorder.find(), scores=None)
-            grids: list[Tensor] = repeated._gradients(again)
-        recorded.gradients, recorded.num_scores = again.recorded.gradients, again.recorded.num_scores
-        recorded.score, recorded.unbalanced = again.recorded.score, again.recorded.unbalanced
-        return grids
 
     def _selector(self, request: Request) -> Selector:
         return request.selector(self._batch_size(request))

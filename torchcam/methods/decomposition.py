@@ -23,16 +23,6 @@ from .core import plain_tensors
 from .gradient import _GradientCAM
 from .summary import MeanActivation, _ClassAgnosticCAM
 
-__all__ = [
-    "KPCACAM",
-    "DeepFeatureFactorization",
-    "EigenCAM",
-    "EigenGradCAM",
-    "Factorization",
-    "SegEigenCAM",
-]
-
-
 _LARGE = 512  # sides of matrices beyond which a full decomposition takes longer
 _KRYLOV_STEPS = 64
 _SQUARINGS = 14

@@ -15,8 +15,6 @@ from torchcam.layers import TargetLayer
 from ._replaying import _ChannelCAM, _EditingCAM
 from .core import Request
 
-__all__ = ["AblationCAM", "ReciproCAM"]
-
 
 class AblationCAM(_EditingCAM, _ChannelCAM):
     r"""Ablation-CAM (Desai & Ramaswamy, WACV 2020): channels weighted by the drop of the score without them.
@@ -136,7 +134,7 @@ class ReciproCAM(_EditingCAM):
 
     def _evidence(self, request: Request) -> list[tuple[Any, ...]]:
         return [
-            (a, self._edited(request, index, self._around_positions, a[0, 0].numel())[1])
+            (a, self._edited(request, index, self._around_positions, a.shape[2:].numel())[1])
             for index, a in enumerate(self._activations(request))
         ]
 

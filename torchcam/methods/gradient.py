@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib import import_module
 from typing import Any, Self
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from torchcam._checks import finite_number, positive_integer
 from torchcam._chunks import run_chunks
+from torchcam._names import moved
 from torchcam._tensors import gaussian_noise
 from torchcam.layers import TargetLayer
 
@@ -31,15 +31,9 @@ __all__ = [
     "XGradCAM",
 ]
 
-# TorchCAM has these three in this module; here they live elsewhere, and are found by these paths as well.
-_ELSEWHERE = {"FinerCAM": "composite", "LeGrad": "attention", "RefineCAM": "composite"}
 
-
-def __getattr__(name: str) -> type[_CAM]:
-    if name not in _ELSEWHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found: type[_CAM] = getattr(import_module(f"torchcam.methods.{_ELSEWHERE[name]}"), name)
-    return found
+def __getattr__(name: str) -> Any:
+    return moved(name, ("FinerCAM", "LeGrad", "RefineCAM"), __name__)  # which TorchCAM has here
 
 
 class _GradientCAM(_CAM):

@@ -19,8 +19,6 @@ from ._replay import Replay
 from ._replaying import _ChannelCAM, _ReplayCAM
 from .core import Request
 
-__all__ = ["ISCAM", "SSCAM", "GroupCAM", "ScoreCAM"]
-
 Perturbation = Callable[[Tensor, Tensor], Tensor]
 
 

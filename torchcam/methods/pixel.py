@@ -11,19 +11,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
-from torchcam._passes import Call
-from torchcam._replica import replicated
+from torchcam._replica import modules_of, replicated
 from torchcam._tensors import is_constant, map_tensors, resize, to_float
-from torchcam.targets import Selector
 
+from ._gradients import nodes_of
 from ._recorder import Pass, Recorder
+from ._replay import is_repeated, recorded_scores
+from ._running import warn
 from .core import _CAM, Request
 from .gradient import GradCAM
-
-__all__ = ["FullGrad", "GuidedBackprop", "GuidedGradCAM"]
 
 
 class _PixelCAM(_CAM):
@@ -102,7 +100,7 @@ class GuidedBackprop(_PixelCAM):
 
     def _evidence(self, request: Request) -> list[tuple[Any, ...]]:
         (image,) = self._activations(request)
-        gradient = _guided_gradient(self.model, self._recorded_call(request), self._selector(request))
+        gradient = _guided_gradient(self, request)
         request.recorded.gradients = [gradient]
         return [(image, gradient)]
 
@@ -131,7 +129,7 @@ class GuidedGradCAM(GradCAM):
 
     def _evidence(self, request: Request) -> list[tuple[Any, ...]]:
         evidence = super()._evidence(request)
-        guided = _guided_gradient(self.model, self._recorded_call(request), self._selector(request))
+        guided = _guided_gradient(self, request)
         return [(*of_layer, guided) for of_layer in evidence]
 
 
@@ -177,15 +175,13 @@ class FullGrad(_PixelCAM):
         Each is gone before the next one is computed.
         """
 
-        def share(bias: Tensor, channels: int, gradient: Tensor) -> None:
+        def share(bias: Tensor, channels: int, gradient: Tensor | None) -> None:
+            if gradient is None:  # what follows has no gradient
+                return
             moved = to_float(gradient.detach()).movedim(channels, 1)
             take(moved * bias.reshape(-1, *[1] * (moved.ndim - 2)))
 
-        call, select = self._recorded_call(request), self._selector(request)
-        with (
-            _BiasesWatched(share),
-            _repeated(self.model, call, select, partial(_watch_frozen, share)) as (image, score),
-        ):
+        with _BiasesWatched(share), _repeated(self, request, partial(_watch_frozen, share)) as (image, score):
             gradient = _gradient(score, image)
         request.recorded.gradients = [gradient]
         take(to_float(image.detach() * gradient))
@@ -205,12 +201,13 @@ def _scaled_sum(sizes: Tensor) -> Tensor:
 
 @contextmanager
 def _repeated(
-    model: nn.Module, call: Call, select: Selector, prepare: Callable[[nn.Module], None] | None = None
+    extractor: _CAM, request: Request, prepare: Callable[[nn.Module], None] | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Repeat a recorded call quietly, with a graph down to its image-like input: that input, and the scores (N,).
 
-    ``prepare`` is called with the replica that runs.
+    ``prepare`` is called with the replica that runs. If the scores are not those that were recorded, a warning says so.
     """
+    model, call, select = extractor.model, extractor._recorded_call(request), extractor._selector(request)
     with torch.inference_mode(False), torch.enable_grad(), replicated(model) as replica, call.as_recorded():
         call.prove_rows(replica)
         if prepare is not None:
@@ -218,7 +215,15 @@ def _repeated(
         image = call.image.detach().clone().requires_grad_()
         args, kwargs = call.with_image(image.clone(), torch.arange(len(image), device=image.device))
         args, kwargs = map_tensors(lambda t: t.clone() if t.is_inference() else t, (args, kwargs))
-        yield image, select(replica(*args, **kwargs))
+        score = select(replica(*args, **kwargs))
+        expected = recorded_scores(modules_of(model), request.recorded.output, select)
+        if expected is not None and not is_repeated(score.detach(), expected):
+            warn(
+                f"{type(extractor).__name__} explains the model as it runs again, but its scores are not those of the "
+                "recorded pass: it draws random numbers, or its weights or arguments have changed since",
+                stacklevel=2,
+            )
+        yield image, score
 
 
 def _gradient(score: Tensor, image: Tensor) -> Tensor:
@@ -233,9 +238,9 @@ def _gradient(score: Tensor, image: Tensor) -> Tensor:
     return gradient
 
 
-def _guided_gradient(model: nn.Module, call: Call, select: Selector) -> Tensor:
+def _guided_gradient(extractor: _CAM, request: Request) -> Tensor:
     """Differentiate the score with respect to the input, through positive paths alone: (N, C, *spatial)."""
-    with _repeated(model, call, select) as (image, score), _clipped_at_rectifiers(score):
+    with _repeated(extractor, request) as (image, score), _clipped_at_rectifiers(score):
         gradient = _gradient(score, image)
     return to_float(gradient)
 
@@ -251,7 +256,7 @@ def _clipped_at_rectifiers(score: Tensor) -> Iterator[None]:
     def clip(gradients: Sequence[Tensor | None], *_: Any) -> tuple[Tensor | None, ...]:
         return tuple(None if gradient is None else gradient.relu() for gradient in gradients)
 
-    graph = list(_graph(score))
+    graph = list(nodes_of(score))
     if any(node.name() == "CompiledFunctionBackward" for node in graph):
         raise ValueError(
             "a part of the model is compiled by `torch.compile`, and the rectifiers inside cannot be found: explain "
@@ -264,18 +269,6 @@ def _clipped_at_rectifiers(score: Tensor) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _graph(score: Tensor) -> Iterator[Node]:
-    """Go through the nodes of the graph of a score."""
-    seen: set[Node | None] = {None}
-    ahead = [score.grad_fn]
-    while ahead:
-        node = ahead.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            yield node
-            ahead += [following for following, _ in node.next_functions]
 
 
 # Their third argument is the bias.

@@ -14,8 +14,6 @@ from torchcam.layers import TargetLayer
 
 from .core import _CAM
 
-__all__ = ["FEM", "MeanActivation", "RandomCAM"]
-
 
 class _ClassAgnosticCAM(_CAM):
     """What methods share that look at the activation alone: a class need not be given, and is ignored if it is."""

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from torchcam._tensors import to_float
 
-__all__ = ["impute"]
-
 _FIRST_LOOK, _LOOKS, _LAST = 8, 4, 100  # iterations: before the first look at the error, between two, at most
 
 

@@ -7,17 +7,6 @@ from torch import Tensor
 
 from torchcam._tensors import gaussian_blur, is_constant
 
-__all__ = [
-    "cosine",
-    "descending_ranks",
-    "energy",
-    "harmonic_mean",
-    "pearson",
-    "relative_fall",
-    "spearman",
-    "structural_similarity",
-]
-
 
 def descending_ranks(maps: Tensor) -> Tensor:
     """Rank the positions of maps (N, *spatial), the highest 0; of equals, the first in memory ranks higher: (N, S)."""

@@ -10,10 +10,8 @@ from torch import Tensor
 from torchcam._checks import positive_integer
 
 from ._statistics import harmonic_mean, pearson, relative_fall
-from .core import POSITIVE, UNBOUNDED, UNIT, CAMMetric, Explained, Extractor, Keys, LogitsFn, Variant
-from .faithfulness import Removal
-
-__all__ = ["ADCC", "ARCC"]
+from .core import POSITIVE, UNBOUNDED, UNIT, CAMMetric, Explained, Extractor, Keys, LogitsFn
+from .faithfulness import Removal, masking
 
 
 class _CoherencyMetric(CAMMetric):
@@ -21,9 +19,6 @@ class _CoherencyMetric(CAMMetric):
 
     _explains_again = True
     _masks_with_maps = True
-
-    coherency: Tensor
-    complexity: Tensor
 
     def __init__(
         self, cam_extractor: Extractor, logits_fn: LogitsFn | None = None, *, batch_size: int = 32, **kwargs: Any
@@ -43,7 +38,7 @@ class _CoherencyMetric(CAMMetric):
         def alike(again: Tensor, samples: Tensor, _variants: Tensor) -> Tensor:
             return (pearson(again, explained.cam[samples]) + 1) / 2
 
-        coherency = explained.explain_again(_masking(explained), alike, 1, self.batch_size).squeeze(1)
+        coherency = explained.explain_again(masking(explained), alike, 1, self.batch_size).squeeze(1)
         complexity = explained.cam.abs().flatten(1).mean(1)
         change = self._change(explained)
         joined = harmonic_mean(coherency, 1 - complexity, self._faithfulness(change))
@@ -58,12 +53,6 @@ class _CoherencyMetric(CAMMetric):
     def _faithfulness(change: Tensor) -> Tensor:
         """Return such a change as a number in [0, 1], of which more is better."""
         raise NotImplementedError
-
-
-def _masking(explained: Explained) -> Variant:
-    """Return a function from the numbers of samples, (B,), to the inputs multiplied by their maps."""
-    image, mask = explained.image, explained.cam.unsqueeze(1).to(explained.image.dtype)
-    return lambda samples, _variants: image[samples] * mask[samples]
 
 
 class ADCC(_CoherencyMetric):
@@ -133,11 +122,8 @@ class ADCC(_CoherencyMetric):
         "avg_drop": ("drop", False, POSITIVE),
     }
 
-    adcc: Tensor
-    drop: Tensor
-
     def _change(self, explained: Explained) -> Tensor:
-        kept = explained.replay(_masking(explained), 1, self.batch_size).squeeze(1)
+        kept = explained.replay(masking(explained), 1, self.batch_size).squeeze(1)
         return relative_fall(explained.score - kept, explained.score)
 
     @staticmethod
@@ -208,9 +194,6 @@ class ARCC(_CoherencyMetric):
         "complexity": ("complexity", False, UNIT),
         "road": ("road", True, UNBOUNDED),
     }
-
-    arcc: Tensor
-    road: Tensor
 
     def __init__(
         self,

@@ -23,8 +23,6 @@ from torchcam.methods._replay import VariantRunner
 from torchcam.methods.core import _CAM, on_replica, plain_tensors
 from torchcam.targets import ClassIndex, OutputTarget, Selector, check_one_of, class_scores, read_logits
 
-__all__ = ["CAMMetric", "Explained", "Extractor"]
-
 LogitsFn = Callable[[Any], Any]
 Baseline = Tensor | Callable[[Tensor], Tensor]
 Variant = Callable[[Tensor, Tensor], Tensor]
@@ -58,20 +56,18 @@ def missing_parts(extractor: Any) -> list[str]:
 
 @dataclass
 class Subject:
-    """The extractor and the callables of a metric: attributes of the metric would be parts of it to ``nn.Module``.
+    """The extractor and the options of a metric: modules among its attributes would be parts of it to ``nn.Module``.
 
     Copies of a metric share it, as the hooks of a copied extractor would be on no model. Pickles leave the extractor
     and the model out, as these belong to the process.
 
     Attributes:
         source: the extractor, or a plain model whose maps have to be given; None if there is neither
-        logits_fn: the function that is applied to the model's output
-        options: other arguments that are not plain values, such as callables
+        options: arguments that are not plain values, such as callables; attributes of the metric by these names
         unpickled: whether the metric comes from a pickle
     """
 
     source: Extractor | nn.Module | None
-    logits_fn: LogitsFn | None
     options: Mapping[str, Any]
     unpickled: bool = False
 
@@ -79,7 +75,7 @@ class Subject:
         return self
 
     def __reduce__(self) -> tuple[Callable[..., Subject], tuple[Any, ...]]:
-        return partial(Subject, unpickled=True), (None, self.logits_fn, self.options)
+        return partial(Subject, unpickled=True), (None, self.options)
 
 
 @dataclass
@@ -199,9 +195,6 @@ class CAMMetric(Metric):
     _masks_with_maps: ClassVar[bool] = False  # the values of a map count, not only their order
     _explains_again: ClassVar[bool] = False  # maps that are given are not enough
 
-    total: Tensor
-    nan_count: Tensor
-
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "_keys" not in vars(cls):
@@ -234,7 +227,7 @@ class CAMMetric(Metric):
             )
         callable_object("logits_fn", logits_fn, optional=True)
         super().__init__(**kwargs)
-        self._subject = Subject(cam_extractor, logits_fn, options or {})
+        self._subject = Subject(cam_extractor, {"logits_fn": logits_fn, **(options or {})})
         of_keys = [state for state, *_ in self._keys.values() if state]
         for name in (*of_keys, *self._more_sums):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
@@ -278,10 +271,11 @@ class CAMMetric(Metric):
             return source
         return self.cam_extractor.model
 
-    @property
-    def logits_fn(self) -> LogitsFn | None:
-        """The function from the model's output to the scores, None if the output is the scores."""
-        return self._subject.logits_fn
+    def __getattr__(self, name: str) -> Any:
+        subject = vars(self).get("_subject")
+        if subject is not None and name in subject.options:
+            return subject.options[name]
+        return super().__getattr__(name)
 
     @property
     def _extractor(self) -> Extractor | None:

@@ -15,8 +15,6 @@ from ._imputation import impute
 from ._statistics import descending_ranks, relative_fall
 from .core import POSITIVE, UNBOUNDED, UNIT, Baseline, CAMMetric, Explained, Extractor, Keys, LogitsFn, check_seed
 
-__all__ = ["ROAD", "ClassificationMetric", "DeletionInsertionMetric"]
-
 
 class ClassificationMetric(CAMMetric):
     r"""Change of a class score when the input is masked with the map of the class, or with the inverted map.
@@ -88,12 +86,6 @@ class ClassificationMetric(CAMMetric):
     _masks_with_maps = True
     _summary_keys = ("avg_drop", "conf_increase")
 
-    drop: Tensor
-    increase: Tensor
-    gain: Tensor
-    deletion_drop: Tensor
-    out_of_range: Tensor
-
     def __init__(self, cam_extractor: Extractor | nn.Module, logits_fn: LogitsFn | None = None, **kwargs: Any) -> None:
         super().__init__(cam_extractor, logits_fn, **kwargs)
 
@@ -104,15 +96,8 @@ class ClassificationMetric(CAMMetric):
         return means
 
     def _measure(self, explained: Explained) -> dict[str, Tensor]:
-        image, score = explained.image, explained.score
-        mask = explained.cam.unsqueeze(1).to(image.dtype)
-
-        def masked(samples: Tensor, variants: Tensor) -> Tensor:
-            m = mask[samples]
-            inverted = (variants == 1).reshape(-1, *[1] * (m.ndim - 1))
-            return torch.where(inverted, 1 - m, m) * image[samples]
-
-        kept, deleted = explained.replay(masked, 2, batch_size=len(image)).unbind(1)
+        score = explained.score
+        kept, deleted = explained.replay(masking(explained), 2, batch_size=len(score)).unbind(1)
         rise = (kept - score).relu()
         scores = torch.stack([score, kept])
         return {
@@ -189,9 +174,6 @@ class DeletionInsertionMetric(CAMMetric):
         "insertion_auc": ("insertion", True, UNBOUNDED),
     }
 
-    deletion: Tensor
-    insertion: Tensor
-
     def __init__(
         self,
         cam_extractor: Extractor | nn.Module,
@@ -207,12 +189,6 @@ class DeletionInsertionMetric(CAMMetric):
         super().__init__(cam_extractor, logits_fn, {"baseline": baseline}, **kwargs)
         self.steps = positive_integer("steps", steps)
         self.batch_size = positive_integer("batch_size", batch_size)
-
-    @property
-    def baseline(self) -> Baseline | None:
-        """The value of removed positions."""
-        baseline: Baseline | None = self._subject.options["baseline"]
-        return baseline
 
     def _measure(self, explained: Explained) -> dict[str, Tensor]:
         image, score = explained.image, explained.score.unsqueeze(1)
@@ -318,9 +294,6 @@ class ROAD(CAMMetric):
         "road": ("", True, UNBOUNDED),
     }
 
-    morf: Tensor
-    lerf: Tensor
-
     def __init__(
         self,
         cam_extractor: Extractor | nn.Module,
@@ -345,6 +318,21 @@ class ROAD(CAMMetric):
     def _measure(self, explained: Explained) -> dict[str, Tensor]:
         morf, lerf = Removal(self.percentiles, self.noise, self.seed).changes(explained, self.batch_size)
         return {"morf": morf, "lerf": lerf}
+
+
+def masking(explained: Explained) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return a function from the numbers of samples and variants, (B,) each, to inputs multiplied by their maps.
+
+    The maps are inverted for variant 1.
+    """
+    image, mask = explained.image, explained.cam.unsqueeze(1).to(explained.image.dtype)
+
+    def masked(samples: Tensor, variants: Tensor) -> Tensor:
+        m = mask[samples]
+        inverted = (variants == 1).reshape(-1, *[1] * (m.ndim - 1))
+        return torch.where(inverted, 1 - m, m) * image[samples]
+
+    return masked
 
 
 def _ranked_between(cam: Tensor, first: list[int], last: list[int]) -> Callable[[Tensor, Tensor], Tensor]:

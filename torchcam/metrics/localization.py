@@ -18,8 +18,6 @@ from torchcam.targets import ClassIndex, OutputTarget
 from ._statistics import energy
 from .core import UNIT, CAMMetric, Extractor, Keys, LogitsFn, as_image, given_maps, tensor_of, zero_where_not_finite
 
-__all__ = ["Localization"]
-
 Boxes = Tensor | Sequence[Tensor | Sequence[Sequence[float]]]
 
 
@@ -90,14 +88,6 @@ class Localization(CAMMetric):
         key: (key, True, UNIT)
         for key in ("pointing_game", "average_precision", "energy", "rank_accuracy", "iou", "best_iou")
     }
-
-    pointing_game: Tensor
-    average_precision: Tensor
-    energy: Tensor
-    rank_accuracy: Tensor
-    iou: Tensor
-    best_iou: Tensor
-    empty_count: Tensor
 
     def __init__(
         self,

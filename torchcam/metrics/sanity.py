@@ -19,8 +19,6 @@ from torchcam.targets import class_scores
 from ._statistics import cosine, spearman, structural_similarity
 from .core import UNIT, CAMMetric, Explained, Extractor, Keys, LogitsFn, check_seed
 
-__all__ = ["SanityCheck"]
-
 
 class SanityCheck(CAMMetric):
     r"""Similarity of maps to those of a randomised model, and of the maps of two classes.
@@ -92,11 +90,6 @@ class SanityCheck(CAMMetric):
     _more_sums = ("single",)
     _explains_again = True
     _masks_with_maps = True
-
-    rank: Tensor
-    similarity: Tensor
-    overlap: Tensor
-    single: Tensor
 
     def __init__(
         self,

@@ -12,8 +12,6 @@ from torchcam._checks import callable_object, finite_number, positive_integer
 
 from .core import POSITIVE, CAMMetric, Explained, Extractor, Keys, LogitsFn, check_seed
 
-__all__ = ["Sensitivity"]
-
 Perturbation = Callable[[Tensor], Tensor]
 
 
@@ -92,9 +90,6 @@ class Sensitivity(CAMMetric):
     }
     _explains_again = True
 
-    sensitivity: Tensor
-    infidelity: Tensor
-
     def __init__(
         self,
         cam_extractor: Extractor,
@@ -129,18 +124,6 @@ class Sensitivity(CAMMetric):
         self.normalize = normalize
         self.seed = check_seed(seed)
         self.batch_size = positive_integer("batch_size", batch_size)
-
-    @property
-    def perturb(self) -> Perturbation | None:
-        """The function that perturbs the inputs whose maps are compared, in place of uniform noise."""
-        perturb: Perturbation | None = self._subject.options["perturb"]
-        return perturb
-
-    @property
-    def removal(self) -> str | Perturbation:
-        """The perturbation of the inputs whose scores are compared."""
-        removal: str | Perturbation = self._subject.options["removal"]
-        return removal
 
     def _measure(self, explained: Explained) -> dict[str, Tensor]:
         device = explained.image.device

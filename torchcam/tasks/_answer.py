@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from numpy.typing import NDArray
 
-__all__ = ["AnswerExplanation"]
-
 _METHOD = "balanced activation × gradient"
 _LAYER = "the decoder's input"
 _COLUMNS = 4  # of the words in a figure

@@ -16,8 +16,6 @@ from torchcam._inputs import transformed
 from torchcam._views import FULL, View, find_view
 from torchcam.layout import Cells
 
-__all__ = ["find_cells"]
-
 _COORDINATES = 5  # of a cell: its picture, top, left, bottom, right
 
 

@@ -19,8 +19,6 @@ from torchcam._replica import replicated
 
 from ._found import Found, match_rows
 
-__all__ = ["find", "is_detector"]
-
 # What hands the backbone's maps, or patches, on to the transformer: behind it positions are mixed.
 _ENTRANCES = (r"input_projection", r"(encoder_)?input_proj\.\d+", r"patch_embeddings\.projection")
 

@@ -13,8 +13,6 @@ from torchcam._detections import Detections
 from torchcam._inputs import Inputs
 from torchcam.targets import Box
 
-__all__ = ["Found", "match_rows"]
-
 
 @dataclass(frozen=True)
 class Found:

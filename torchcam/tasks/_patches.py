@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["PatchTransform", "as_patches", "from_patches"]
-
 
 def as_patches(pixel_values: Tensor, size: int) -> dict[str, Tensor]:
     """Return the arguments for images (N, C, H, W) that are cut into patches of a size: all of it, nothing padded.

@@ -15,8 +15,6 @@ from torch.overrides import TorchFunctionMode
 from torchcam._tensors import map_tensors, tensors_in, to_float
 from torchcam.methods._balanced import balanced_grad
 
-__all__ = ["VisualStreams"]
-
 
 class _Placement(TorchFunctionMode):
     """Notes where features are scattered into embeddings (B, T, D)."""

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from torchcam._passes import to_model
 from torchcam._tensors import to_float
 
-__all__ = ["Answers", "check_logits", "encode", "force", "generate", "grown"]
-
 # How far logits of a cached step may be from those of one pass, as a share of their range.
 _TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.15}
 
@@ -114,17 +112,17 @@ def generate(model: Any, processor: Any, inputs: dict[str, Any], options: Mappin
         ValueError: if an answer is empty, or the model does not take the inputs or options
     """
     made = _generated(model, processor, inputs, options)
-    ids = made.sequences[:, inputs["input_ids"].shape[1] :]
+    prompts, start = inputs["input_ids"].shape
+    ids = made.sequences[:: len(made.sequences) // prompts, start:]  # of several sequences, the first of each prompt
     lengths = [_length(row, model) for row in ids.tolist()]
     if min(lengths) == 0:
         raise ValueError(
             f"the answer to prompt {lengths.index(0)} is empty (the model ends it at once): pass another `prompt`, or "
             "an `answer`"
         )
+    if len(made.logits[0]) != prompts:  # those of beams, or of several sequences
+        return force(model, processor, inputs, [row[:n] for row, n in zip(ids.tolist(), lengths, strict=True)])
     ids = ids[:, : max(lengths)]
-    if len(ids) != len(inputs["input_ids"]) or len(made.logits[0]) != len(ids):  # beams, or several sequences
-        ids = ids[:: len(ids) // len(inputs["input_ids"])]
-        return force(model, processor, inputs, [row[:n] for row, n in zip(ids.tolist(), lengths, strict=False)])
     return Answers(ids, lengths, torch.stack(made.logits[: ids.shape[1]], 1))
 
 

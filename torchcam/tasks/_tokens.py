@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["choose", "pieces_of", "token_id"]
-
 
 def pieces_of(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """Return the text of each token of an answer; joined, they are the answer.

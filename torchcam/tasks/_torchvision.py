@@ -19,8 +19,6 @@ from torchcam._views import View, Views
 
 from ._found import Found
 
-__all__ = ["find", "is_detector"]
-
 
 def is_detector(model: nn.Module) -> bool:
     """Check whether a model is a detector of torchvision."""

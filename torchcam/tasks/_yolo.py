@@ -24,8 +24,6 @@ from torchcam.targets import sample_of
 
 from ._found import Found, match_rows
 
-__all__ = ["find", "is_detector"]
-
 # What decides which boxes there are, and how the picture is prepared.
 _ASKED = ("conf", "iou", "imgsz", "classes", "agnostic_nms", "max_det", "rect", "device", "half", "quantize", "nms")
 

@@ -185,18 +185,12 @@ def as_texts(
 
 
 def _checked(texts: Any) -> tuple[str, ...]:
-    if isinstance(texts, str) or not isinstance(texts, (list, tuple)):
-        hint = f": pass `texts=[{texts!r}]`" if isinstance(texts, str) else ""
-        raise TypeError(f"`texts` must be a list of strings, got {type(texts).__name__}{hint}")
-    if not texts:
-        raise ValueError("`texts` is empty: name at least one text")
-    for place, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise TypeError(f"`texts` must hold strings, got {text!r} of type {type(text).__name__} at place {place}")
-        if not text.strip():
-            raise ValueError(f"`texts` holds the empty text {text!r} at place {place}: leave it out")
-        if text in texts[:place]:
-            raise ValueError(f"`texts` holds {text!r} twice: leave one out, each text is a class of its own")
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"`texts` must be a list of strings, such as ['a cat', 'a dog'], got {texts!r}")
+    wrong = [text for text in texts if not text.strip() or texts.count(text) > 1]
+    if wrong or not texts:
+        found = f"{wrong[0]!r} at place {texts.index(wrong[0])}" if wrong else "none"
+        raise ValueError(f"`texts` must name at least one text, each of them once and not empty, got {found}")
     return tuple(texts)
 
 

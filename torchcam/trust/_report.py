@@ -22,8 +22,6 @@ from torchcam.utils import overlay_map
 
 from ._verdicts import RELIABILITY, THRESHOLDS, Check, Outcome, Verdict, combined_verdict, reasons_of, verdict_of
 
-__all__ = ["PredictionTrust", "TrustReport"]
-
 _WORDS: dict[Verdict, str] = {
     "believe": "Believe this picture.",
     "with care": "Take this picture with care.",

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from torchcam._checks import callable_object, positive_integer, torch_module
-from torchcam._methods import CALL_OPTIONS, by_method, find_method
+from torchcam._methods import CALL_OPTIONS, by_method, find_methods
 from torchcam._passes import Call
 from torchcam._pictures import to_picture
 from torchcam._recipes import Recipe, as_recipes, extractors_on
@@ -29,8 +29,6 @@ from torchcam.targets import ClassIndex, OutputTarget, Selector, check_one_of, r
 from . import _verdicts as verdicts
 from ._report import PredictionTrust, TrustReport
 from ._verdicts import Check
-
-__all__ = ["trust"]
 
 Layers = TargetLayer | Sequence[TargetLayer] | None
 
@@ -123,7 +121,9 @@ def trust(
     torch_module("model", model)
     image = as_image(input_tensor)
     best = compared(model, image[:1]) if methods is None and target_layer is None else {}
-    classes = _as_methods(list(best) or COMPARED if methods is None else methods)
+    classes = find_methods(list(best) or COMPARED if methods is None else methods, "methods")
+    if not classes:
+        raise ValueError("`methods` is empty: name the method whose maps are to be judged")
     callable_object("to_probabilities", to_probabilities, optional=True)
     positive_integer("batch_size", batch_size)
     if class_idx is not None and targets is not None:
@@ -228,11 +228,6 @@ class _Trials:
     def samples(self) -> Tensor:
         """The numbers of the inputs, (N,)."""
         return torch.arange(len(self.image), device=self.image.device)
-
-    @property
-    def batches(self) -> Sequence[Tensor]:
-        """The numbers of the inputs of one pass after the other."""
-        return torch.split(self.samples, self._batch_size)
 
     def ask(self, images: Tensor | Callable[[Tensor], Tensor], samples: Tensor) -> Tensor:
         """Run the model on variants of the inputs.
@@ -339,7 +334,7 @@ class _Trials:
         shape = tuple(image.shape[1:])
         scores = (Call((image[:1],), {}), select.of(self.samples[:1])) if self.is_score else None
         with replicated(model) as replica, extractors_on(replica, model, [recipe], shape, scores) as (extractor,):
-            for rows in self.batches:
+            for rows in torch.split(self.samples, self._batch_size):
                 with explaining(extractor, None) as own:
                     output = run_to_explain(own, image[rows])
                     asked = select.arguments(output, rows)
@@ -423,16 +418,6 @@ def _windows(spatial: Sequence[int], device: torch.device) -> list[Tensor]:
 
 
 # Arguments.
-
-
-def _as_methods(given: Sequence[type[Any] | str]) -> list[type[Any]]:
-    """Return the classes of the methods, each once."""
-    if isinstance(given, (str, type)):
-        given = [given]
-    found = list(dict.fromkeys(find_method(method, "methods") for method in given))
-    if not found:
-        raise ValueError("`methods` is empty: name the method whose maps are to be judged")
-    return found
 
 
 def _check_call(name: str, options: Mapping[str, Any]) -> None:

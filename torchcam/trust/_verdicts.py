@@ -12,28 +12,6 @@ from typing import Any, Literal
 from torchcam._numbers import finite
 from torchcam.methods._diagnose import Finding, of_samples
 
-__all__ = [
-    "EMPTY",
-    "NO_RIVAL",
-    "RELIABILITY",
-    "THRESHOLDS",
-    "Check",
-    "Outcome",
-    "Reliability",
-    "Verdict",
-    "check_diagnosis",
-    "check_evidence",
-    "check_region",
-    "check_removal",
-    "combined_verdict",
-    "reasons_of",
-    "remark_on_common_place",
-    "remark_on_object",
-    "remark_on_place",
-    "verdict_of",
-    "with_others",
-]
-
 Verdict = Literal["believe", "with care", "do not believe"]
 Outcome = Literal["passed", "doubtful", "failed", "left out"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,8 +22,6 @@ from torchcam.targets import Selector, class_scores, read_logits
 
 from .trace import PassWatch, squashing_node
 from .view import ExtractorView, RawMaps
-
-__all__ = ["Facts", "examined"]
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ def examined(recorded: ExtractorView, class_idx: Any, targets: Any) -> Iterator[
         extractor = stack.enter_context(on_replica(recorded.extractor))
         stack.enter_context(quietly())  # their subjects are among the findings
         stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.set_grad_enabled(recorded.grad_enabled))
+        stack.enter_context(torch.set_grad_enabled(recorded.recorder.differentiates and not recorded.found.private))
         stack.enter_context(recorded.call.as_recorded())
         yield Facts(recorded, extractor, class_idx, targets)
 
@@ -114,7 +112,7 @@ class Facts:
     def __init__(self, recorded: ExtractorView, extractor: Any, class_idx: Any, targets: Any) -> None:
         self.recorded = recorded
         self.image = _as_batch(find_image(recorded.call.args, recorded.call.kwargs, recorded.call.wanted))
-        self.watch = PassWatch(recorded.target_names if recorded.reads_layers else [])
+        self.watch = PassWatch(recorded.cam.target_names if recorded.reads_layers else [])
         with self.watch.watching(extractor.model):
             self.output = self._repeat(extractor.model)
         self.repeated = ExtractorView(extractor)
@@ -134,7 +132,7 @@ class Facts:
         try:
             logits = read_logits(self.output).detach()
         except TypeError:
-            if targets is None and not self.recorded.class_agnostic:
+            if targets is None and not self.recorded.cam.class_agnostic:
                 raise
             logits = None
         if targets is None and class_idx is None:
@@ -148,7 +146,8 @@ class Facts:
                 raise ValueError(f"`class_idx` must name one class per sample to diagnose, got {class_idx!r}")
             self.classes = indices.tolist()
             if self.layout_error is None:
-                return self.repeated.selector(self.classes, self.output)
+                with suppress(ValueError):  # the reason comes up again when maps are asked for
+                    return self.repeated.selector(self.classes, self.output)
         return select
 
     def _repeat(self, model: nn.Module, image: Tensor | None = None) -> Any:
@@ -245,9 +244,9 @@ class Facts:
     @cached_property
     def squash(self) -> str | None:
         """The function that made a probability of the explained score, if one has."""
-        if self.select is None or self.recorded.class_agnostic or not self.is_sound:
+        if self.select is None or self.recorded.cam.class_agnostic or not self.is_sound:
             return None
-        if self.recorded.uses_gradients:
+        if self.recorded.recorder.differentiates:
             with torch.enable_grad():
                 return squashing_node(self.select(self.repeated.with_graph(self.output)))
         if self.select.targets:
@@ -288,19 +287,19 @@ class Facts:
     def gradients(self) -> list[GradientFacts]:
         """The gradient for each activation that has one and that must have one."""
         view, found = self.repeated, []
-        gradients = list(zip(view.names, view.layers, self.raw.gradients, strict=False))
-        for name, layer, gradient in gradients:
+        gradients = list(zip(view.found.rows, self.raw.gradients, strict=False))
+        for row, gradient in gradients:
             if gradient is None or not gradient.numel():
                 continue
-            levels = [g for _, other, g in gradients if other == layer]
+            levels = [g for other, g in gradients if other.layer == row.layer]
             # A detector reads a box from one level of its pyramid.
             may_vanish = len(levels) > 1 and any(g is not None and bool(g.any()) for g in levels)
-            grid = view.to_grid(gradient, name)
+            grid = view.to_grid(gradient, row.name)
             broken = ~is_finite(gradient)
             must_count = not may_vanish and not bool(broken.any())
             zero = ~gradient.flatten(1).any(1) & must_count
             zero_on_grid = ~grid.flatten(1).any(1) & ~zero & must_count
-            found.append(GradientFacts(name, math.prod(grid.shape[2:]), broken, zero, zero_on_grid))
+            found.append(GradientFacts(row.name, math.prod(grid.shape[2:]), broken, zero, zero_on_grid))
         return found
 
     # The maps.
@@ -330,12 +329,12 @@ class Facts:
             return []
         by_layer = len(maps) == len(names)
         # Single levels of a pyramid may be blank.
-        must_count = len(names) == len(self.recorded.target_names) or not any(bool(cam.any()) for cam in maps)
+        must_count = len(names) == len(self.recorded.cam.target_names) or not any(bool(cam.any()) for cam in maps)
         for index, cam in enumerate(maps):
             flat = cam.detach().flatten(1)
             lowest, highest = flat.amin(1), flat.amax(1)
             constant = is_constant(lowest, highest) & must_count
-            negative = (highest <= 0) & ~constant & must_count & self.recorded.keeps_positive
+            negative = (highest <= 0) & ~constant & must_count & self.recorded.cam._relu
             opposed = by_layer and bool(constant.any()) and not flat[constant].any() and self._opposes(index, constant)
             found.append(MapFacts(names[index] if by_layer else None, flat, negative, constant, opposed))
         return found
@@ -344,7 +343,7 @@ class Facts:
         """Check whether no position of some samples has a positive gradient where it is active."""
         gradient = self.raw.gradients[index] if index < len(self.raw.gradients) else None
         name = self.repeated.names[index]
-        if gradient is None or name not in self.grids or self.recorded.reads_attention:
+        if gradient is None or name not in self.grids or self.recorded.recorder.reads_attention:
             return False
         towards, grid = self.repeated.to_grid(gradient, name)[samples], self.grids[name]
         return bool((towards <= 0).all()) or bool((towards * grid[samples] <= 0).all())
@@ -357,7 +356,7 @@ class Facts:
         try:
             cam = self.repeated.fused_map(self.question, self.output)
             scores = class_scores(self.output) if self.classes is not None else None
-            if scores is None or scores.shape[1] < 2 or self.recorded.class_agnostic:
+            if scores is None or scores.shape[1] < 2 or self.recorded.cam.class_agnostic:
                 return FinalMaps(cam)
             explained = torch.tensor(self.classes, device=scores.device).unsqueeze(1)
             rivals = scores.scatter(1, explained, -torch.inf).argmax(1)

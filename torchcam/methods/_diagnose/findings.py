@@ -12,8 +12,6 @@ from torch import Tensor
 from torchcam._numbers import finite
 from torchcam._templates import render
 
-__all__ = ["CODES", "Diagnosis", "Finding", "Severity", "finding", "listed", "numbers", "of_samples"]
-
 Severity = Literal["error", "warning", "info"]
 
 CODES: dict[str, Severity] = {

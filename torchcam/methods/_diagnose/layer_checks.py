@@ -17,8 +17,6 @@ from torchcam.methods._gradients import OTHER_SIGN, share_of_other_sign
 from .facts import Facts
 from .findings import Finding, finding
 
-__all__ = ["CHECKS"]
-
 
 def check_positions(facts: Facts) -> Iterator[Finding]:
     """Check that the target layers' outputs have positions."""
@@ -73,7 +71,7 @@ def check_layouts(facts: Facts) -> Iterator[Finding]:
     view = facts.repeated
     if facts.image is None or not facts.is_sound or not view.reads_layers:
         return
-    by_layout = view.reshape_transform is None
+    by_layout = view.cam.reshape_transform is None
     for index, (name, activation) in enumerate(zip(view.names, view.activations, strict=True)):
         if activation is None:
             continue
@@ -104,7 +102,7 @@ def _is_in_place(base: Tensor, variants: Sequence[Tensor | None], to_grid: Calla
     Returns:
         None if the changes do not tell
     """
-    grid = to_grid(base)
+    grid = to_grid(base.detach())
     if 2 * (grid.ndim - 2) != len(variants):
         return None
     centres = []
@@ -148,7 +146,7 @@ def check_constant_activations(facts: Facts) -> Iterator[Finding]:
 
 def check_activation_signs(facts: Facts) -> Iterator[Finding]:
     """Check that activations have one sign, where the method expects that."""
-    for name, grid in facts.grids.items() if facts.recorded.expects_one_sign else ():
+    for name, grid in facts.grids.items() if facts.recorded.cam._expects_one_sign else ():
         if name in facts.broken_activations:
             continue
         shares = share_of_other_sign(grid)

@@ -13,8 +13,6 @@ from torchcam.targets import class_scores
 from .facts import Facts
 from .findings import Finding, finding, listed, numbers
 
-__all__ = ["CHECKS"]
-
 # The score and its gradient.
 
 
@@ -177,7 +175,7 @@ def _all_negative(facts: Facts, message: str, layer: str | None, samples: Tensor
 def check_classes(facts: Facts) -> Iterator[Finding]:
     """Check that the map depends on the class."""
     final = facts.final
-    if facts.recorded.class_agnostic and final.cam is not None:
+    if facts.recorded.cam.class_agnostic and final.cam is not None:
         yield finding(
             "class_agnostic",
             f"{facts.recorded.method} looks at no score: its map is the same for every class.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,14 +13,12 @@ from .facts import Facts
 from .findings import Finding, finding, listed, numbers
 from .view import ExtractorView
 
-__all__ = ["CHECKS", "check_recording"]
-
 # The recorded pass.
 
 
 def check_recording(recorded: ExtractorView) -> Iterator[Finding]:
     """Check that hooks are on the model, and that they have recorded a pass that can be repeated."""
-    if not recorded.has_hooks:
+    if not recorded.recorder.is_attached:
         yield finding(
             "hooks_removed",
             "the extractor's hooks have been taken off the model, by the end of its `with` block or by "
@@ -27,7 +26,7 @@ def check_recording(recorded: ExtractorView) -> Iterator[Finding]:
             "Ask inside the `with` block, or make a new extractor and call the model again.",
         )
         return
-    if not recorded.is_enabled:
+    if not recorded.recorder.enabled:
         old = "; what follows is about the pass before that" if recorded.reached else ""
         yield finding(
             "hooks_disabled",
@@ -57,14 +56,14 @@ def check_recording(recorded: ExtractorView) -> Iterator[Finding]:
 def _not_reached(recorded: ExtractorView) -> Finding:
     """Return the reason why no pass has reached a target layer."""
     model = recorded.model
-    if recorded.is_compiled:
+    if recorded.recorder.is_compiled:
         return finding(
             "compiled",
             f"this {type(model).__name__} was compiled in place by `model.compile()`, and compiled code runs no hooks.",
             'Call it under `torch.compiler.set_stance("force_eager")` (torch 2.6 or newer), or explain a model '
             "with the same weights that was not compiled.",
         )
-    if recorded.has_started:
+    if recorded.found is not None:
         hint = f", such as '{recorded.choice}'" if recorded.choice else ""
         return finding(
             "layer_not_reached",
@@ -83,7 +82,7 @@ def _not_reached(recorded: ExtractorView) -> Finding:
 
 
 def _target_layers(view: ExtractorView) -> str:
-    return listed(view.target_names) or "any target layer"
+    return listed(view.cam.target_names) or "any target layer"
 
 
 # The input and the modes.
@@ -141,7 +140,8 @@ def check_modes(facts: Facts) -> Iterator[Finding]:
     difference = _largest_difference(facts.recorded.activations, facts.repeated.activations)
     differs = difference > 0.02  # more than rounding, half-precision rounding included
     percent = f"differ by up to {difference:.0%} of their largest value from those of evaluation mode"
-    training = facts.recorded.in_training
+    modules = facts.recorded.model.named_modules()
+    training = [name for name, module in modules if module.training and _acts_in_training(module)]
     if training:
         effect = percent if differs else "are those of evaluation mode, all the same"
         yield finding(
@@ -163,6 +163,18 @@ def check_modes(facts: Facts) -> Iterator[Finding]:
             f"the repeated pass, in evaluation mode, did not run {_target_layers(facts.recorded)}.",
             "Put the model in evaluation mode (`model.eval()`), and name a layer that runs in it.",
         )
+
+
+def _acts_in_training(module: Any) -> bool:
+    """Check whether a module computes something else in training mode."""
+    if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)):
+        return bool(module.track_running_stats)
+    if isinstance(module, nn.MultiheadAttention):
+        return float(module.dropout) > 0
+    if "drop" in type(module).__name__.lower() or isinstance(module, nn.modules.dropout._DropoutNd):
+        rates = [getattr(module, name, None) for name in ("p", "drop_prob", "drop_rate", "rate")]
+        return any(isinstance(rate, (int, float)) and rate > 0 for rate in rates)
+    return isinstance(module, nn.RReLU)
 
 
 def _largest_difference(before: Sequence[Tensor | None], now: Sequence[Tensor | None]) -> float:

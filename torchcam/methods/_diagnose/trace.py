@@ -16,8 +16,6 @@ from torchcam.layout import primary_tensors
 
 from .findings import listed
 
-__all__ = ["PassWatch", "squashing_node"]
-
 _SQUASHING_MODULE = re.compile(r"(Log)?(Softmax(2d)?|Sigmoid)")
 _SQUASHING_NODE = re.compile(r"((?:Log)?(?:Softmax|Sigmoid))Backward\d*")
 # Nodes that return some of the numbers unchanged.

@@ -1,8 +1,7 @@
-"""The only module of the diagnosis that reads an extractor."""
+"""What a diagnosis reads of an extractor."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,8 +13,6 @@ from torchcam._tensors import to_float
 from torchcam.layers import Candidates, candidates_of
 from torchcam.methods._request import Request
 from torchcam.targets import Selector
-
-__all__ = ["ExtractorView", "RawMaps"]
 
 
 @dataclass(frozen=True)
@@ -42,63 +39,40 @@ class ExtractorView:
 
     Attributes:
         extractor: the extractor
+        cam: the extractor that looks at the layers: the same, or the one that it asks
+        recorder: what records its passes
         model: the explained model
         method: the name of the method
-        target_names: the names of the target layers
-        has_hooks: whether the extractor's hooks are on the model
-        is_enabled: whether they record
-        is_compiled: whether the model was compiled in place
-        has_started: whether a pass has begun
+        found: the pass; None if none has begun
         call: the arguments of the pass; None if a part of the model was called
-        grad_enabled: whether the pass ran with gradients on
-        batch_size: the number of samples
-        names: the name of each activation
-        layers: the layer of each activation
         activations: the outputs of the layers; None for those that did not run
-        in_training: the modules in training mode that act differently in it
-        class_agnostic: whether the map is the same for every class
-        uses_gradients: whether the method differentiates the score
-        expects_one_sign: whether the method is meant for activations of one sign
-        keeps_positive: whether a ReLU is applied to the map
-        reads_attention: whether the method reads attention
-        reads_layers: whether the method reads outputs of layers: not attention, and not the input
-        reshape_transform: the user's function to grid form
+        batch_size: the number of samples
     """
 
     def __init__(self, extractor: Any) -> None:
-        cam = self._cam = extractor.inner
-        recorder = cam._recorder
-        try:
-            found = recorder.find()
-        except AssertionError:
-            found = None
-        self._recorded: Any = found
         self.extractor = extractor
-        self.model: nn.Module = cam.model
-        self.method = type(cam).__name__
-        self.target_names: list[str] = list(cam.target_names)
-        self.has_hooks: bool = recorder.is_attached
-        self.is_enabled: bool = recorder.enabled
-        self.is_compiled: bool = recorder.is_compiled
-        self.has_started = found is not None
+        self.cam = extractor.inner
+        self.recorder = self.cam._recorder
+        self.model: nn.Module = self.cam.model
+        self.method = type(self.cam).__name__
+        found: Any = self.cam._last_pass()
+        self.found = found
         self.call: Any = None if found is None else found.call
-        self.uses_gradients: bool = recorder.differentiates
-        self.grad_enabled = self.uses_gradients and found is not None and not found.private
-        self.names: list[str] = self.target_names if found is None else found.names
-        self.layers: list[str] = self.target_names if found is None else [row.layer for row in found.rows]
         self.activations: list[Tensor | None] = [] if found is None else found.activations
         first = next((activation for activation in self.activations if activation is not None), None)
         shape = None if found is None else found.input_shape
         self.batch_size: int = shape[0] if shape is not None else 1 if first is None else len(first)
-        self.in_training = [
-            name for name, module in self.model.named_modules() if module.training and _acts_in_training(module)
-        ]
-        self.class_agnostic: bool = cam.class_agnostic
-        self.expects_one_sign: bool = cam._expects_one_sign
-        self.keeps_positive: bool = cam._relu
-        self.reads_attention: bool = recorder.reads_attention
-        self.reads_layers: bool = recorder.keeps_outputs and not recorder.reads_attention
-        self.reshape_transform: Callable[[Tensor], Tensor] | None = cam.reshape_transform
+
+    @property
+    def names(self) -> list[str]:
+        """The name of each activation."""
+        names: list[str] = self.found.names
+        return names
+
+    @property
+    def reads_layers(self) -> bool:
+        """Whether the method reads outputs of layers: not attention, and not the input."""
+        return bool(self.recorder.keeps_outputs and not self.recorder.reads_attention)
 
     @property
     def reached(self) -> bool:
@@ -124,32 +98,37 @@ class ExtractorView:
         Raises:
             ValueError: if one has no positions
         """
-        return self._cam.hook_a
+        return self.cam.hook_a
 
     def to_grid(self, tensor: Tensor, name: str) -> Any:
         """Return a tensor shaped as an activation in grid form."""
-        return tensor if self.reads_attention else self._cam._to_grid(self._recorded, tensor, name)
+        return tensor if self.recorder.reads_attention else self.cam._to_grid(self.found, tensor, name)
 
     def layout(self, tensor: Tensor, name: str) -> Any:
         """Return the layout of an activation."""
-        return self._recorded.layout(tensor, name)
+        return self.found.layout(tensor, name)
 
     def selector(self, classes: list[int], output: Any) -> Selector:
         """Return the score that the method explains, for a question about some classes."""
         with torch.no_grad():
-            explained: Selector = self.extractor._selector(Request(self._recorded, classes, output))
+            explained: Selector = self.extractor._selector(Request(self.found, classes, output))
         return explained
 
     def with_graph(self, output: Any) -> Any:
         """Return an output of the recorded pass with its graph."""
-        return Request(self._recorded, scores=output).attached()
+        return Request(self.found, scores=output).attached()
 
     def raw_maps(self, question: dict[str, Any], select: Selector | None, output: Any) -> RawMaps:
         """Compute the maps of all layers before ReLU, scaling and fusion."""
-        cam, recorded = self._cam, self._recorded
+        cam, recorded = self.cam, self.found
         asked = question if select is None or type(select) is Selector else {"targets": select}
         maps = cam.compute_cams(scores=output, normalized=False, relu=False, **self._keep_graph, **asked)
-        if select is not None and self.uses_gradients and not self.reads_attention and not recorded.gradients:
+        if (
+            select is not None
+            and self.recorder.differentiates
+            and not self.recorder.reads_attention
+            and not recorded.gradients
+        ):
             cam._gradients(Request(recorded, scores=output, targets=select, retain_graph=True))
         shares = zip(self.names, cam.completeness, strict=True) if cam.completeness else ()
         completeness = {name: share.tolist() for name, share in shares}
@@ -162,16 +141,4 @@ class ExtractorView:
 
     @property
     def _keep_graph(self) -> dict[str, Any]:
-        return {"retain_graph": True} if self.uses_gradients else {}
-
-
-def _acts_in_training(module: Any) -> bool:
-    """Check whether a module computes something else in training mode."""
-    if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)):
-        return bool(module.track_running_stats)
-    if isinstance(module, nn.MultiheadAttention):
-        return float(module.dropout) > 0
-    if "drop" in type(module).__name__.lower() or isinstance(module, nn.modules.dropout._DropoutNd):
-        rates = [getattr(module, name, None) for name in ("p", "drop_prob", "drop_rate", "rate")]
-        return any(isinstance(rate, (int, float)) and rate > 0 for rate in rates)
-    return isinstance(module, nn.RReLU)
+        return {"retain_graph": True} if self.recorder.differentiates else {}
