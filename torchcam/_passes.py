@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from ._tensors import map_structure, map_tensors, tensors_in
 
-
 _AS_IT_IS = nullcontext()
 
 

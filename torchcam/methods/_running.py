@@ -60,9 +60,9 @@ class _PlainTensors:
     _graph = False
 
     def __enter__(self) -> None:
-        self._left: Any = torch._C._InferenceMode(False) if torch.is_inference_mode_enabled() else None
+        self._left = torch._C._InferenceMode(False) if torch.is_inference_mode_enabled() else None
         if self._left is not None:
-            self._left.__enter__()
+            self._left.__enter__()  # type: ignore[no-untyped-call]  # torch's
         self._before = torch.is_grad_enabled()
         torch._C._set_grad_enabled(self._graph)
 
