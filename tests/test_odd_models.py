@@ -339,6 +339,32 @@ def test_forward_mode_differentiation_goes_on(mode: str, frozen: bool) -> None:
         assert torch.equal(tangent(), expected)
 
 
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.lstm, self.fc = nn.Conv2d(3, 8, 3), nn.LSTM(8, 8, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, (last, _) = self.lstm(self.conv(x).mean(3).mT)
+        return self.fc(rows + last[0].unsqueeze(1)).flatten(1)
+
+
+@without_gradients
+def test_an_lstm_behind_the_layer_returns_what_it_returns_without_an_extractor(mode: str) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Recurrent().eval()
+    with methods.GradCAM(model, "conv") as extractor:
+        model(X)
+        expected = extractor(1)
+        with MODES[mode]():
+            extractor.disable_hooks()
+            scores = model(X)
+            extractor.enable_hooks()
+            assert torch.equal(model(X), scores)
+            close(extractor(1), expected)
+
+
 def test_a_shallow_copy_of_the_model_runs_its_own_modules() -> None:
     model = made(Smooth)
     with methods.GradCAM(model, "block2"):
