@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import types
 from collections import Counter
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -287,6 +287,39 @@ def test_a_second_pass_that_differs_gives_no_map(way: str) -> None:
         assert extractor(1)[0].isfinite().all()
 
 
+class Settings(Mapping[str, Any]):
+    """Can neither be changed nor copied."""
+
+    def __init__(self, **values: Any) -> None:
+        self.values_by_name = values
+
+    def __getitem__(self, name: str) -> Any:
+        return self.values_by_name[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values_by_name)
+
+    def __len__(self) -> int:
+        return len(self.values_by_name)
+
+    def __copy__(self) -> NoReturn:
+        raise AssertionError
+
+
+class Configured(Net):
+    def forward(self, x: Tensor, settings: Settings) -> Tensor:
+        assert isinstance(settings, Settings)
+        return super().forward(x) * settings["scale"]
+
+
+@every_mode
+def test_a_mapping_that_cannot_be_copied_is_handed_through(mode: str) -> None:
+    model, settings = made(Configured), Settings(scale=2.0, options=torch.zeros(3))
+    with methods.GradCAM(model, "block2") as extractor, MODES[mode]():
+        model(X, settings)
+        assert extractor(1)[0].isfinite().all()
+
+
 # Who calls ------------------------------------------------------------------------------------------------------------
 
 TRANSFORMS: dict[str, Callable[[nn.Module], Tensor]] = {
@@ -337,6 +370,32 @@ def test_forward_mode_differentiation_goes_on(mode: str, frozen: bool) -> None:
     expected = tangent()
     with methods.GradCAM(model, "block2"):
         assert torch.equal(tangent(), expected)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.lstm, self.fc = nn.Conv2d(3, 8, 3), nn.LSTM(8, 8, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, (last, _) = self.lstm(self.conv(x).mean(3).mT)
+        return self.fc(rows + last[0].unsqueeze(1)).flatten(1)
+
+
+@without_gradients
+def test_an_lstm_behind_the_layer_returns_what_it_returns_without_an_extractor(mode: str) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Recurrent().eval()
+    with methods.GradCAM(model, "conv") as extractor:
+        model(X)
+        expected = extractor(1)
+        with MODES[mode]():
+            extractor.disable_hooks()
+            scores = model(X)
+            extractor.enable_hooks()
+            assert torch.equal(model(X), scores)
+            close(extractor(1), expected)
 
 
 def test_a_shallow_copy_of_the_model_runs_its_own_modules() -> None:

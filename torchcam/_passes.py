@@ -82,7 +82,7 @@ def to_model(model: nn.Module, value: Any) -> Any:
 
 
 class Call:
-    """The arguments a model was called with: tensors by reference, lists and mappings as they were.
+    """The arguments a model was called with: tensors by reference, lists and dictionaries as they were.
 
     Args:
         args: the positional arguments
@@ -105,7 +105,7 @@ class Call:
             args, kwargs = without_inference((args, kwargs))
             tensors = tuple(tensors_in((args, kwargs)))
         if tensors is not values:  # the model may add to a list of the caller's
-            args, kwargs = map_tensors(lambda tensor: tensor, (args, kwargs))
+            args, kwargs = map_structure(_unless_built_in, (args, kwargs))
         self.args = args
         self.kwargs = kwargs
         self.wanted = wanted
@@ -253,6 +253,11 @@ class Call:
     def device_type(self) -> str:
         """The type of the device of the first tensor."""
         return self.versions[0][0].device.type if self.versions else "cpu"
+
+
+def _unless_built_in(value: Any) -> Any:
+    """Return what is no built-in container, so that the structure of those is copied."""
+    return NotImplemented if type(value) in {tuple, list, dict} else value
 
 
 def without_inference(arguments: Any) -> Any:

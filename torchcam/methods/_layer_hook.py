@@ -130,7 +130,7 @@ def _with_graph(tensor: Tensor, layer: nn.Module, args: Any, running: Any) -> tu
         leaf = tensor.detach().requires_grad_()
         return leaf, leaf.clone()
     # Whoever else uses the output gets the graph only if the tensor itself has it: not a view of what was given, nor
-    # what what was given and not changed, as it may have been used before.
+    # what was given and not changed, as it may have been used before.
     is_changed = tensor._version > 0 and any(one is tensor for one in given)
     if (is_given and not is_changed) or any(_storage(one) == storage for one, _ in running.call.versions):
         running.is_partial = True
