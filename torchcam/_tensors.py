@@ -165,8 +165,10 @@ def min_max(maps: Tensor, start_dim: int = 1) -> Tensor:
     lowest = maps.amin(positions, keepdim=True)
     above = maps - lowest
     scale = above.amax(positions, keepdim=True)
-    scale = scale.masked_fill(torch.add(lowest, scale, alpha=_LOST) == lowest, torch.inf)  # all finite values become 0
-    return above / scale
+    constant = torch.add(lowest, scale, alpha=_LOST) == lowest  # all its finite values become 0
+    if maps.requires_grad:
+        return above / scale.masked_fill(constant, torch.inf)
+    return above.div_(scale.masked_fill_(constant, torch.inf))
 
 
 def over_positions(maps: Tensor, image: Tensor) -> Tensor:
