@@ -418,6 +418,7 @@ def test_bad_input() -> None:
         (ValueError, "`box` must lie between 0 and ", model, picture, {"box": -1}),
         (TypeError, "`box` must be the number", model, picture, {"box": "first"}),
         (TypeError, "`box` must be the number", model, picture, {"box": True}),
+        (ValueError, "`input_tensor` is an empty list", model, [], {}),
         (ValueError, "`box` is an empty list", model, picture, {"box": []}),
         (ValueError, "found no box", model, Image.new("RGB", (64, 64)), {"box": 0}),
         (ValueError, "lower `threshold`", model, picture, {"threshold": 0.999999}),

@@ -118,6 +118,21 @@ class TestTransformers:
             assert torch.equal(scores, classifier.model(seen).logits)
         assert made["class_names"] == classifier.categories == ["cat", "dog", "fish"]
 
+    def test_evaluate(self, folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        pixels = np.random.default_rng(0).integers(0, 256, (2, 50, 70, 3), dtype=np.uint8)
+        for name, picture in zip(("cat", "fish"), pixels, strict=True):
+            (tmp_path / "data" / name).mkdir(parents=True)
+            Image.fromarray(picture).save(tmp_path / "data" / name / "a.png")
+        capsys.readouterr()
+        asked = ["--methods", "GradCAM", "--metrics", "ADCC", "--checkpoint", str(tmp_path / "state"), "--json"]
+        assert cli.main(["evaluate", str(tmp_path / "data"), "--hf", folder, *asked]) == 0
+        told = json.loads(capsys.readouterr().out)
+        classifier = load_hf(folder, "DEFAULT")
+        with torch.inference_mode():
+            predicted = classifier.model(classifier.read([*map(Image.fromarray, pixels)]).tensor).logits.argmax(1)
+        assert told["agreement"] == (predicted == torch.tensor([0, 2])).double().mean()
+        assert told["methods"]["GradCAM"]["measured"] == {"ADCC": 2}
+
     def test_export(self, folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         onnxruntime = pytest.importorskip("onnxruntime")
         file = tmp_path / "m.onnx"

@@ -262,6 +262,17 @@ def test_explanations_look_at_a_layer_that_counts_for_their_targets() -> None:
     assert "target_layer=['early']" in report.method
 
 
+def test_the_targets_of_a_batch_have_a_default_layer() -> None:
+    model, x = Net().eval(), noise(3, 3, 32, 32)
+    asked = {"first": lambda output: output[0], "last": lambda output: output[-1]}
+    found = torchcam.explain(model, x, targets=[asked] * 3)
+    for number, one in enumerate(found):
+        alone = torchcam.explain(model, x[number : number + 1], targets=asked, target_layer="body")
+        assert one.target_layers == alone.target_layers == ("body",)
+        for name in asked:
+            torch.testing.assert_close(one.cams[name], alone.cams[name])
+
+
 def test_a_default_layer_without_a_path_to_the_score_is_an_error_that_names_one_with() -> None:
     model = TwoHeads().eval()
     with GradCAM(model, input_shape=(3, 32, 32)) as extractor:

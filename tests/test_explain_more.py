@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import pickle
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -552,6 +553,18 @@ class TestTrust:
             found.trust()
         with pytest.raises(RuntimeError, match="knows no model"):
             replace(found, _try_out=None).trust()
+
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda found: pickle.loads(pickle.dumps(found))])
+    def test_copies_and_pickles(self, copied: Callable[[Any], Any], model: nn.Module, batch: Tensor) -> None:
+        found = explain(model, batch, method=["GradCAM", "LayerCAM"], target_layer="block2")
+        again = copied(found)
+        assert again.to_html() == found.to_html()
+        for one, other in zip(found, again, strict=True):
+            assert torch.equal(one.logits, other.logits)
+            assert [*one.results] == [*other.results]
+        if copied is not copy.deepcopy:
+            with pytest.raises(RuntimeError, match="comes from a pickle"):
+                again[0].trust()
 
     def test_holds_one_input_alone(self, model: nn.Module, batch: Tensor) -> None:
         found = explain(model, batch, target_layer="block2")[1]

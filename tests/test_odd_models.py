@@ -160,6 +160,8 @@ class Layer(nn.Module):
             return held.relu_()
         if self.way == "an object":
             return given.value
+        if self.way == "an earlier use":
+            return given
         if self.way == "a view":
             return given[:, :]
         output = given.tanh()
@@ -180,10 +182,11 @@ class Around(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.stem(x)
+        early = h.sigmoid().mean((2, 3))
         given = {"held": h} if self.way == "a keyword" else None
         y = self.layer(**given) if given else self.layer(Holder(h) if self.way == "an object" else h)
         if isinstance(y, Tensor):
-            return self.read(y, h)
+            return self.read(y, early if self.way == "an earlier use" else h)
         y, other = y.values() if isinstance(y, dict) else y
         return self.read(y, other.unflatten(2, y.shape[2:]) if other.ndim == 3 else other)
 
@@ -195,14 +198,15 @@ class Around(nn.Module):
         """HiResCAM without its ReLU, of class 1, in a rewrite where the layer's output is a leaf."""
         with torch.inference_mode(False), torch.enable_grad():
             h = self.stem(x).detach()
-            a = h.relu() if self.way == "a keyword" else h if self.way in {"an object", "a view"} else h.tanh()
+            given = {"an object", "a view", "an earlier use"}
+            a = h.relu() if self.way == "a keyword" else h if self.way in given else h.tanh()
             a = a.clone().requires_grad_()
             other = h if self.way == "a view" else 2 * a.mean((2, 3)) if self.way == "a second tensor" else a
             (gradient,) = torch.autograd.grad(self.read(a, other)[:, 1].sum(), a)
             return (gradient * a).sum(1).detach()
 
 
-WAYS = ["a keyword", "an object", "a view", "a second tensor", "a second view", "the same twice"]
+WAYS = ["a keyword", "an object", "an earlier use", "a view", "a second tensor", "a second view", "the same twice"]
 
 
 @pytest.mark.parametrize("number", [1, 2])
@@ -218,6 +222,36 @@ def test_every_way_from_the_output_to_the_score_counts(way: str, mode: str, numb
         for extractor in extractors:
             (found,) = extractor(1, normalized=False, relu=False, retain_graph=True)
             torch.testing.assert_close(found, twin.by_hand(X), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["GradCAMpp", "ShapleyCAM", "EigenGradCAM", "GroupCAM", "GuidedGradCAM", "FinerCAM"])
+@pytest.mark.parametrize("way", ["a keyword", "a view", "a second tensor"])
+@pytest.mark.filterwarnings("ignore:.*activations of both signs")
+def test_every_way_counts_for_every_gradient_method(way: str, name: str) -> None:
+    maps = {}
+    for mode in ("grad", "no_grad"):
+        with getattr(methods, name)(Around(way), "layer") as extractor, MODES[mode]():
+            extractor.model(X)
+            options = {"targets": Softmax()} if name == "ShapleyCAM" else {"class_idx": 1}
+            maps[mode] = extractor(**options, normalized=False)
+    close(maps["no_grad"], maps["grad"])
+
+
+@pytest.mark.parametrize("way", ["a view", "a second tensor"])
+def test_every_way_counts_for_several_classes(way: str) -> None:
+    with methods.HiResCAM(Around(way), "layer") as extractor, torch.no_grad():
+        extractor.model(X)
+        (several,) = extractor([[0, 1], [2, 1]])
+        for column, classes in enumerate(([0, 2], [1, 1])):
+            extractor.model(X)
+            torch.testing.assert_close(several[:, column], extractor(classes)[0], rtol=1e-4, atol=1e-5)
+
+
+class Softmax:
+    """A target with a curvature."""
+
+    def __call__(self, output: Tensor) -> Tensor:
+        return output.softmax(0)[1]
 
 
 class Shifted(Around):
@@ -303,6 +337,32 @@ def test_forward_mode_differentiation_goes_on(mode: str, frozen: bool) -> None:
     expected = tangent()
     with methods.GradCAM(model, "block2"):
         assert torch.equal(tangent(), expected)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.lstm, self.fc = nn.Conv2d(3, 8, 3), nn.LSTM(8, 8, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, (last, _) = self.lstm(self.conv(x).mean(3).mT)
+        return self.fc(rows + last[0].unsqueeze(1)).flatten(1)
+
+
+@without_gradients
+def test_an_lstm_behind_the_layer_returns_what_it_returns_without_an_extractor(mode: str) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Recurrent().eval()
+    with methods.GradCAM(model, "conv") as extractor:
+        model(X)
+        expected = extractor(1)
+        with MODES[mode]():
+            extractor.disable_hooks()
+            scores = model(X)
+            extractor.enable_hooks()
+            assert torch.equal(model(X), scores)
+            close(extractor(1), expected)
 
 
 def test_a_shallow_copy_of_the_model_runs_its_own_modules() -> None:

@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -127,7 +126,7 @@ class TestFile:
 
     def test_large_pictures_and_maps_are_fitted_map(self) -> None:
         fine = torch.rand(900, 1200)
-        maps = MethodMaps("GradCAM", ("x",), {}, {0: (fine,)}, MappingProxyType({0: fine}))
+        maps = MethodMaps("GradCAM", ("x",), {}, {0: (fine,)}, {0: fine})
         image = Image.new("RGB", (3000, 2000), "teal")
         result = PredictionExplanation(
             torch.zeros(1, 2),
@@ -576,7 +575,7 @@ class TestBrowser:
         half = torch.full((4, 4), torch.nan)
         half[:, :2] = 1.0
         blank = torch.zeros(4, 4)
-        maps = MethodMaps("GradCAM", ("x",), {}, {0: (half,), 1: (blank,)}, MappingProxyType({0: half, 1: blank}))
+        maps = MethodMaps("GradCAM", ("x",), {}, {0: (half,), 1: (blank,)}, {0: half, 1: blank})
         broken = replace(result, cams=maps.cams, results={"GradCAM": maps}, expected_class_idx=None)
         broken.to_html(tmp_path / "page.html")
         opened = Opened(browser, tmp_path / "page.html")

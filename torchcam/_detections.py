@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -31,8 +30,8 @@ class Detections:
     labels: Tensor
     scores: Tensor
     size: tuple[int, int]
-    class_names: Mapping[int, str] = field(default_factory=lambda: MappingProxyType({}))
-    explained: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    class_names: Mapping[int, str] = field(default_factory=dict)
+    explained: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.boxes)

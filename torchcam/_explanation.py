@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
@@ -73,11 +72,11 @@ class PredictionExplanation(Pictures):
     input_shape: tuple[int, ...]
     versions: Mapping[str, str]
     class_names: tuple[str, ...] | None = None
-    method_kwargs: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    results: Mapping[str, MethodMaps] = field(default_factory=lambda: MappingProxyType({}))
+    method_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    results: Mapping[str, MethodMaps] = field(default_factory=dict)
     image: Image.Image | None = None
     probabilities: Tensor | None = None
-    scores: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    scores: Mapping[str, float] = field(default_factory=dict)
     view: View = FULL
     detections: Detections | None = None
     _try_out: Callable[..., Any] | None = None  # holds on to the input, but not to the model
@@ -87,8 +86,8 @@ class PredictionExplanation(Pictures):
     def __post_init__(self) -> None:
         if not self.results:
             fused = {key: _CAM.fuse_cams([cam[None] for cam in maps])[0] for key, maps in self.cams.items()}
-            only = MethodMaps(self.method, self.target_layers, self.method_kwargs, self.cams, MappingProxyType(fused))
-            object.__setattr__(self, "results", MappingProxyType({self.method: only}))
+            only = MethodMaps(self.method, self.target_layers, self.method_kwargs, self.cams, fused)
+            object.__setattr__(self, "results", {self.method: only})
 
     @property
     def _items(self) -> Sequence[PredictionExplanation]:
@@ -104,7 +103,7 @@ class PredictionExplanation(Pictures):
     @property
     def maps(self) -> Mapping[str, Mapping[Any, tuple[Tensor, ...]]]:
         """The maps of every method: its name to what `cams` is of the first."""
-        return MappingProxyType({name: result.cams for name, result in self.results.items()})
+        return {name: result.cams for name, result in self.results.items()}
 
     def name_of(self, key: int | str) -> str:
         """Return the name of a class (or of a target, or of the class of a box), with its index."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal, Protocol, TypedDict, Unpack, overload
 
 import numpy as np
@@ -212,6 +211,8 @@ def explain(
     others = {"class_idx": class_idx, "targets": targets, "texts": texts, "against": against, "top_k": top_k}
     about_boxes = _asks_about_boxes(model, box, threshold, {**others, "expected_class_idx": expected_class_idx})
     if about_boxes and isinstance(input_tensor, (list, tuple)):  # of pictures of any size, with any number of boxes
+        if not input_tensor:
+            raise ValueError("`input_tensor` is an empty list: there is nothing to explain")
         return Explanations([explain(**{**arguments, "input_tensor": one}) for one in input_tensor])
     method = (HiResCAM if about_boxes else GradCAM) if method is None else method
     recipes = as_recipes(method, target_layer, method_kwargs, relu)
@@ -279,13 +280,13 @@ def explain(
                         target_layers=first.target_layers,
                         model=f"{type(original).__module__}.{type(original).__qualname__}",
                         input_shape=(1, *input_shape),
-                        versions=MappingProxyType(made_by),
+                        versions=made_by,
                         class_names=names,
                         method_kwargs=first.method_kwargs,
-                        results=MappingProxyType(results),
+                        results=results,
                         image=picture,
                         probabilities=_probabilities(answer.logits, to_probabilities),
-                        scores=MappingProxyType(answer.scores),
+                        scores=answer.scores,
                         view=inputs.shown[number],
                         detections=None if boxes is None else boxes.detections,
                         _try_out=request,
@@ -420,11 +421,9 @@ def _explain_samples(
             results[sample][recipe.name] = MethodMaps(
                 method=recipe.method.__name__,
                 target_layers=tuple(extractor.target_names),
-                method_kwargs=MappingProxyType(recipe.plain_options),
-                cams=MappingProxyType(
-                    {key: tuple(cam[sample].clone() for cam in layers) for key, (layers, _) in of_sample.items()}
-                ),
-                fused=MappingProxyType({key: fused[sample].clone() for key, (_, fused) in of_sample.items()}),
+                method_kwargs=recipe.plain_options,
+                cams={key: tuple(cam[sample].clone() for cam in layers) for key, (layers, _) in of_sample.items()},
+                fused={key: fused[sample].clone() for key, (_, fused) in of_sample.items()},
                 signed=recipe.signed,
             )
     return list(zip(answers, results, strict=True))

@@ -208,7 +208,7 @@ def candidates_of(model: nn.Module, call: Call, select: Callable[[Any], Tensor] 
         explained, singles = scores, _single_scores(result, scores)
         if select is not None:
             explained = select(result)
-            singles = iter(explained.unbind(1) if explained.ndim > 1 else ())
+            singles = (one.sum() for one in (explained.unbind(1) if explained.ndim > 1 else ()))
         total = None
         if explained is not None:
             total = (torch.randn(explained.shape, generator=generator).to(explained) * explained).sum()

@@ -33,7 +33,6 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +48,21 @@ if TYPE_CHECKING:
 METHODS = "GradCAM,GradCAMpp,LayerCAM,EigenCAM,RandomCAM"
 METRICS = ["ClassificationMetric", "DeletionInsertionMetric"]
 DEMO_SCENES = 32
-SCORES = ("softmax", "sigmoid", "none")
+
+
+def _softmax(output: Any) -> Any:
+    from torchcam.targets import read_logits
+
+    return read_logits(output).softmax(1)
+
+
+def _sigmoid(output: Any) -> Any:
+    from torchcam.targets import read_logits
+
+    return read_logits(output).sigmoid()
+
+
+SCORES = {"softmax": _softmax, "sigmoid": _sigmoid, "none": None}
 
 
 def add_options(evaluate: Any) -> None:
@@ -71,7 +84,7 @@ def add_options(evaluate: Any) -> None:
     _options.add_layers(what)
     what.add_argument(
         "--scores",
-        choices=SCORES,
+        choices=tuple(SCORES),
         help="what is made of the model's output before it is explained and measured (default: softmax)",
     )
     what.add_argument(
@@ -241,12 +254,10 @@ def _evaluate(
     methods: Sequence[type[Any]],
     checkpoint: Path,
 ) -> Any:
-    import torch
     from torch.utils.data import DataLoader
 
     from torchcam.evaluation import evaluate
 
-    scores: dict[str, Any] = {"softmax": partial(torch.softmax, dim=1), "sigmoid": torch.sigmoid, "none": None}
     usual = "sigmoid" if arguments.demo else "softmax"
     metrics = [*METRICS, "Localization"] if arguments.demo else METRICS
     layers = arguments.target_layer or None
@@ -258,7 +269,7 @@ def _evaluate(
                 methods,
                 arguments.metrics or metrics,
                 target_layer=layers,
-                logits_fn=scores[arguments.scores or usual],
+                logits_fn=SCORES[arguments.scores or usual],
                 class_source=arguments.class_source,
                 batch_size=arguments.chunk_size,
                 checkpoint=checkpoint,

@@ -51,8 +51,8 @@ def attached(kind: type[SharedWrapper], module: nn.Module, member: Any) -> Calla
 def fused_modules(model: nn.Module, target_names: Iterable[str], every: bool) -> list[nn.Module]:
     """List the modules whose fused kernels an extractor would switch off.
 
-    Modules of torch run a fused kernel where no gradient is asked for, and, if they are a whole block, where no hook is
-    on a module inside.
+    Modules of torch run a fused kernel where no gradient is asked for (LSTM: another one), and, if they are a whole
+    block, where no hook is on a module inside.
 
     Args:
         model: the model
@@ -66,7 +66,8 @@ def fused_modules(model: nn.Module, target_names: Iterable[str], every: bool) ->
         found += [
             module
             for name, module in model.named_modules()
-            if isinstance(module, nn.MultiheadAttention) and not any(name.startswith(f"{block}.") for block in blocks)
+            if isinstance(module, (nn.MultiheadAttention, nn.LSTM))
+            and not any(name.startswith(f"{block}.") for block in blocks)
         ]
     return found
 

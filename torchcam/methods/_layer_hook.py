@@ -128,9 +128,10 @@ def _with_graph(tensor: Tensor, layer: nn.Module, args: Any, running: Any) -> tu
     if (given and not is_given and not _may_be_kept(tensor, layer)) or running.is_of_model(tensor):
         leaf = tensor.detach().requires_grad_()
         return leaf, leaf.clone()
-    # Whoever else uses the output gets the graph only if the tensor itself has it. A view of what was given is not it.
-    is_view = is_given and not any(one is tensor for one in given)
-    if is_view or any(_storage(one) == storage for one, _ in running.call.versions):
+    # Whoever else uses the output gets the graph only if the tensor itself has it: not a view of what was given, nor
+    # what was given and not changed, as it may have been used before.
+    is_changed = tensor._version > 0 and any(one is tensor for one in given)
+    if (is_given and not is_changed) or any(_storage(one) == storage for one, _ in running.call.versions):
         running.is_partial = True
         return tensor.detach().clone().requires_grad_(), tensor
     leaf = tensor.detach().clone().requires_grad_()

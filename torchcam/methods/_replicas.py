@@ -46,8 +46,8 @@ def gradients_of_copies(extractor: Any, request: Request) -> list[Tensor]:
         again = replace(request, recorded=repeated._recorder.find(), scores=None)
         grids: list[Tensor] = [] if again.recorded.is_partial else repeated._gradients(again)
     request.check_repeated(again.recorded.score, extractor._selector(request))
-    recorded.gradients, recorded.num_scores = again.recorded.gradients, again.recorded.num_scores
-    recorded.score, recorded.unbalanced = again.recorded.score, again.recorded.unbalanced
+    for name in ("rows", "gradients", "num_scores", "score", "unbalanced"):
+        setattr(recorded, name, getattr(again.recorded, name))
     return grids
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -75,7 +74,7 @@ def find(model: Any, _given: Any, picture: Image.Image, threshold: float | None,
     return Found(
         model,
         inputs,
-        Detections(boxes, labels, scores, size, MappingProxyType(names)),
+        Detections(boxes, labels, scores, size, names),
         rows,
         corners(places)[rows] if chooses_queries else None,
         _entrances(model),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +38,7 @@ class Found:
     near: Tensor | None
     layers: Sequence[str]
     least_stride: int | None = None
-    targets: Mapping[str, Box] = field(default_factory=lambda: MappingProxyType({}))
+    targets: Mapping[str, Box] = field(default_factory=dict)
     layer: str | None = None
 
 

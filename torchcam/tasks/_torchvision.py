@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -42,7 +41,7 @@ def find(
         kept = kept[(answer["scores"] >= threshold).cpu()]
     boxes, labels, scores = (answer[name].cpu()[kept] for name in ("boxes", "labels", "scores"))
     known = Views((width, height), size, None, {size: view, (width, height): view})
-    names = MappingProxyType(dict(enumerate(inputs.class_names or ())))
+    names = dict(enumerate(inputs.class_names or ()))
     return Found(
         model,
         replace(inputs, pictures=(shown,), shown=(view,), views=(known,)),

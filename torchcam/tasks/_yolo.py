@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -57,7 +56,7 @@ def find(wrapper: Any, given: Any, picture: Image.Image, threshold: float | None
     seen = (tensor.shape[3], tensor.shape[2])
     view = FULL if stretched else _letterbox(size, seen)
     names = {int(label): str(name) for label, name in dict(result.names).items()}
-    detections = Detections(boxes, labels, scores, size, MappingProxyType(names))
+    detections = Detections(boxes, labels, scores, size, names)
     rows, places = _rows_of(read, detections, view, seen)
     picture = Image.fromarray(np.ascontiguousarray(result.orig_img[..., ::-1]))
     views = Views(seen, size, None, {size: view})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
-from types import MappingProxyType
 from typing import Any, Literal, overload
 
 import torch
@@ -160,7 +159,7 @@ def explain_answer(
             stacklevel=2,
         )
     parts = torch.split(maps, counts, 1)
-    made_by = MappingProxyType({**versions(), "transformers": import_module("transformers").__version__})
+    made_by = {**versions(), "transformers": import_module("transformers").__version__}
     found = [
         AnswerExplanation(
             prompt=texts[b],

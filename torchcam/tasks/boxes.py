@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -76,12 +75,12 @@ def as_boxes(
         raise ValueError(f"`processor` is for transformers: {type(model).__name__} makes boxes by itself")
     found: Found = library.find(model, given, picture, threshold, options)
     asked = _asked(box, found.detections)
-    names = found.detections.class_names if class_names is None else MappingProxyType(dict(enumerate(class_names)))
+    names = found.detections.class_names if class_names is None else dict(enumerate(class_names))
     targets = {_name(one): _target(found, one) for one in asked}
-    explained = MappingProxyType({_name(one): one.index for one in asked})
+    explained = {_name(one): one.index for one in asked}
     detections = replace(found.detections, class_names=names, explained=explained)
     layer = _layer(found, list(targets.values())) if needs_layer else None
-    return replace(found, detections=detections, targets=MappingProxyType(targets), layer=layer)
+    return replace(found, detections=detections, targets=targets, layer=layer)
 
 
 def _asked(box: Any, found: Detections) -> list[Box]:

@@ -102,7 +102,7 @@ def _is_in_place(base: Tensor, variants: Sequence[Tensor | None], to_grid: Calla
     Returns:
         None if the changes do not tell
     """
-    grid = to_grid(base)
+    grid = to_grid(base.detach())
     if 2 * (grid.ndim - 2) != len(variants):
         return None
     centres = []
