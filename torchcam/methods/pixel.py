@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from torchcam._replica import replicated
+from torchcam._replica import modules_of, replicated
 from torchcam._tensors import is_constant, map_tensors, resize, to_float
 
 from ._gradients import nodes_of
@@ -216,7 +216,7 @@ def _repeated(
         args, kwargs = call.with_image(image.clone(), torch.arange(len(image), device=image.device))
         args, kwargs = map_tensors(lambda t: t.clone() if t.is_inference() else t, (args, kwargs))
         score = select(replica(*args, **kwargs))
-        expected = recorded_scores(model, request.recorded.output, select)
+        expected = recorded_scores(modules_of(model), request.recorded.output, select)
         if expected is not None and not is_repeated(score.detach(), expected):
             warn(
                 f"{type(extractor).__name__} explains the model as it runs again, but its scores are not those of the "
