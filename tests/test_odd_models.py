@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import types
 from collections import Counter
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -284,6 +284,39 @@ def test_a_second_pass_that_differs_gives_no_map(way: str) -> None:
             with pytest.raises(RuntimeError, match="run the forward pass with gradients on"):
                 extractor(1)
         model(X.clone().requires_grad_())
+        assert extractor(1)[0].isfinite().all()
+
+
+class Settings(Mapping[str, Any]):
+    """Can neither be changed nor copied."""
+
+    def __init__(self, **values: Any) -> None:
+        self.values_by_name = values
+
+    def __getitem__(self, name: str) -> Any:
+        return self.values_by_name[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values_by_name)
+
+    def __len__(self) -> int:
+        return len(self.values_by_name)
+
+    def __copy__(self) -> NoReturn:
+        raise AssertionError
+
+
+class Configured(Net):
+    def forward(self, x: Tensor, settings: Settings) -> Tensor:
+        assert isinstance(settings, Settings)
+        return super().forward(x) * settings["scale"]
+
+
+@every_mode
+def test_a_mapping_that_cannot_be_copied_is_handed_through(mode: str) -> None:
+    model, settings = made(Configured), Settings(scale=2.0, options=torch.zeros(3))
+    with methods.GradCAM(model, "block2") as extractor, MODES[mode]():
+        model(X, settings)
         assert extractor(1)[0].isfinite().all()
 
 

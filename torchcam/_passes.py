@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from ._tensors import map_structure, map_tensors, tensors_in
 
+_AS_IT_IS = nullcontext()
+
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
@@ -80,7 +82,7 @@ def to_model(model: nn.Module, value: Any) -> Any:
 
 
 class Call:
-    """The arguments a model was called with: tensors by reference, lists and mappings as they were.
+    """The arguments a model was called with: tensors by reference, lists and dictionaries as they were.
 
     Args:
         args: the positional arguments
@@ -103,7 +105,7 @@ class Call:
             args, kwargs = without_inference((args, kwargs))
             tensors = tuple(tensors_in((args, kwargs)))
         if tensors is not values:  # the model may add to a list of the caller's
-            args, kwargs = map_tensors(lambda tensor: tensor, (args, kwargs))
+            args, kwargs = map_structure(_unless_built_in, (args, kwargs))
         self.args = args
         self.kwargs = kwargs
         self.wanted = wanted
@@ -187,6 +189,8 @@ class Call:
     def _with(
         self, original: Tensor | list[Tensor], replacement: Tensor, samples: Tensor
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if isinstance(original, Tensor) and len(self.args) == 1 and self.args[0] is original and not self.kwargs:
+            return (replacement,), {}
         batch_size = len(original)
 
         def substitute(value: Any) -> Any:
@@ -238,16 +242,22 @@ class Call:
         if self.shared:
             self.shared.update(map(id, alike))
 
-    def as_recorded(self) -> AbstractContextManager[Any]:
-        """Return a context with the autocast state of the call."""
-        if self.autocast is None and not torch._C._is_any_autocast_enabled():
-            return nullcontext()
-        return torch.autocast(self.device_type, dtype=self.autocast, enabled=self.autocast is not None)
+    def as_recorded(self, autocast: torch.dtype | None = None) -> AbstractContextManager[Any]:
+        """Return a context with the autocast state of the call, or with autocast to another type."""
+        dtype = self.autocast if autocast is None else autocast
+        if dtype is None and not torch._C._is_any_autocast_enabled():
+            return _AS_IT_IS
+        return torch.autocast(self.device_type, dtype=dtype, enabled=dtype is not None)
 
     @property
     def device_type(self) -> str:
         """The type of the device of the first tensor."""
         return self.versions[0][0].device.type if self.versions else "cpu"
+
+
+def _unless_built_in(value: Any) -> Any:
+    """Return what is no built-in container, so that the structure of those is copied."""
+    return NotImplemented if type(value) in {tuple, list, dict} else value
 
 
 def without_inference(arguments: Any) -> Any:
