@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,8 +17,12 @@ def run_chunks(
     Where a CUDA device has too little memory for a chunk, the chunk is halved and tried again, with one warning.
     """
     results: list[Any] = []
-    start, warned = 0, False
-    with _progress_bar(total, description, progress) as advance:
+    start, warned, bar = 0, False, None
+    if progress:
+        from tqdm.auto import tqdm
+
+        bar = tqdm(total=total, desc=description)
+    try:
         while start < total or not results:
             size = min(batch_size, total - start)
             try:
@@ -29,7 +32,8 @@ def run_chunks(
                     raise
             else:
                 start += size
-                advance(size)
+                if bar is not None:
+                    bar.update(size)
                 continue
             # Outside the `except` block: there, the exception would keep the chunk's tensors alive.
             batch_size = size // 2
@@ -41,15 +45,7 @@ def run_chunks(
                 )
             warned = True
             torch.cuda.empty_cache()
+    finally:
+        if bar is not None:
+            bar.close()
     return results
-
-
-@contextmanager
-def _progress_bar(total: int, description: str, shown: bool) -> Iterator[Callable[[int], Any]]:
-    if not shown:
-        yield lambda _done: None
-        return
-    from tqdm.auto import tqdm
-
-    with tqdm(total=total, desc=description) as bar:
-        yield bar.update

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from ._tensors import map_structure, map_tensors, tensors_in
 
+_AS_IT_IS = nullcontext()
+
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
@@ -187,6 +189,8 @@ class Call:
     def _with(
         self, original: Tensor | list[Tensor], replacement: Tensor, samples: Tensor
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if isinstance(original, Tensor) and len(self.args) == 1 and self.args[0] is original and not self.kwargs:
+            return (replacement,), {}
         batch_size = len(original)
 
         def substitute(value: Any) -> Any:
@@ -238,11 +242,12 @@ class Call:
         if self.shared:
             self.shared.update(map(id, alike))
 
-    def as_recorded(self) -> AbstractContextManager[Any]:
-        """Return a context with the autocast state of the call."""
-        if self.autocast is None and not torch._C._is_any_autocast_enabled():
-            return nullcontext()
-        return torch.autocast(self.device_type, dtype=self.autocast, enabled=self.autocast is not None)
+    def as_recorded(self, autocast: torch.dtype | None = None) -> AbstractContextManager[Any]:
+        """Return a context with the autocast state of the call, or with autocast to another type."""
+        dtype = self.autocast if autocast is None else autocast
+        if dtype is None and not torch._C._is_any_autocast_enabled():
+            return _AS_IT_IS
+        return torch.autocast(self.device_type, dtype=dtype, enabled=dtype is not None)
 
     @property
     def device_type(self) -> str:

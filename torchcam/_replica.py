@@ -109,10 +109,17 @@ class KeptReplica:
 
     Args:
         model: the model
+
+    Attributes:
+        replica: the replica
+        last_call: how it was called last
+        parameter: the first parameter of both, if there is one
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.replica, copies = _copied(model)
+        self.last_call = _LastCall(self.replica)
+        self.parameter = next(model.parameters(), None)
         self._tensors = [pair for pair in copies if isinstance(pair[0], Tensor)]
         others = [pair for pair in copies if not isinstance(pair[0], Tensor)]
         fields = [[vars(one) if isinstance(one, nn.Module) else one for one in pair] for pair in others]
@@ -128,6 +135,8 @@ class KeptReplica:
         """Copy the tensors of the model once more; return whether all else of it is as it was."""
         if self._of_model is None or self._of_model.have_changed():
             return False
+        if not self._tensors:
+            return True
         try:
             with torch.inference_mode(False), torch.no_grad():
                 for original, own in self._tensors:
@@ -149,27 +158,28 @@ class _Attributes:
     """
 
     def __init__(self, fields: Iterable[dict[Any, Any]]) -> None:
-        self._states = [(now, dict(now)) for now in fields]
-        values = [value for now, _ in self._states for value in now.values()]
+        self._now = list(fields)
+        self._before = [dict(now) for now in self._now]
+        values = [value for now in self._now for value in now.values()]
         self._empty = [value for value in values if type(value) in _EMPTY and not value]
 
     def have_changed(self) -> bool:
         """Check whether they are others by now, or cannot be compared."""
         try:
-            return any(now != before for now, before in self._states) or any(self._empty)
+            return self._now != self._before or any(self._empty)
         except Exception:  # noqa: BLE001 - whatever a comparison of values of the user's raises
             return True
 
 
-def modules_of(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the modules of a model, each once; in less time than ``model.modules()`` does, outer ones first."""
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """List the modules of a model, each once, outer ones first; in less time than ``model.modules()`` takes."""
     found, seen = [model], {id(model)}
     for module in found:
-        yield module
         for child in module._modules.values():
             if child is not None and id(child) not in seen:
                 seen.add(id(child))
                 found.append(child)
+    return found
 
 
 def freeze(replica: nn.Module, value_of: Callable[[Tensor], Tensor] = lambda value: value) -> None:
@@ -204,9 +214,8 @@ def has_backward_hooks(model: nn.Module) -> bool:
     return any(module._backward_hooks or module._backward_pre_hooks for module in modules_of(model))
 
 
-@contextmanager
-def replicated(model: nn.Module, kept: list[KeptReplica] | None = None) -> Iterator[nn.Module]:
-    """Return a replica of ``model`` to run inside the block.
+class replicated:  # noqa: N801 - named as the contexts of torch
+    """A context with a replica of ``model`` to run.
 
     If the model draws random numbers, the state of the global generators is restored on exit.
 
@@ -214,24 +223,32 @@ def replicated(model: nn.Module, kept: list[KeptReplica] | None = None) -> Itera
         model: the model
         kept: replicas of earlier blocks that nobody runs: one of them is taken if it can be, and comes back at the end
     """
-    found = None if kept is None else _renewed(model, kept)
-    replica = replicate(model) if found is None else found.replica
-    last_call = _LastCall(replica)
-    generators = _global_generators(model)
-    states = [generator.get_state() for generator in generators]
-    raised = True
-    try:
-        yield replica
-        raised = False
-    finally:
-        last_call.detach()
-        changed = any(not torch.equal(g.get_state(), state) for g, state in zip(generators, states, strict=True))
+
+    def __init__(self, model: nn.Module, kept: list[KeptReplica] | None = None) -> None:
+        self._model = model
+        self._kept = kept
+
+    def __enter__(self) -> nn.Module:
+        found = self._found = None if self._kept is None else _renewed(self._model, self._kept)
+        replica = replicate(self._model) if found is None else found.replica
+        self._last_call = _LastCall(replica) if found is None else found.last_call
+        parameter = next(self._model.parameters(), None) if found is None else found.parameter
+        self._states = [(generator, generator.get_state()) for generator in _global_generators(parameter)]
+        return replica
+
+    def __exit__(self, raised: object, *_: object) -> None:
         # Another thread may draw from the same generators: its numbers must not be drawn twice.
-        if changed and (raised or threading.active_count() == 1 or last_call.draws_random_numbers()):
-            for generator, state in zip(generators, states, strict=True):
+        if threading.active_count() == 1 or (
+            any(not torch.equal(generator.get_state(), state) for generator, state in self._states)
+            and (raised or self._last_call.draws_random_numbers())
+        ):
+            for generator, state in self._states:
                 generator.set_state(state)
-    if kept is not None and found is not None and found.is_as_made():
-        kept.append(found)
+        self._last_call.arguments = None
+        if self._kept is None or self._found is None:
+            self._last_call.detach()
+        elif raised is None and self._found.is_as_made():
+            self._kept.append(self._found)
 
 
 def _renewed(model: nn.Module, kept: list[KeptReplica]) -> KeptReplica:
@@ -375,17 +392,17 @@ class _HandingOn(nn.Module):
 class _LastCall(CallWrapper):
     """Remembers how a replica was called last, to find out whether it draws random numbers."""
 
-    _arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the module."""
-        self._arguments = args, kwargs
+        self.arguments = args, kwargs
         return self.run(module, args, kwargs)
 
     def draws_random_numbers(self) -> bool:
         """Check whether the last call draws random numbers, by a repetition without hooks; the replica has served."""
         module = self._module()
-        if module is None or self._arguments is None:
+        if module is None or self.arguments is None:
             return False
         for inner in modules_of(module):
             inner._forward_hooks.clear()
@@ -393,7 +410,7 @@ class _LastCall(CallWrapper):
         watch = _DrawsWatched()  # type: ignore[no-untyped-call]  # torch's
         with watch, torch.no_grad():
             try:
-                self.run(module, *self._arguments)
+                self.run(module, *self.arguments)
             except Exception:  # noqa: BLE001 - whatever a call raises that has raised before
                 return True
         return bool(watch.seen)
@@ -410,10 +427,10 @@ class _DrawsWatched(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
         return func(*args, **(kwargs or {}))
 
 
-def _global_generators(model: nn.Module) -> list[torch.Generator]:
-    """Return the default generators of the CPU and of the kind of device that the model is on."""
+def _global_generators(parameter: nn.Parameter | None) -> list[torch.Generator]:
+    """Return the default generators of the CPU and of the kind of device that a parameter is on."""
     generators = [torch.default_generator]
-    device_type = next((parameter.device.type for parameter in model.parameters()), "cpu")
+    device_type = "cpu" if parameter is None else parameter.device.type
     if device_type not in {"cpu", "meta"}:
         generators += list(getattr(torch.get_device_module(device_type), "default_generators", ()))
     return generators

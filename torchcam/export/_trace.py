@@ -136,8 +136,7 @@ class ExplainedModel(nn.Module):
                 for hook in hooks:
                     stack.callback(hook.remove)
             stack.enter_context(torch.enable_grad() if extractor.differentiates else torch.no_grad())
-            recorded.output = self.model(images)
-        recorded.collect()
+            recorded.finish(self.model(images), None)
         return recorded
 
 

@@ -81,7 +81,8 @@ class LayerHook(ExtractorHook):
         replaced = []
         for level, tensor in primary_tensors(output).items():
             if not self._differentiates or not tensor.is_floating_point():
-                copied = tensor.detach().clone()  # an operation in place must not change what is recorded
+                copied = tensor.detach() if tensor.requires_grad else tensor
+                copied = copied.clone()  # an operation in place must not change what is recorded
                 kept[level] = copied, copied
                 continue
             source = tensor

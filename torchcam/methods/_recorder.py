@@ -155,14 +155,6 @@ class Pass:
         in_event_loop = asyncio._get_running_loop() is not None
         return other.predecessor == self.number or (in_event_loop and not other.in_event_loop)
 
-    def finish(self, output: Any, returned: Any) -> None:
-        """Take note of what the model returned, and of what the caller gets."""
-        self.output = output
-        if self.private:
-            self._versions = [(tensor, tensor._version) for tensor in tensors_in(output)]
-        returned = [returned] if isinstance(returned, Tensor) else tensors_in(returned)
-        self.returned = [weakref.ref(tensor) for tensor in returned]
-
     def check_output(self) -> None:
         """Check that the output is as the model returned it, where no graph shows what was changed.
 
@@ -180,10 +172,15 @@ class Pass:
         self.layers.clear()
         self.others = ()
         self.attentions = [None] * len(self.target_names)
-        self.output, self.returned = None, []
+        self.finish(None, None)
 
-    def collect(self) -> None:
-        """Take note of what the target layers returned: nothing is recorded any more."""
+    def finish(self, output: Any, returned: Any) -> None:
+        """Take note of what the model and its target layers returned, and of what the caller gets."""
+        self.output = output
+        if self.private:
+            self._versions = [(tensor, tensor._version) for tensor in tensors_in(output)]
+        returned = [returned] if isinstance(returned, Tensor) else tensors_in(returned)
+        self.returned = [weakref.ref(tensor) for tensor in returned]
         self.rows = [
             Row(layer, layer + level, values, edge)
             for index, layer in enumerate(self.target_names)
@@ -328,7 +325,6 @@ class Recorder:
 
     def end(self, ended: Pass) -> None:
         """Make a pass the one that its context means, now that the model has returned or raised."""
-        ended.collect()
         keys = _own_keys.get()
         before = keys.get(id(self))
         with self._lock:
@@ -351,7 +347,8 @@ class Recorder:
         """
         key = _own_keys.get().get(id(self))
         own = self._passes.get(key.number) if key is not None and key.recorder is self._reference else None
-        if own is not None and (own.has_returned(scores) or (scores is None and len(self._passes) == 1)):
+        is_only_one = len(self._passes) == 1 and (scores is None or self._last_ended is None)
+        if own is not None and (is_only_one or own.has_returned(scores)):
             return own
         with self._lock:
             passes, ended = dict(self._passes), self._last_ended
@@ -539,9 +536,9 @@ class _ModelCall(SharedWrapper):
         else:
             returned = map_tensors(Tensor.detach, output) if detached else output
             for recorder, started in passes:
-                started.finish(output if recorder.differentiates else map_tensors(Tensor.detach, output), returned)
                 if recorder.ended is not None:
                     recorder.ended(started)
+                started.finish(output if recorder.differentiates else map_tensors(Tensor.detach, output), returned)
             return returned
         finally:
             for recorder in recorders:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass, field
-from itertools import islice
 from operator import attrgetter
 from typing import Any
 
@@ -28,6 +27,7 @@ Edit = Callable[[Tensor, Tensor], Tensor]
 
 _SHORT = frozenset({torch.bfloat16, torch.float16})  # scores of these types round away what variants differ by
 _TF32 = 2**-10  # the rounding of what a GPU may compute float32 in
+_is_training = attrgetter("training")
 _LITTLE = 0.01  # of the largest effect of a variant: no map shows it
 
 
@@ -46,7 +46,7 @@ class VariantRunner:
     def __init__(self, model: nn.Module, call: Call, formats: dict[int, torch.memory_format] | None = None) -> None:
         self.call = call
         call.prove_rows(model)
-        self.model = model
+        self.model: Callable[..., Any] = model
         self._formats = fast_formats(modules_of(model)) if formats is None else formats
 
     def __call__(self, image: Tensor, samples: Tensor) -> Any:
@@ -57,34 +57,28 @@ class VariantRunner:
             samples: the sample of the recorded batch that each variant belongs to, (B,)
         """
         formatted = in_format(image, self._formats)
-        if formatted is not image:
-            try:
-                return self._run(formatted, samples)
-            except torch.OutOfMemoryError:
+        args, kwargs = self.call.with_image(formatted, samples)
+        try:
+            return self.model(*args, **kwargs)
+        except RuntimeError as error:
+            if formatted is image or isinstance(error, torch.OutOfMemoryError):
                 raise
-            except RuntimeError:  # if it was not for the format, it comes again
-                self._formats = {}
-        return self._run(image, samples)
-
-    def _run(self, image: Tensor, samples: Tensor) -> Any:
-        args, kwargs = self.call.with_image(image, samples)
-        return self.model(*args, **kwargs)
+            self._formats = {}  # if it was not for the format, the error comes again
+        return self(image, samples)
 
 
 def fast_formats(modules: Iterable[nn.Module]) -> dict[int, torch.memory_format]:
-    """Return the memory format, by the number of dimensions of a tensor, in which the convolutions are fastest.
+    """Return the memory format, by the number of dimensions of a tensor, in which convolutions on a CPU are fastest.
 
-    On a CPU that is channels-last for models of several convolutions, elsewhere that of the weights.
+    That is channels-last for models of several convolutions.
     """
-    weights = (module.weight for module in modules if isinstance(module, (nn.Conv2d, nn.Conv3d)))
-    on_cpu = (weight for weight in weights if isinstance(weight, Tensor) and weight.device.type == "cpu")
-    several = len(list(islice(on_cpu, 2))) > 1
-    return {4: torch.channels_last, 5: torch.channels_last_3d} if several else {}
+    convolutions = [module for module in modules if isinstance(module, (nn.Conv2d, nn.Conv3d))]
+    return {4: torch.channels_last, 5: torch.channels_last_3d} if len(convolutions) > 1 else {}
 
 
 def in_format(tensor: Tensor, formats: dict[int, torch.memory_format]) -> Tensor:
-    """Return a batch of several rows in the format for its number of dimensions; others as they are."""
-    if tensor.ndim not in formats or len(tensor) < 2 or not tensor.is_floating_point():
+    """Return a batch of several rows on a CPU in the format for its number of dimensions; others as they are."""
+    if tensor.ndim not in formats or not tensor.is_cpu or tensor.shape[0] < 2 or not tensor.is_floating_point():
         return tensor
     return tensor.contiguous(memory_format=formats[tensor.ndim])
 
@@ -107,6 +101,9 @@ class Replay:
         output: what the model returned in the recorded pass: the first sample, run again as it is beside variants, must
             get the score that it has there; None if that is not known
         kept: replicas of the model that ran before, one of which may run again
+
+    Attributes:
+        image: the image-like input of the call, (N, C, *spatial)
     """
 
     model: nn.Module
@@ -122,6 +119,9 @@ class Replay:
     kept: list[KeptReplica] | None = None
     _is_proven: bool = field(default=False, init=False)
     _is_disproven: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        self.image = self.call.image_now  # each run checks that it was not modified
 
     def masked(self, variants: Callable[[slice], Tensor], samples: Tensor) -> Tensor:
         """Score variants of the input, (V,).
@@ -139,21 +139,21 @@ class Replay:
             variants: yields one form after the other of the inputs (B, C, *spatial) of a slice of the variants
             samples: the sample of the recorded batch that each variant belongs to, (V,)
         """
-        with self._running() as replica:
-            model: Any = torch.compile(replica) if self.compiled else replica
-            run = VariantRunner(model, self.call)
-            first, image = samples.new_zeros(1), self.call.image
+        with replicated(self.model, self.kept) as replica, plain_tensors(), self.call.as_recorded(self.autocast):
+            modules = modules_of(self.model)
+            run = VariantRunner(replica, self.call, fast_formats(modules))
+            if self.compiled:
+                run.model = torch.compile(replica)
 
             def evaluate(chunk: slice, unchanged: int) -> Tensor:
-                rows = samples[chunk]
-                owners = torch.cat([first, rows]) if unchanged else rows
+                owners = torch.constant_pad_nd(samples[chunk], (unchanged, 0))
                 scores: list[Tensor] = []
-                for inputs in variants(chunk) if len(rows) else [image[:0]]:
-                    if scores:
-                        scores.append(self.select(run(inputs, rows), rows))
-                    else:  # one form of the variants is enough to see the first sample as it is
-                        inputs = torch.cat([image[:1], inputs]) if unchanged else inputs
-                        scores.append(self.select(run(inputs, owners), owners))
+                for inputs in variants(chunk) if chunk.stop > chunk.start else [self.image[:0]]:
+                    if scores:  # one form of the variants is enough to see the first sample as it is
+                        owners = samples[chunk]
+                    elif unchanged:
+                        inputs = torch.cat([self.image[:1], inputs])
+                    scores.append(self.select(run(inputs, owners), owners))
                 if len(scores) == 1:
                     return scores[0]
                 own, scores[0] = scores[0][:unchanged], scores[0][unchanged:]
@@ -161,10 +161,11 @@ class Replay:
 
             expected = None
             # Once is enough; and a chunk of another size would be compiled again.
-            if not self._is_proven and not (self.compiled and len(samples) % self.batch_size == 0):
-                expected = self._recorded_score()
+            if not self._is_proven and not (self.compiled and samples.shape[0] % self.batch_size == 0):
+                expected = self._recorded_score(modules)
                 if expected is None and self.output is not None:
-                    expected = self.select(run(image[:1], first), first)
+                    first = samples.new_zeros(1)
+                    expected = self.select(run(self.image[:1], first), first)
                 self._is_proven = True
             return self._proven(evaluate, samples, expected)
 
@@ -190,7 +191,8 @@ class Replay:
         Returns:
             the scores without an edit, (N,), and those of the variants, (N, V)
         """
-        with self._running() as replica:
+        with replicated(self.model, self.kept) as replica, plain_tensors(), self.call.as_recorded(self.autocast):
+            self.call.prove_rows(replica)
             unedited, scorer = self._scorer(replica, replica.get_submodule(layer), batch)
             rows = torch.arange(len(unedited) * num_variants, device=unedited.device)
             rows = rows if chosen is None else rows[chosen.flatten()]
@@ -209,14 +211,14 @@ class Replay:
             edited = unedited.repeat_interleave(num_variants)
             scores = self._proven(evaluate, owners, None if isinstance(scorer, _Head) else unedited[:1])
             edited[rows] = scores.to(edited)
-            recorded = self._recorded_score()
+            recorded = self._recorded_score(modules_of(self.model))
             if recorded is not None and not is_close(unedited[:1], recorded):
                 self._compare(unedited[:1], recorded, edited[:num_variants])
         return unedited, edited.reshape(-1, num_variants)
 
-    def _recorded_score(self) -> Tensor | None:
+    def _recorded_score(self, modules: Iterable[nn.Module]) -> Tensor | None:
         """Return the recorded score of the first sample, (1,); None if it is not known, or of another mode."""
-        scores = recorded_scores(self.model, self.output, self.select)
+        scores = recorded_scores(modules, self.output, self.select)
         return None if scores is None else scores[:1]
 
     def _compare(self, found: Tensor, expected: Tensor, variants: Tensor) -> None:
@@ -227,7 +229,7 @@ class Replay:
             expected: its score before, (1,)
             variants: the scores of its variants
         """
-        kinds = [self.autocast, self.call.autocast, self.call.image.dtype]
+        kinds = [self.autocast, self.call.autocast, self.image.dtype]
         eps = max(torch.finfo(kind).eps for kind in kinds if kind is not None)
         eps = max(eps, _TF32) if found.is_cuda else eps
         effect = (variants - expected).abs().nan_to_num(0.0).amax()
@@ -253,17 +255,18 @@ class Replay:
             samples: the sample that each variant belongs to, (V,)
             expected: the score that the first sample must get, (1,); None if nothing is to be proven
         """
-        more = int(expected is not None and len(samples) > 0)
+        total = samples.shape[0]
+        more = int(expected is not None and total > 0)
         chunks = run_chunks(
             lambda chunk: evaluate(slice(max(chunk.start - more, 0), chunk.stop - more), int(chunk.start < more)),
-            len(samples) + more,
+            total + more,
             self.batch_size,
             progress=self.progress,
             description=self.description,
         )
         scores = chunks[0] if len(chunks) == 1 else torch.cat(chunks)
         if expected is not None and more:
-            found, scores = scores[:1], scores[1:]
+            found, scores = torch.split_with_sizes(scores, (1, total))
             if not is_close(found, expected):
                 self._compare(found, expected, torch.where(samples == 0, scores, expected.to(scores)))
         return scores
@@ -282,27 +285,10 @@ class Replay:
                         return unedited if widened else recorded.scores, head
         return recorded.scores, _WholeModel(self, replica, layer, recorded.layer_calls)
 
-    @contextmanager
-    def _running(self) -> Iterator[nn.Module]:
-        """Return a replica to run as every method here does."""
-        autocast = (
-            nullcontext() if self.autocast is None else torch.autocast(self.call.device.type, dtype=self.autocast)
-        )
-        with (
-            replicated(self.model, self.kept) as replica,
-            plain_tensors(),
-            self.call.as_recorded(),
-            autocast,
-        ):
-            self.call.prove_rows(replica)
-            yield replica
 
-
-def recorded_scores(model: nn.Module, output: Any, select: Selector) -> Tensor | None:
+def recorded_scores(modules: Iterable[nn.Module], output: Any, select: Selector) -> Tensor | None:
     """Return the scores that were recorded, (N,); None if they are not known, or of training mode."""
-    if output is None or any(map(attrgetter("training"), modules_of(model))):
-        return None
-    return select(map_tensors(Tensor.detach, output))
+    return None if output is None or any(map(_is_training, modules)) else select(output)
 
 
 def is_repeated(found: Tensor, expected: Tensor) -> bool:
@@ -392,7 +378,7 @@ class _Record:
     @classmethod
     def of(cls, replay: Replay, replica: nn.Module, layer: nn.Module, batch: int, *, known: bool) -> _Record:
         """Run a replica on the recorded input, in chunks."""
-        samples = torch.arange(len(replay.call.image), device=replay.call.image.device)
+        samples = torch.arange(len(replay.image), device=replay.image.device)
         chunks: list[_Record] = run_chunks(
             lambda chunk: cls._of_rows(replay, replica, layer, samples[chunk], known), len(samples), replay.batch_size
         )
@@ -438,7 +424,7 @@ class _Record:
         inner = [module for module in replica.modules() if module is not replica]
         try:
             with forwards_replaced(dict.fromkeys(inner, note)):
-                args, kwargs = replay.call.with_image(replay.call.image[rows], rows)
+                args, kwargs = replay.call.with_image(replay.image[rows], rows)
                 scores = replay.select(replica(*args, **kwargs), rows)
         finally:
             handle.remove()
@@ -538,7 +524,7 @@ class _Head:
         copies = copies if edit is None else edit(copies)
         if self.batch == 0:
             copies = in_format(copies, self._formats)
-        image, count = call.image, len(self.recorded.scores)
+        image, count = self.replay.image, len(self.recorded.scores)
         rows = _rows(image if self.recorded.known else _without_values(image), 0, samples)
         args, kwargs = map_tensors(self._typed, call.with_image(rows, samples))
         answers: defaultdict[nn.Module, deque[Any]] = defaultdict(deque)
@@ -593,6 +579,6 @@ class _WholeModel:
 
         handle = self.layer.register_forward_hook(replace)
         try:
-            return self.replay.select(self._run(self.replay.call.image[samples], samples), samples)
+            return self.replay.select(self._run(self.replay.image[samples], samples), samples)
         finally:
             handle.remove()

@@ -48,7 +48,7 @@ class _ReplayCAM(_CAM):
 
     def _replay(self, request: Request, **options: Any) -> Replay:
         return Replay(
-            self.model,
+            self._recorder.model,
             self._recorded_call(request),
             self._selector(request),
             self.batch_size,

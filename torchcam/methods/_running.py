@@ -6,7 +6,6 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -52,16 +51,18 @@ def warn(message: str, category: type[Warning] = UserWarning, *, stacklevel: int
         warnings.warn(message, category, stacklevel=stacklevel + 1)
 
 
-class _GradMode:
-    """A context with or without graphs, outside of inference mode; less work than those of torch."""
+class _PlainTensors:
+    """A context without a graph, and without the restrictions that tensors made in inference mode keep.
 
-    def __init__(self, graph: bool) -> None:
-        self._graph = graph
+    Less work than the contexts of torch.
+    """
+
+    _graph = False
 
     def __enter__(self) -> None:
-        self._left = torch.inference_mode(False) if torch.is_inference_mode_enabled() else None
+        self._left = torch._C._InferenceMode(False) if torch.is_inference_mode_enabled() else None
         if self._left is not None:
-            self._left.__enter__()
+            self._left.__enter__()  # type: ignore[no-untyped-call]  # torch's
         self._before = torch.is_grad_enabled()
         torch._C._set_grad_enabled(self._graph)
 
@@ -71,16 +72,22 @@ class _GradMode:
             self._left.__exit__(*raised)
 
 
-plain_tensors = partial(_GradMode, False)  # no graph, and not the restrictions that tensors made in inference mode keep
-with_graph = partial(_GradMode, True)
+class _WithGraph(_PlainTensors):
+    """A context with graphs, outside of inference mode."""
+
+    _graph = True
+
+
+plain_tensors, with_graph = _PlainTensors, _WithGraph
 
 
 def computing(call: Call, graph: bool) -> AbstractContextManager[None]:
     """Return the context that the maps of a call are computed in: with or without a graph, in full precision."""
-    return _full_precision(call.device_type, graph) if torch._C._is_any_autocast_enabled() else _GradMode(graph)
+    mode = with_graph() if graph else plain_tensors()
+    return _full_precision(call.device_type, mode) if torch._C._is_any_autocast_enabled() else mode
 
 
 @contextmanager
-def _full_precision(device_type: str, graph: bool) -> Iterator[None]:
-    with _GradMode(graph), torch.autocast(device_type, enabled=False):
+def _full_precision(device_type: str, mode: AbstractContextManager[None]) -> Iterator[None]:
+    with mode, torch.autocast(device_type, enabled=False):
         yield

@@ -310,17 +310,17 @@ class _CAM(Repeats):
 
     def _activations(self, request: Request) -> list[Tensor]:
         """Return the recorded activations: (N, C, *spatial), or (N * K, C, *spatial) for K classes of each sample."""
-        recorded, count = request.recorded, request.num_classes
-        found = None if request.create_graph else recorded.grids
+        recorded, count, graph = request.recorded, request.num_classes, request.create_graph
+        found = None if graph else recorded.grids
         if found is None:
             found = [
-                self._to_grid(recorded, row.values if request.create_graph else row.values.detach(), row.name)
-                for row in recorded.rows
-                if row.values is not None
+                self._to_grid(recorded, values if graph or not values.requires_grad else values.detach(), name)
+                for _, name, values, _ in recorded.rows
+                if values is not None
             ]
             if len(found) < max(len(recorded.rows), 1):
                 raise AssertionError(self._recorder.nothing_recorded(recorded))
-            recorded.grids = None if request.create_graph else found
+            recorded.grids = None if graph else found
         return found if count == 1 else [grid.repeat_interleave(count, 0) for grid in found]
 
     # What a method defines: pure functions of a layer's activation (N, C, *spatial) and of what else it looks at.

@@ -310,7 +310,8 @@ class DeepFeatureFactorization:
 def first_component(features: Tensor) -> Tensor:
     """Project positions on their first principal component, of either sign: (N, C, *spatial) to (N, *spatial).
 
-    Computed in float64, from the smaller of the two Gram matrices. Constant features give zeros, not finite ones NaN.
+    Computed in float64, from the smaller of the two Gram matrices. Constant features give zeros, samples that are not
+    finite NaN.
     """
     centred, finite = _centred(features)  # (N, C, P)
     peak = centred.abs().amax((1, 2), keepdim=True)
@@ -346,9 +347,12 @@ def _flipped(maps: Tensor, where: Tensor) -> Tensor:
 
 
 def _centred(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Subtract the mean over positions, in float64: (N, C, P), 0 where samples are not finite, which are told, (N,).
+    """Subtract the mean over positions, in float64; also return which samples are finite.
 
-    What is constant up to rounding is made 0, so that rounding errors are no component.
+    Channels that are constant up to rounding become 0, so that rounding errors are no component.
+
+    Returns:
+        the centred features, (N, C, P), 0 for samples that are not finite; and a mask of the finite ones, (N,)
     """
     flat = features.flatten(2)
     finite = is_finite(features)

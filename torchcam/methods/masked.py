@@ -67,9 +67,9 @@ class ScoreCAM(_ChannelCAM):
         self.compile = compile
         super().__init__(model, target_layer, batch_size, input_shape, **kwargs)
 
-    def _perturbations(self, image: Tensor) -> Iterator[Perturbation]:
-        """Yield the ways to apply a mask (B, 1, *spatial) to inputs (B, C, *spatial); their scores are averaged."""
-        yield torch.mul
+    def _perturbations(self, image: Tensor) -> list[Perturbation]:
+        """List the ways to apply a mask (B, 1, *spatial) to inputs (B, C, *spatial); their scores are averaged."""
+        return [torch.mul]
 
     @staticmethod
     def weights(activation: Tensor, scores: Tensor) -> Tensor:
@@ -85,21 +85,22 @@ class ScoreCAM(_ChannelCAM):
 
         How many masks differ is up to the activation, so a device is waited for, once.
         """
-        image = replay.call.image
+        image = replay.image
         num_samples, num_channels = activation.shape[:2]
         chosen = self._chosen(activation)
-        constant = is_constant(*activation.flatten(2).aminmax(dim=-1))  # (N, C)
+        channels = activation.reshape(-1, 1, *activation.shape[2:])  # (V, 1, *spatial)
         evaluated = torch.arange(num_samples * num_channels, device=activation.device)  # (V,)
-        channels = activation.flatten(0, 1).unsqueeze(1)  # (V, 1, *spatial)
+        constant = is_constant(*channels.flatten(1).aminmax(dim=1))
         has_constant = bool(constant.any())
         if has_constant or chosen is not None:
+            constant = constant.reshape(num_samples, num_channels)
             constant = constant if chosen is None else constant & chosen
             stand_in = constant & (constant.cumsum(1) == 1)  # each sample's first constant channel
             distinct = ~constant | stand_in
             evaluated = evaluated[(distinct if chosen is None else distinct & chosen).flatten()]
             channels = channels[evaluated]
         samples = evaluated.div(num_channels, rounding_mode="floor")
-        perturbations = list(self._perturbations(image))
+        perturbations = self._perturbations(image)
 
         def variants(chunk: slice) -> Iterator[Tensor]:
             masks = min_max(resize(channels[chunk], image.shape[2:]))
@@ -171,9 +172,9 @@ class SSCAM(ScoreCAM):
         self.generator = seed if generator is None else generator
         super().__init__(model, target_layer, batch_size, input_shape, **kwargs)
 
-    def _perturbations(self, image: Tensor) -> Iterator[Perturbation]:
-        for noise in gaussian_noise((self.num_samples, 1, *image.shape[2:]), image, self.std, self.generator):
-            yield partial(_noisy, noise)
+    def _perturbations(self, image: Tensor) -> list[Perturbation]:
+        noises = gaussian_noise((self.num_samples, 1, *image.shape[2:]), image, self.std, self.generator)
+        return [partial(_noisy, noise) for noise in noises]
 
 
 class ISCAM(ScoreCAM):
@@ -209,10 +210,9 @@ class ISCAM(ScoreCAM):
         self.num_samples = positive_integer("num_samples", num_samples)
         super().__init__(model, target_layer, batch_size, input_shape, **kwargs)
 
-    def _perturbations(self, image: Tensor) -> Iterator[Perturbation]:
-        for step in range(1, self.num_samples + 1):
-            strength = step * (step + 1) / 2 / self.num_samples
-            yield partial(_scaled, strength)
+    def _perturbations(self, image: Tensor) -> list[Perturbation]:
+        strengths = [step * (step + 1) / 2 / self.num_samples for step in range(1, self.num_samples + 1)]
+        return [partial(_scaled, strength) for strength in strengths]
 
 
 class GroupCAM(_ReplayCAM):
@@ -280,7 +280,7 @@ class GroupCAM(_ReplayCAM):
     def _evidence(self, request: Request) -> list[tuple[Any, ...]]:
         activations, gradients = self._activations(request), self._gradients(request)
         replay = self._replay(request)
-        image = replay.call.image
+        image = replay.image
         blurred = gaussian_blur(image, 51, 50.0)
         samples = torch.arange(len(image), device=image.device)
         baseline = replay.masked(lambda chunk: blurred[chunk], samples)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from torchcam._replica import replicated
+from torchcam._replica import modules_of, replicated
 from torchcam._tensors import is_constant, map_tensors, resize, to_float
 
 from ._gradients import nodes_of
@@ -172,7 +172,7 @@ class FullGrad(_PixelCAM):
     def _each_term(self, request: Request, take: Callable[[Tensor], None]) -> None:
         """Pass on the biases' shares of the score, from the last one back, and the input's: (N, C, *spatial) each.
 
-        Each is gone before the next one is computed.
+        Each is released before the next one is computed.
         """
 
         def share(bias: Tensor, channels: int, gradient: Tensor | None) -> None:
@@ -216,7 +216,7 @@ def _repeated(
         args, kwargs = call.with_image(image.clone(), torch.arange(len(image), device=image.device))
         args, kwargs = map_tensors(lambda t: t.clone() if t.is_inference() else t, (args, kwargs))
         score = select(replica(*args, **kwargs))
-        expected = recorded_scores(model, request.recorded.output, select)
+        expected = recorded_scores(modules_of(model), request.recorded.output, select)
         if expected is not None and not is_repeated(score.detach(), expected):
             warn(
                 f"{type(extractor).__name__} explains the model as it runs again, but its scores are not those of the "
@@ -302,7 +302,7 @@ class _BiasesWatched(TorchFunctionMode):
         else:
             return output
         if bias is not None and output.requires_grad and output.ndim > 1:
-            # A tensor's hook goes by its value at this point, whatever an operation in place makes of it later.
+            # The hook belongs to the value at this point, also if an operation in place changes the tensor later.
             output.register_hook(partial(self.share, bias.detach(), -1 if func is F.linear else 1))
         return output
 
