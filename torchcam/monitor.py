@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -294,7 +293,7 @@ class CAMMonitor:
             self._labels = self._timeline.names = [f"class {index}" for index in self._classes]
         stamps = ["NaN" if n else "blank" if b else "" for n, b in zip(nan.tolist(), blank.tolist(), strict=True)]
         thumbnails = self._timeline.draw_thumbnails(cams.numpy(), stamps)
-        result = ProbeResult(at, MappingProxyType(values), MappingProxyType(means), thumbnails)
+        result = ProbeResult(at, values, means, thumbnails)
         self._timeline.add(result)
         self.history.append({self.unit: at, **means})
         return result

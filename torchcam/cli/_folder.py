@@ -7,14 +7,11 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ._images import images_in, read_image
 from ._messages import UserError, one_line
 from ._models import Classifier
-
-if TYPE_CHECKING:
-    import argparse
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ class Folder:
         }
 
 
-def read_folder(arguments: argparse.Namespace, classifier: Classifier) -> Folder:
+def read_folder(arguments: Any, classifier: Classifier) -> Folder:
     """List the images of a folder, and find their classes."""
     root: Path = arguments.data
     files = images_in(root)

@@ -34,16 +34,13 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import _options
 from ._folder import read_folder
 from ._images import check_output, file_errors, save_reports
 from ._messages import UserError, library_errors, print_line, print_table
 from ._models import find_device, load_model
-
-if TYPE_CHECKING:
-    import argparse
 
 METHODS = "GradCAM,GradCAMpp,LayerCAM,EigenCAM,RandomCAM"
 METRICS = ["ClassificationMetric", "DeletionInsertionMetric"]
@@ -118,7 +115,7 @@ def add_options(evaluate: Any) -> None:
     _options.add_reports(evaluate.add_argument_group("the result"), "it", (".json", ".csv", ".md", ".txt"))
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: Any) -> None:
     """Evaluate, alone or with the other processes that torchrun has started."""
     outputs = list(dict.fromkeys(arguments.output))
     methods = _check(arguments, outputs)
@@ -189,7 +186,7 @@ def _wait_for_all() -> None:
 # What is evaluated.
 
 
-def _check(arguments: argparse.Namespace, outputs: Sequence[Path]) -> list[type[Any]]:
+def _check(arguments: Any, outputs: Sequence[Path]) -> list[type[Any]]:
     """Check what can be checked before anything is loaded, and return the methods."""
     from torchcam import metrics
     from torchcam.evaluation import find_class
@@ -218,7 +215,7 @@ def _discard(checkpoint: Path) -> None:
         discard_checkpoint(checkpoint)
 
 
-def _demo(arguments: argparse.Namespace) -> tuple[Any, Any, str, dict[str, Any]]:
+def _demo(arguments: Any) -> tuple[Any, Any, str, dict[str, Any]]:
     """Return the demo model, pictures that hold two digits each, the first of which is explained, and what that is."""
     from torchcam import demo
 
@@ -233,7 +230,7 @@ def _demo(arguments: argparse.Namespace) -> tuple[Any, Any, str, dict[str, Any]]
     return demo.load_model().to(arguments.device), data, title, {"demo": count}
 
 
-def _folder(arguments: argparse.Namespace) -> tuple[Any, Any, str, dict[str, Any]]:
+def _folder(arguments: Any) -> tuple[Any, Any, str, dict[str, Any]]:
     """Return a model, the images of a folder, or as many of them as are asked for, and what that is."""
     from torch.utils.data import Subset
 
@@ -247,7 +244,7 @@ def _folder(arguments: argparse.Namespace) -> tuple[Any, Any, str, dict[str, Any
 
 
 def _evaluate(
-    arguments: argparse.Namespace,
+    arguments: Any,
     model: Any,
     data: Any,
     facts: Mapping[str, Any],
