@@ -507,13 +507,8 @@ def as_writers(writer: Any) -> list[Any]:
 def _unwrapped(model: nn.Module) -> nn.Module:
     """Return the module inside wrappers whose forward pass only calls it."""
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
-    while True:
-        if isinstance(inside := getattr(model, "_orig_mod", None), nn.Module):
-            model = inside
-        elif isinstance(model, wrappers):
-            model = model.module
-        else:
-            return model
+    inside = model.module if isinstance(model, wrappers) else getattr(model, "_orig_mod", None)
+    return _unwrapped(inside) if isinstance(inside, nn.Module) else model
 
 
 # The surroundings of a probe pass.

@@ -16,6 +16,7 @@ from torchcam._tensors import gaussian_noise, is_constant, is_finite, to_float
 from torchcam.layers import TargetLayer
 
 from ._finish import broken_samples
+from ._hooked import Hooked
 from ._replicas import on_replica
 from ._request import Request
 from ._stream import batch_arguments
@@ -162,7 +163,7 @@ class Factorization(NamedTuple):
     scores: Any = None
 
 
-class DeepFeatureFactorization:
+class DeepFeatureFactorization(Hooked):
     r"""Deep feature factorisation (Collins et al. 2018, arXiv:1806.10206): concepts that the images of a batch share.
 
     The activations of the whole batch, as a matrix :math:`V` (channels, positions of all images), are factorised into
@@ -219,6 +220,7 @@ class DeepFeatureFactorization:
         self.classifier = callable_object("classifier", classifier, optional=True)
         self.seed = seed
         self.extractor = MeanActivation(model, target_layer, input_shape, **kwargs)
+        self._recorder = self.extractor._recorder
 
     def __call__(self) -> Factorization:
         """Factorise the activations of the recorded pass.
@@ -227,7 +229,7 @@ class DeepFeatureFactorization:
             AssertionError: if no forward pass was recorded
         """
         with plain_tensors():
-            (activation,) = self.extractor._activations(Request(self.extractor._recorder.find()))
+            (activation,) = self.extractor._activations(Request(self._recorder.find()))
             finite = is_finite(activation).reshape(-1, *[1] * (activation.ndim - 1))
             matrix = torch.where(finite, activation, 0.0).transpose(0, 1).flatten(1)  # (C, N * positions)
             shift = matrix.amin(1, keepdim=True).clamp(max=0)
@@ -255,39 +257,8 @@ class DeepFeatureFactorization:
         """Return one like this with its hooks on a replica of the model."""
         moved = copy.copy(self)
         moved.extractor = self.extractor.moved_to(replica)
+        moved._recorder = moved.extractor._recorder
         return moved
-
-    @property
-    def model(self) -> nn.Module:
-        """The model to look into."""
-        return self.extractor.model
-
-    @property
-    def target_names(self) -> list[str]:
-        """The name of the target layer, in a list."""
-        return self.extractor.target_names
-
-    def enable_hooks(self) -> None:
-        """Record the forward passes from now on."""
-        self.extractor.enable_hooks()
-
-    def disable_hooks(self) -> None:
-        """Ignore the forward passes from now on."""
-        self.extractor.disable_hooks()
-
-    def reset_hooks(self) -> None:
-        """Forget the recorded pass."""
-        self.extractor.reset_hooks()
-
-    def remove_hooks(self) -> None:
-        """Take all hooks off the model. May be called more than once."""
-        self.extractor.remove_hooks()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self.extractor.__exit__(*exception)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(target_layer={self.target_names}, n_components={self.n_components})"
