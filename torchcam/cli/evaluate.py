@@ -33,6 +33,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,21 +46,7 @@ from ._models import find_device, load_model
 METHODS = "GradCAM,GradCAMpp,LayerCAM,EigenCAM,RandomCAM"
 METRICS = ["ClassificationMetric", "DeletionInsertionMetric"]
 DEMO_SCENES = 32
-
-
-def _softmax(output: Any) -> Any:
-    from torchcam.targets import read_logits
-
-    return read_logits(output).softmax(1)
-
-
-def _sigmoid(output: Any) -> Any:
-    from torchcam.targets import read_logits
-
-    return read_logits(output).sigmoid()
-
-
-SCORES = {"softmax": _softmax, "sigmoid": _sigmoid, "none": None}
+SCORES = ("softmax", "sigmoid", "none")
 
 
 def add_options(evaluate: Any) -> None:
@@ -81,7 +68,7 @@ def add_options(evaluate: Any) -> None:
     _options.add_layers(what)
     what.add_argument(
         "--scores",
-        choices=tuple(SCORES),
+        choices=SCORES,
         help="what is made of the model's output before it is explained and measured (default: softmax)",
     )
     what.add_argument(
@@ -243,6 +230,14 @@ def _folder(arguments: Any) -> tuple[Any, Any, str, dict[str, Any]]:
     return classifier.model, data, title, {**folder.facts, "limit": arguments.limit}
 
 
+def _scored(kind: str, output: Any) -> Any:
+    """Return softmax or sigmoid of the scores in a model's output."""
+    from torchcam.targets import read_logits
+
+    logits = read_logits(output)
+    return logits.softmax(1) if kind == "softmax" else logits.sigmoid()
+
+
 def _evaluate(
     arguments: Any,
     model: Any,
@@ -255,7 +250,7 @@ def _evaluate(
 
     from torchcam.evaluation import evaluate
 
-    usual = "sigmoid" if arguments.demo else "softmax"
+    scores = arguments.scores or ("sigmoid" if arguments.demo else "softmax")
     metrics = [*METRICS, "Localization"] if arguments.demo else METRICS
     layers = arguments.target_layer or None
     try:
@@ -266,7 +261,7 @@ def _evaluate(
                 methods,
                 arguments.metrics or metrics,
                 target_layer=layers,
-                logits_fn=SCORES[arguments.scores or usual],
+                logits_fn=None if scores == "none" else partial(_scored, scores),
                 class_source=arguments.class_source,
                 batch_size=arguments.chunk_size,
                 checkpoint=checkpoint,
