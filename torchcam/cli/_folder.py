@@ -36,10 +36,11 @@ class Folder:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Any:
-        from torchcam._inputs import transformed
+        from torchcam._inputs import input_channels, transformed
 
         path = self.files[index]
-        pixels = transformed(self.classifier.preprocess, None, read_image(path))
+        channels = input_channels(self.classifier.model)
+        pixels = transformed(self.classifier.preprocess, channels, read_image(path))
         return (pixels, self.classes[_subfolder(self.root, path)]) if self.classes else pixels
 
     @property
