@@ -517,6 +517,18 @@ def test_a_pass_that_does_not_come_again_is_warned_of(why: str, name: str) -> No
             extractor(1)
 
 
+@pytest.mark.parametrize("name", ["ScoreCAM", "AblationCAM", "FullGrad"])
+def test_a_head_that_is_new_since_the_pass_is_warned_of(name: str) -> None:
+    """New modules are in training mode, which is no reason not to compare."""
+    model = made(Smooth)
+    options = {} if name == "FullGrad" else {"target_layer": "block2"}
+    with getattr(methods, name)(model, **options) as extractor, torch.no_grad():
+        model(X)
+        model.fc = shuffled(nn.Linear(4, 3)).train()
+        with pytest.warns(UserWarning, match="runs again"):
+            extractor(1)
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", REPEATED)
 def test_a_pass_that_comes_again_is_not(name: str, training: bool) -> None:
