@@ -543,6 +543,7 @@ class TestErrors:
             ({"tokens": 5}, r"`tokens` names 5, but the answer 'a cat on the left' has 5 tokens: 0 to 4"),
             ({"tokens": "dog"}, "`tokens` names 'dog', which is not in the answer"),
             ({"answer": ""}, "`answer` is empty"),
+            ({"answer": 5}, "`answer` must be a text, or token ids"),
             ({"answer": [0, 10**6]}, "`answer` must be a text, or token ids"),
             ({"against": "a cat"}, r"`against` 'a cat' is not one token but \['a', 'cat'\]"),
             ({"against": 10**6}, "`against` must be a token id"),

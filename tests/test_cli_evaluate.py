@@ -29,11 +29,18 @@ from torchcam.demo import CLASS_NAMES, load_model, make_scenes
 from torchcam.methods import GradCAM, RandomCAM
 
 MODELS = """
+import torch
+from torch import nn
 from torchvision.transforms import ToTensor
 from torchcam.demo import CLASS_NAMES, load_model
 
 def named(): return load_model(), ToTensor(), list(CLASS_NAMES)
 def unnamed(): return load_model(), ToTensor()
+
+def grey():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+    return net, ToTensor(), list(CLASS_NAMES)
 """
 QUICK = ["--methods", "GradCAM,RandomCAM", "--metrics", "classification", "--batch-size", "2"]
 
@@ -160,6 +167,10 @@ class TestFolders:
         assert named["agreement"] >= 0.6
         options = ["--model-factory", f"{mine}:unnamed", *QUICK, "--workers", "1", "--chunk-size", "3"]
         assert printed(capsys, "data", *options) == named, "by the folders' numbers"
+
+    def test_of_a_model_of_grey_images(self, place: Path, mine: str, capsys: pytest.CaptureFixture[str]) -> None:
+        told = printed(capsys, "data", "--model-factory", f"{mine}:grey", *QUICK)
+        assert told["num_samples"] == 5
 
     def test_predicted_and_limit(self, place: Path, mine: str, capsys: pytest.CaptureFixture[str]) -> None:
         for path in place.glob("data/*/*.png"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -905,3 +906,18 @@ def test_questions_that_a_method_cannot_answer_are_findings() -> None:
     (finding,) = look(model, method=methods.FinerCAM)
     assert finding.code == "method_failed"
     assert "two classes or more, got (2, 1)" in finding.message
+
+
+@pytest.mark.parametrize("method", [GradCAM, methods.AblationCAM])
+def test_a_part_of_torchscript_is_passed_over(method: Any) -> None:
+    model = Plain()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated
+        model.between = torch.jit.script(nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU()).eval())
+    shuffled(model)
+    assert look(model, "stage1", method=method).codes == ()
+    model.after = Apply(lambda logits: logits + (0 * logits).square().sum(1, keepdim=True).sqrt())  # its gradient is NaN
+    if method is GradCAM:
+        (finding,) = look(model, "stage1")
+        assert finding.code == "gradient_not_finite"
+        assert "first is so for the output of 'fc'" in finding.message

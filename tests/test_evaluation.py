@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -203,6 +204,8 @@ class TestNumbers:
         for loader in ([Noise().images], [(Noise().images,)], [(Noise().images, torch.zeros(COUNT, dtype=torch.long))]):
             assert numbers(run(loader, methods=["GradCAM"], class_source="predicted")) == numbers(named)
         assert named.agreement == 1
+        for again in (pickle.loads(pickle.dumps(named)), copy.deepcopy(named)):
+            assert again.to_json() == named.to_json()
 
     def test_what_else_a_batch_names_goes_to_the_metrics_that_take_it(self) -> None:
         masks = Noise().images[:, 0] > 0.5

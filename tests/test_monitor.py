@@ -149,7 +149,11 @@ class TestTrainingIsUndisturbed:
                 # The net is random in evaluation mode, and the replay says so.
                 marks=pytest.mark.filterwarnings("ignore:the score of an input as it is"),
             ),
-            (GuidedBackprop, {}),
+            pytest.param(
+                GuidedBackprop,
+                {},
+                marks=pytest.mark.filterwarnings("ignore:GuidedBackprop explains the model as it runs"),
+            ),
             (GradCAM, {"target_layer": "5", "autocast": torch.bfloat16}),
         ],
     )
@@ -548,6 +552,7 @@ class TestScalars:
     @pytest.mark.parametrize(
         "name", ["CAM", "GradCAMpp", "AblationCAM", "FullGrad", "GuidedGradCAM", "RefineCAM", "FinerCAM"]
     )
+    @pytest.mark.filterwarnings("ignore:.* explains the model as it runs again")  # the net is random in evaluation mode
     def test_other_methods(self, name: str) -> None:
         method = getattr(methods, name)
         layer = {"RefineCAM": ["2", "7"], "FullGrad": None}.get(name, "7")

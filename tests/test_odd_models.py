@@ -111,7 +111,7 @@ class Logging(Net):
         scores = super().forward(x)
         self.seen.append(scores)
         if log is not None:
-            log.append(x)
+            log.append(scores)
             scores = scores * len(log)
         return scores
 
@@ -136,8 +136,21 @@ def test_a_list_of_the_caller_s_gets_what_the_model_adds(name: str, mode: str) -
     with METHODS[name](model) as extractor, METHODS[name](plain) as reference, MODES[mode]():
         assert torch.equal(model(X, log), plain(X))
         assert len(log) == 1
+        assert log[0].requires_grad is (mode == "grad")
         close(extractor([0, 2]), reference([0, 2]))
     assert len(log) == 1
+
+
+@without_gradients
+def test_tensors_in_a_list_of_the_caller_s_keep_their_graph(mode: str) -> None:
+    first = 2 * X.clone().requires_grad_()
+    log = [first]
+    model = made(Logging)
+    with methods.GradCAM(model, "block2"), MODES[mode]():
+        model(X, log)
+    assert log[0] is first
+    assert first.requires_grad
+    assert not log[1].requires_grad
 
 
 # Ways around a layer's output -----------------------------------------------------------------------------------------
@@ -501,6 +514,18 @@ def test_a_pass_that_does_not_come_again_is_warned_of(why: str, name: str) -> No
         if why == "other weights":
             model.fc.weight.data.mul_(2)  # by which no graph notices it
         with pytest.warns(UserWarning, match="not those of the recorded pass"):
+            extractor(1)
+
+
+@pytest.mark.parametrize("name", ["ScoreCAM", "AblationCAM", "FullGrad"])
+def test_a_head_that_is_new_since_the_pass_is_warned_of(name: str) -> None:
+    """New modules are in training mode, which is no reason not to compare."""
+    model = made(Smooth)
+    options = {} if name == "FullGrad" else {"target_layer": "block2"}
+    with getattr(methods, name)(model, **options) as extractor, torch.no_grad():
+        model(X)
+        model.fc = shuffled(nn.Linear(4, 3)).train()
+        with pytest.warns(UserWarning, match="runs again"):
             extractor(1)
 
 

@@ -658,11 +658,12 @@ class TestNoTrace:
             torch.manual_seed(0)
             model = load_model().train()
         image = sample_images()[0].to_tensor()
+        held = [model]  # a hook that holds the model itself would look at the replica
 
         def state() -> list[Any]:
-            modules = [(module, module.training, own_attributes(module)) for module in model.modules()]
-            tensors = [*model.parameters(), *model.buffers()]
-            return [modules, [(id(tensor), tensor._version) for tensor in tensors], count_hooks(model)]
+            modules = [(module, module.training, own_attributes(module)) for module in held[0].modules()]
+            tensors = [*held[0].parameters(), *held[0].buffers()]
+            return [modules, [(id(tensor), tensor._version) for tensor in tensors], count_hooks(held[0])]
 
         seen = []
         model.layer1.register_forward_hook(lambda *_: seen.append(state()))

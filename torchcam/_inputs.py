@@ -102,7 +102,7 @@ def read_inputs(
 
     kwargs: Mapping[str, Any] | None = None
     images: list[Image.Image] = []
-    channels = _input_channels(model)
+    channels = input_channels(model)
     is_batch = isinstance(given, (list, tuple)) or (isinstance(given, np.ndarray) and given.ndim == 4)
     if isinstance(given, Tensor):
         tensor = _check_tensor(given, model)
@@ -194,7 +194,7 @@ def _check_tensor(tensor: Tensor, model: nn.Module) -> Tensor:
             f"`input_tensor` of shape {shape} holds bytes, models take floats: convert it as the model was trained, or "
             "pass the image itself (a path, a PIL image or an array) with `transform=` or `weights=`"
         )
-    has_images = _input_channels(model) is not None
+    has_images = input_channels(model) is not None
     lacks_batch = tensor.ndim == 3 and len(tensor) in {3, 4} and has_images
     is_signal = tensor.ndim == 2 and tensor.is_floating_point() and not has_images  # (N, length), as of speech
     if (tensor.ndim < 3 and not is_signal) or not len(tensor) or lacks_batch:
@@ -268,7 +268,7 @@ def _pretrained(model: nn.Module) -> Any:
     return config if isinstance(config, Mapping) else None
 
 
-def _input_channels(model: nn.Module) -> int | None:
+def input_channels(model: nn.Module) -> int | None:
     """Return the number of channels of a model's images, by its first convolution; None without one."""
     return next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), None)
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -186,8 +185,8 @@ class Timeline:
         self.results = [
             ProbeResult(
                 moment["at"],
-                MappingProxyType({name: tuple(values) for name, values in moment["values"].items()}),
-                MappingProxyType(dict(moment["means"])),
+                {name: tuple(values) for name, values in moment["values"].items()},
+                dict(moment["means"]),
                 tuple(Image.fromarray(thumbnail.numpy()) for thumbnail in moment["thumbnails"]),
             )
             for moment in state["moments"]

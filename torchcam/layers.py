@@ -199,7 +199,7 @@ def candidates_of(model: nn.Module, call: Call, select: Callable[[Any], Tensor] 
         return value
 
     with replicated(model) as replica, torch.inference_mode(False), torch.enable_grad():
-        modules = {n: m for n, m in replica.named_modules() if n and not isinstance(m, torch.jit.ScriptModule)}
+        modules = {name: module for name, module in replica.named_modules() if name}
         outputs, calls = watch(modules)
         freeze(replica, filled)
         result, signal = _call_probed(replica, call)
@@ -300,6 +300,8 @@ def _seen(layout: Layout, output: Tensor, signal: Tensor) -> tuple[Seen | None, 
 def watch(modules: Mapping[str, nn.Module]) -> tuple[dict[str, list[Tensor]], Counter[str]]:
     """Let modules of a replica hand on copies of what they return, for which gradients can be taken.
 
+    Modules of TorchScript, which run no hooks, are left as they are.
+
     Returns:
         the primary tensors that each has returned last, in the order in which they finish, and how often each ran
     """
@@ -319,7 +321,8 @@ def watch(modules: Mapping[str, nn.Module]) -> tuple[dict[str, list[Tensor]], Co
         return replace_tensors(output, [*zip(tensors, copies, strict=True)])
 
     for name, module in modules.items():
-        module.register_forward_hook(partial(keep, name))
+        if not isinstance(module, torch.jit.ScriptModule):
+            module.register_forward_hook(partial(keep, name))
     return outputs, calls
 
 

@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -294,7 +293,7 @@ class CAMMonitor:
             self._labels = self._timeline.names = [f"class {index}" for index in self._classes]
         stamps = ["NaN" if n else "blank" if b else "" for n, b in zip(nan.tolist(), blank.tolist(), strict=True)]
         thumbnails = self._timeline.draw_thumbnails(cams.numpy(), stamps)
-        result = ProbeResult(at, MappingProxyType(values), MappingProxyType(means), thumbnails)
+        result = ProbeResult(at, values, means, thumbnails)
         self._timeline.add(result)
         self.history.append({self.unit: at, **means})
         return result
@@ -508,13 +507,8 @@ def as_writers(writer: Any) -> list[Any]:
 def _unwrapped(model: nn.Module) -> nn.Module:
     """Return the module inside wrappers whose forward pass only calls it."""
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
-    while True:
-        if isinstance(inside := getattr(model, "_orig_mod", None), nn.Module):
-            model = inside
-        elif isinstance(model, wrappers):
-            model = model.module
-        else:
-            return model
+    inside = model.module if isinstance(model, wrappers) else getattr(model, "_orig_mod", None)
+    return _unwrapped(inside) if isinstance(inside, nn.Module) else model
 
 
 # The surroundings of a probe pass.

@@ -107,7 +107,7 @@ def as_class_indices(class_idx: ClassIndex, batch_size: int, num_classes: int, d
         if len({len(row) for row in rows}) > 1:
             raise ValueError(f"`class_idx` must name as many classes for each sample, got {class_idx!r}")
         indices = torch.tensor(values, dtype=torch.long, pin_memory=device.type == "cuda")
-        indices = indices.to(device, non_blocking=True)  # nobody waits for the device
+        indices = indices.to(device, non_blocking=True)  # without waiting for the device
         indices = indices.reshape(len(rows), -1) if several else indices
     if indices.ndim > 2 or (indices.ndim and len(indices) != batch_size):
         raise ValueError(

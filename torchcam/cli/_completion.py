@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torchcam
 
-if TYPE_CHECKING:
-    import argparse
 
-
-def complete(parser: argparse.ArgumentParser) -> None:
+def complete(parser: Any) -> None:
     """Answer a shell that asks for completions, and end; otherwise do nothing."""
     if "_ARGCOMPLETE" not in os.environ:
         return

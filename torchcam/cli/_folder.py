@@ -7,14 +7,11 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ._images import images_in, read_image
 from ._messages import UserError, one_line
 from ._models import Classifier
-
-if TYPE_CHECKING:
-    import argparse
 
 
 @dataclass(frozen=True)
@@ -39,10 +36,11 @@ class Folder:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Any:
-        from torchcam._inputs import transformed
+        from torchcam._inputs import input_channels, transformed
 
         path = self.files[index]
-        pixels = transformed(self.classifier.preprocess, None, read_image(path))
+        channels = input_channels(self.classifier.model)
+        pixels = transformed(self.classifier.preprocess, channels, read_image(path))
         return (pixels, self.classes[_subfolder(self.root, path)]) if self.classes else pixels
 
     @property
@@ -57,7 +55,7 @@ class Folder:
         }
 
 
-def read_folder(arguments: argparse.Namespace, classifier: Classifier) -> Folder:
+def read_folder(arguments: Any, classifier: Classifier) -> Folder:
     """List the images of a folder, and find their classes."""
     root: Path = arguments.data
     files = images_in(root)

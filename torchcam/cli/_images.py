@@ -19,8 +19,6 @@ from ._messages import UserError, library_errors
 from ._models import Classifier, load_model
 
 if TYPE_CHECKING:
-    import argparse
-
     from PIL import Image
 
     from torchcam._explanation import PredictionExplanation
@@ -109,9 +107,7 @@ def _is_result(path: Path) -> bool:
         return False
 
 
-def prepare(
-    arguments: argparse.Namespace, outputs: Sequence[Path] = (), images: Sequence[Path] | None = None
-) -> Classifier:
+def prepare(arguments: Any, outputs: Sequence[Path] = (), images: Sequence[Path] | None = None) -> Classifier:
     """Check the options of a command about images, and load its model.
 
     Args:
@@ -136,7 +132,7 @@ def prepare(
     return classifier
 
 
-def recommend(arguments: argparse.Namespace, classifier: Classifier, image: Image.Image) -> Recommended | None:
+def recommend(arguments: Any, classifier: Classifier, image: Image.Image) -> Recommended | None:
     """Return what is best for the kind of model, if that is not the usual; None where a method or a layer is named."""
     from torchcam._recommended import recommended
 
@@ -221,7 +217,7 @@ def check_output(paths: Sequence[Path], inputs: Collection[Path], overwrite: boo
         raise UserError(f"'{min(taken, default=there[0] if there else None)}' is in the way: pass another --output")
 
 
-def save_figure(arguments: argparse.Namespace, explanation: PredictionExplanation, title: str, path: Path) -> None:
+def save_figure(arguments: Any, explanation: PredictionExplanation, title: str, path: Path) -> None:
     """Draw an explanation, and write the picture completely or not at all."""
     from torchcam._files import atomic_write
 

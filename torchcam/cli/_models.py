@@ -20,8 +20,6 @@ from ._messages import UserError
 from ._options import ARCH
 
 if TYPE_CHECKING:
-    import argparse
-
     import torch
     from PIL import Image
     from torch import Tensor, nn
@@ -87,7 +85,7 @@ class Classifier:
         return read_inputs(self.model, list(images), self.preprocess)
 
 
-def load_model(arguments: argparse.Namespace, weights: str = "DEFAULT") -> Classifier:
+def load_model(arguments: Any, weights: str = "DEFAULT") -> Classifier:
     """Load the model that the arguments name, on its device, with those weights where they name none."""
     ways = {"--arch": arguments.arch, "--timm": arguments.timm, "--hf": arguments.hf}
     given = [way for way, value in {**ways, "--model-factory": arguments.model_factory}.items() if value is not None]

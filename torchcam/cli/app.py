@@ -20,14 +20,11 @@ from __future__ import annotations
 
 import signal
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import _options
 from ._messages import UserError, library_errors, print_line
 from ._models import RANDOM_WEIGHTS, load_model
-
-if TYPE_CHECKING:
-    import argparse
 
 
 def add_options(app: Any) -> None:
@@ -44,7 +41,7 @@ def add_options(app: Any) -> None:
     server.add_argument("--open", action="store_true", help="open the app in the browser")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: Any) -> None:
     """Run the app until it is stopped."""
     from torchcam.app import build
 

@@ -28,8 +28,6 @@ from ._models import RANDOM_WEIGHTS
 from .explain import explain_image, picture_of
 
 if TYPE_CHECKING:
-    import argparse
-
     from torchcam._explanation import PredictionExplanation
 
 METHODS = "GradCAM,GradCAMpp,XGradCAM,HiResCAM,LayerCAM,EigenCAM,RandomCAM"
@@ -48,7 +46,7 @@ def add_options(compare: Any) -> None:
     _options.add_colours(result)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: Any) -> None:
     """Explain the image by each method, draw the maps, and print how similar they are."""
     methods = _options.find_methods(arguments.methods, METHODS)
     (source,) = arguments.images

@@ -17,8 +17,6 @@ from ._images import check_output, save_figure
 from ._messages import BEST, print_json, print_line, print_table
 
 if TYPE_CHECKING:
-    import argparse
-
     from torch import Tensor
 
     from torchcam.demo import Sample
@@ -37,7 +35,7 @@ def add_options(demo: Any) -> None:
     _options.add_picture(demo, "torchcam-demo.png")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: Any) -> None:
     """Explain the picture, draw the maps, and print how much of each lies on its digit."""
     path = arguments.output / "torchcam-demo.png"
     check_output([path], [], arguments.overwrite)

@@ -14,14 +14,11 @@ Examples:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import _options
 from ._images import prepare, read_image
 from ._messages import UserError, count_of, library_errors, print_json, print_line, print_marked
-
-if TYPE_CHECKING:
-    import argparse
 
 MARKS = {r"^error: ": "bold red", r"^warning: ": "bold yellow", r"^info: ": "bold"}
 
@@ -37,7 +34,7 @@ def add_options(diagnose: Any) -> None:
     _options.add_json(diagnose)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: Any) -> None:
     """Diagnose the map of each image."""
     method = _options.find_method(arguments.method)
     if not hasattr(method, "diagnose"):

@@ -33,8 +33,9 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import _options
 from ._folder import read_folder
@@ -42,27 +43,10 @@ from ._images import check_output, file_errors, save_reports
 from ._messages import UserError, library_errors, print_line, print_table
 from ._models import find_device, load_model
 
-if TYPE_CHECKING:
-    import argparse
-
 METHODS = "GradCAM,GradCAMpp,LayerCAM,EigenCAM,RandomCAM"
 METRICS = ["ClassificationMetric", "DeletionInsertionMetric"]
 DEMO_SCENES = 32
-
-
-def _softmax(output: Any) -> Any:
-    from torchcam.targets import read_logits
-
-    return read_logits(output).softmax(1)
-
-
-def _sigmoid(output: Any) -> Any:
-    from torchcam.targets import read_logits
-
-    return read_logits(output).sigmoid()
-
-
-SCORES = {"softmax": _softmax, "sigmoid": _sigmoid, "none": None}
+SCORES = ("softmax", "sigmoid", "none")
 
 
 def add_options(evaluate: Any) -> None:
@@ -84,7 +68,7 @@ def add_options(evaluate: Any) -> None:
     _options.add_layers(what)
     what.add_argument(
         "--scores",
-        choices=tuple(SCORES),
+        choices=SCORES,
         help="what is made of the model's output before it is explained and measured (default: softmax)",
     )
     what.add_argument(
@@ -118,7 +102,7 @@ def add_options(evaluate: Any) -> None:
     _options.add_reports(evaluate.add_argument_group("the result"), "it", (".json", ".csv", ".md", ".txt"))
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: Any) -> None:
     """Evaluate, alone or with the other processes that torchrun has started."""
     outputs = list(dict.fromkeys(arguments.output))
     methods = _check(arguments, outputs)
@@ -189,7 +173,7 @@ def _wait_for_all() -> None:
 # What is evaluated.
 
 
-def _check(arguments: argparse.Namespace, outputs: Sequence[Path]) -> list[type[Any]]:
+def _check(arguments: Any, outputs: Sequence[Path]) -> list[type[Any]]:
     """Check what can be checked before anything is loaded, and return the methods."""
     from torchcam import metrics
     from torchcam.evaluation import find_class
@@ -218,7 +202,7 @@ def _discard(checkpoint: Path) -> None:
         discard_checkpoint(checkpoint)
 
 
-def _demo(arguments: argparse.Namespace) -> tuple[Any, Any, str, dict[str, Any]]:
+def _demo(arguments: Any) -> tuple[Any, Any, str, dict[str, Any]]:
     """Return the demo model, pictures that hold two digits each, the first of which is explained, and what that is."""
     from torchcam import demo
 
@@ -233,7 +217,7 @@ def _demo(arguments: argparse.Namespace) -> tuple[Any, Any, str, dict[str, Any]]
     return demo.load_model().to(arguments.device), data, title, {"demo": count}
 
 
-def _folder(arguments: argparse.Namespace) -> tuple[Any, Any, str, dict[str, Any]]:
+def _folder(arguments: Any) -> tuple[Any, Any, str, dict[str, Any]]:
     """Return a model, the images of a folder, or as many of them as are asked for, and what that is."""
     from torch.utils.data import Subset
 
@@ -246,8 +230,16 @@ def _folder(arguments: argparse.Namespace) -> tuple[Any, Any, str, dict[str, Any
     return classifier.model, data, title, {**folder.facts, "limit": arguments.limit}
 
 
+def _scored(kind: str, output: Any) -> Any:
+    """Return softmax or sigmoid of the scores in a model's output."""
+    from torchcam.targets import read_logits
+
+    logits = read_logits(output)
+    return logits.softmax(1) if kind == "softmax" else logits.sigmoid()
+
+
 def _evaluate(
-    arguments: argparse.Namespace,
+    arguments: Any,
     model: Any,
     data: Any,
     facts: Mapping[str, Any],
@@ -258,7 +250,7 @@ def _evaluate(
 
     from torchcam.evaluation import evaluate
 
-    usual = "sigmoid" if arguments.demo else "softmax"
+    scores = arguments.scores or ("sigmoid" if arguments.demo else "softmax")
     metrics = [*METRICS, "Localization"] if arguments.demo else METRICS
     layers = arguments.target_layer or None
     try:
@@ -269,7 +261,7 @@ def _evaluate(
                 methods,
                 arguments.metrics or metrics,
                 target_layer=layers,
-                logits_fn=SCORES[arguments.scores or usual],
+                logits_fn=None if scores == "none" else partial(_scored, scores),
                 class_source=arguments.class_source,
                 batch_size=arguments.chunk_size,
                 checkpoint=checkpoint,

@@ -62,8 +62,6 @@ from ._messages import UserError, count_of, library_errors, print_json, print_li
 from ._models import RANDOM_WEIGHTS, Classifier
 
 if TYPE_CHECKING:
-    import argparse
-
     from PIL import Image
 
     from torchcam._explanation import PredictionExplanation
@@ -124,7 +122,7 @@ def add_options(explain: Any) -> None:
     _options.add_colours(result)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: Any) -> None:
     """Explain the images, one after the other."""
     from tqdm import tqdm
 
@@ -192,7 +190,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def explain_image(
-    arguments: argparse.Namespace,
+    arguments: Any,
     classifier: Classifier,
     image: Image.Image,
     methods: Sequence[Any],
@@ -237,9 +235,7 @@ def _title(classifier: Classifier, explanation: PredictionExplanation) -> str:
 # The files.
 
 
-def picture_of(
-    arguments: argparse.Namespace, classifier: Classifier, name: str, explanation: PredictionExplanation
-) -> Path:
+def picture_of(arguments: Any, classifier: Classifier, name: str, explanation: PredictionExplanation) -> Path:
     """Return the file of an image's picture; its name carries the model, the layers, the methods and the classes."""
     if _images.is_picture(arguments.output):
         return Path(arguments.output)
@@ -259,7 +255,7 @@ def _part(key: int | str) -> str:
 
 
 def _write(
-    arguments: argparse.Namespace,
+    arguments: Any,
     classifier: Classifier,
     source: _images.Source,
     explanation: PredictionExplanation,
@@ -297,7 +293,7 @@ def _write(
 
 
 def _page_of(
-    arguments: argparse.Namespace,
+    arguments: Any,
     classifier: Classifier,
     sources: Sequence[_images.Source],
     explanation: PredictionExplanation,
@@ -314,7 +310,7 @@ def _page_of(
 
 
 def _conclusion(
-    arguments: argparse.Namespace,
+    arguments: Any,
     images: Sequence[dict[str, Any]],
     left_out: Sequence[str],
     page: Path | None,

@@ -17,14 +17,11 @@ Examples:
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import _options
 from ._messages import UserError, print_json, print_line, print_marked
 from ._models import SEED, load_model
-
-if TYPE_CHECKING:
-    import argparse
 
 
 def add_options(layers: Any) -> None:
@@ -35,7 +32,7 @@ def add_options(layers: Any) -> None:
     _options.add_json(layers)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: Any) -> None:
     """List the layers."""
     import torch
 

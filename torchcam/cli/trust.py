@@ -16,16 +16,13 @@ Examples:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torchcam._names import listed
 
 from . import _options
 from ._images import prepare, read_image, recommend, save_reports
 from ._messages import UserError, library_errors, print_json, print_line, print_marked
-
-if TYPE_CHECKING:
-    import argparse
 
 METHODS = "GradCAM,LayerCAM,ReciproCAM"
 MARKS = {
@@ -57,7 +54,7 @@ def add_options(trust: Any) -> None:
     _options.add_reports(trust.add_argument_group("the result"), "the report", (".html", ".json", ".txt"))
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: Any) -> None:
     """Test the maps of the images."""
     methods = _options.find_methods(arguments.methods, METHODS)
     if len(arguments.class_idx) not in {0, 1, len(arguments.images)}:

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from torchcam._files import atomic_write
@@ -60,7 +59,7 @@ class Evaluation:
     higher_is_better: Mapping[str, Mapping[str, bool | None]]
     num_samples: int
     agreement: float
-    settings: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __getitem__(self, place: tuple[str, str]) -> float:
         """Return one number by the names of a method and a value, the latter after its metric's name where needed.

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from importlib import import_module
 from operator import methodcaller
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -335,13 +334,14 @@ class _Run:
                     if isinstance(count := getattr(metric, state, None), Tensor):
                         of_metrics[name] = int(self.team.sum(count.cpu()))
             nan_maps, seconds = tally[2 + 2 * number : 4 + 2 * number]
-            entries[one.name] = MethodResult(values, *counts.values(), int(nan_maps), seconds / num_samples)
+            measured, left_out, empty = counts.values()
+            entries[one.name] = MethodResult(values, measured, left_out, empty, int(nan_maps), seconds / num_samples)
         return Evaluation(
-            methods=MappingProxyType(entries),
-            higher_is_better=MappingProxyType(directions),
+            methods=entries,
+            higher_is_better=directions,
             num_samples=num_samples,
             agreement=tally[1] / num_samples,
-            settings=MappingProxyType(self.settings),
+            settings=self.settings,
         )
 
     def _compute(self, name: str, metric: Metric) -> dict[str, float]:

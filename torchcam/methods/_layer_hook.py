@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from functools import partial
 from types import FunctionType, NoneType
 from typing import Any
@@ -48,16 +48,16 @@ def drop_graphs(model: nn.Module) -> None:
                 if kind in _PLAIN or (isinstance(value, tuple) and _PLAIN.issuperset(map(type, value))):
                     continue
                 if any(tensor.grad_fn is not None for tensor in tensors_in(value)):
-                    fields[name] = _without_graph(value)
+                    fields[name] = without_graph(value)
 
 
-def _without_graph(value: Any) -> Any:
-    """Detach the tensors of a structure; lists and dictionaries stay the same objects."""
+def without_graph(value: Any, given: Set[int] = frozenset()) -> Any:
+    """Detach the tensors of a structure but for some, by identity; lists and dictionaries stay the same objects."""
     if isinstance(value, (list, dict)):
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            value[key] = _without_graph(item)
+            value[key] = without_graph(item, given)
         return value
-    return map_tensors(lambda t: t if t.grad_fn is None else t.detach(), value)
+    return map_tensors(lambda t: t if t.grad_fn is None or id(t) in given else t.detach(), value)
 
 
 class LayerHook(ExtractorHook):

@@ -24,7 +24,7 @@ from torchcam._tensors import map_tensors, tensors_in
 from torchcam.layout import Layout, axes_of, replace_tensors, unusual_axes
 
 from ._fused import FusedCall, SharedWrapper, attached, fused_modules
-from ._layer_hook import LayerHook, drop_graphs, followed, may_be_hooked
+from ._layer_hook import LayerHook, drop_graphs, followed, may_be_hooked, without_graph
 from ._layouts import Layouts
 from ._running import thread
 
@@ -376,7 +376,10 @@ class Recorder:
 
     def nothing_recorded(self, found: Pass | None) -> str:
         """Return the message for a pass that did not reach the target layers, or for no pass at all."""
-        hint = "compiled code and replicas of a model run no hooks: call the original module, `extractor.model`"
+        hint = (
+            "compiled code, replicas of a model and transforms of `torch.func` record nothing: call the original "
+            "module, `extractor.model`"
+        )
         if found is not None:
             return f"the recorded forward pass did not run {self.target_names}, or was cut short ({hint})"
         return (
@@ -480,6 +483,8 @@ class _ModelCall(SharedWrapper):
             return self._recorded_privately(module, recorders, args, kwargs)
 
     def _recorded_privately(self, module: nn.Module, recorders: list[Recorder], args: Any, kwargs: Any) -> Any:
+        containers = [value for value in (*args, *kwargs.values()) if isinstance(value, (list, dict))]
+        given = set(map(id, tensors_in(containers)))
         hooked = any(may_be_hooked(layer) for recorder in recorders for layer in recorder.layers)
         try:
             torch.set_grad_enabled(False)
@@ -500,6 +505,9 @@ class _ModelCall(SharedWrapper):
             torch.set_grad_enabled(False)
             if started:
                 drop_graphs(module)
+                for container in containers:
+                    if any(tensor.grad_fn is not None and id(tensor) not in given for tensor in tensors_in(container)):
+                        without_graph(container, given)  # of what the model has added to it
             while thread.written:
                 tensor, _ = thread.written.pop()
                 if tensor.is_leaf:

@@ -7,7 +7,6 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass, field
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ Edit = Callable[[Tensor, Tensor], Tensor]
 
 _SHORT = frozenset({torch.bfloat16, torch.float16})  # scores of these types round away what variants differ by
 _TF32 = 2**-10  # the rounding of what a GPU may compute float32 in
-_is_training = attrgetter("training")
+_SAME_IN_TRAINING = frozenset({nn.Linear, nn.Conv2d, nn.ReLU, nn.Identity, nn.Sequential})  # of a head that is new
 _LITTLE = 0.01  # of the largest effect of a variant: no map shows it
 
 
@@ -288,7 +287,9 @@ class Replay:
 
 def recorded_scores(modules: Iterable[nn.Module], output: Any, select: Selector) -> Tensor | None:
     """Return the scores that were recorded, (N,); None if they are not known, or of training mode."""
-    return None if output is None or any(map(_is_training, modules)) else select(output)
+    if output is None or any(one.training and type(one) not in _SAME_IN_TRAINING for one in modules):
+        return None
+    return select(output)
 
 
 def is_repeated(found: Tensor, expected: Tensor) -> bool:

@@ -8,7 +8,6 @@ from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from torchcam._checks import one_of, torch_module
 from torchcam._passes import Call
@@ -20,6 +19,7 @@ from torchcam.targets import ClassIndex, OutputTarget, Selector, check_one_of, c
 from ._default_layer import DefaultLayer
 from ._finish import all_finite, broken_samples, scale_signed, to_one_shape, weighted_sum
 from ._gradients import differentiate, reaches, share_of_score
+from ._hooked import Hooked
 from ._layouts import Layouts
 from ._recorder import Pass, Recorder
 from ._replicas import gradients_of_copies, on_replica
@@ -30,7 +30,7 @@ from ._stream import Repeats
 __all__ = ["_CAM", "OutputTarget", "Request", "on_replica", "plain_tensors"]
 
 
-class _CAM(Repeats):
+class _CAM(Hooked, Repeats):
     r"""Hook a model, watch one forward pass, and answer which regions of the input made a score.
 
     The raw map of a target layer with activation :math:`A` is :math:`M(s) = \sum_k w_k A_k(s)`; a method is a subclass
@@ -120,57 +120,9 @@ class _CAM(Repeats):
         return Recorder(model, names, differentiates=self._differentiates, **options)
 
     @property
-    def model(self) -> nn.Module:
-        """The model to explain."""
-        return self._recorder.model
-
-    @property
-    def target_names(self) -> list[str]:
-        """The names of the target layers."""
-        return self._recorder.target_names
-
-    @property
-    def submodule_dict(self) -> dict[str, nn.Module]:
-        """The modules of the model by name."""
-        return self._recorder.modules
-
-    @property
     def differentiates(self) -> bool:
         """Whether the method differentiates the score of the recorded pass: then a call takes ``retain_graph``."""
         return self._differentiates
-
-    @property
-    def hook_handles(self) -> list[RemovableHandle]:
-        """The handles of the hooks on the model's modules."""
-        return self._recorder.handles
-
-    @property
-    def hooks_enabled(self) -> bool:
-        """Whether forward passes are recorded."""
-        return self._recorder.enabled
-
-    def enable_hooks(self) -> None:
-        """Record the forward passes from now on."""
-        self._recorder.enabled = True
-
-    def disable_hooks(self) -> None:
-        """Ignore the forward passes from now on."""
-        self._recorder.enabled = False
-
-    def reset_hooks(self) -> None:
-        """Forget the pass of this thread: its activations, gradients, input and scores."""
-        self._recorder.forget()
-
-    def remove_hooks(self) -> None:
-        """Take all hooks off the model. May be called more than once."""
-        self._recorder.remove()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self.remove_hooks()
-        self._recorder.forget(every=True)
 
     def moved_to(self, replica: nn.Module) -> Self:
         """Return an extractor like this one with its hooks, if it has any, on a replica of the model."""

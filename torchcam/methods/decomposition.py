@@ -16,6 +16,7 @@ from torchcam._tensors import gaussian_noise, is_constant, is_finite, to_float
 from torchcam.layers import TargetLayer
 
 from ._finish import broken_samples
+from ._hooked import Hooked
 from ._replicas import on_replica
 from ._request import Request
 from ._stream import batch_arguments
@@ -162,7 +163,7 @@ class Factorization(NamedTuple):
     scores: Any = None
 
 
-class DeepFeatureFactorization:
+class DeepFeatureFactorization(Hooked):
     r"""Deep feature factorisation (Collins et al. 2018, arXiv:1806.10206): concepts that the images of a batch share.
 
     The activations of the whole batch, as a matrix :math:`V` (channels, positions of all images), are factorised into
@@ -219,6 +220,7 @@ class DeepFeatureFactorization:
         self.classifier = callable_object("classifier", classifier, optional=True)
         self.seed = seed
         self.extractor = MeanActivation(model, target_layer, input_shape, **kwargs)
+        self._recorder = self.extractor._recorder
 
     def __call__(self) -> Factorization:
         """Factorise the activations of the recorded pass.
@@ -227,7 +229,7 @@ class DeepFeatureFactorization:
             AssertionError: if no forward pass was recorded
         """
         with plain_tensors():
-            (activation,) = self.extractor._activations(Request(self.extractor._recorder.find()))
+            (activation,) = self.extractor._activations(Request(self._recorder.find()))
             finite = is_finite(activation).reshape(-1, *[1] * (activation.ndim - 1))
             matrix = torch.where(finite, activation, 0.0).transpose(0, 1).flatten(1)  # (C, N * positions)
             shift = matrix.amin(1, keepdim=True).clamp(max=0)
@@ -255,39 +257,8 @@ class DeepFeatureFactorization:
         """Return one like this with its hooks on a replica of the model."""
         moved = copy.copy(self)
         moved.extractor = self.extractor.moved_to(replica)
+        moved._recorder = moved.extractor._recorder
         return moved
-
-    @property
-    def model(self) -> nn.Module:
-        """The model to look into."""
-        return self.extractor.model
-
-    @property
-    def target_names(self) -> list[str]:
-        """The name of the target layer, in a list."""
-        return self.extractor.target_names
-
-    def enable_hooks(self) -> None:
-        """Record the forward passes from now on."""
-        self.extractor.enable_hooks()
-
-    def disable_hooks(self) -> None:
-        """Ignore the forward passes from now on."""
-        self.extractor.disable_hooks()
-
-    def reset_hooks(self) -> None:
-        """Forget the recorded pass."""
-        self.extractor.reset_hooks()
-
-    def remove_hooks(self) -> None:
-        """Take all hooks off the model. May be called more than once."""
-        self.extractor.remove_hooks()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self.extractor.__exit__(*exception)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(target_layer={self.target_names}, n_components={self.n_components})"
@@ -310,7 +281,8 @@ class DeepFeatureFactorization:
 def first_component(features: Tensor) -> Tensor:
     """Project positions on their first principal component, of either sign: (N, C, *spatial) to (N, *spatial).
 
-    Computed in float64, from the smaller of the two Gram matrices. Constant features give zeros, not finite ones NaN.
+    Computed in float64, from the smaller of the two Gram matrices. Constant features give zeros, samples that are not
+    finite NaN.
     """
     centred, finite = _centred(features)  # (N, C, P)
     peak = centred.abs().amax((1, 2), keepdim=True)
@@ -346,9 +318,12 @@ def _flipped(maps: Tensor, where: Tensor) -> Tensor:
 
 
 def _centred(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Subtract the mean over positions, in float64: (N, C, P), 0 where samples are not finite, which are told, (N,).
+    """Subtract the mean over positions, in float64; also return which samples are finite.
 
-    What is constant up to rounding is made 0, so that rounding errors are no component.
+    Channels that are constant up to rounding become 0, so that rounding errors are no component.
+
+    Returns:
+        the centred features, (N, C, P), 0 for samples that are not finite; and a mask of the finite ones, (N,)
     """
     flat = features.flatten(2)
     finite = is_finite(features)

@@ -172,7 +172,7 @@ class FullGrad(_PixelCAM):
     def _each_term(self, request: Request, take: Callable[[Tensor], None]) -> None:
         """Pass on the biases' shares of the score, from the last one back, and the input's: (N, C, *spatial) each.
 
-        Each is gone before the next one is computed.
+        Each is released before the next one is computed.
         """
 
         def share(bias: Tensor, channels: int, gradient: Tensor | None) -> None:
@@ -302,7 +302,7 @@ class _BiasesWatched(TorchFunctionMode):
         else:
             return output
         if bias is not None and output.requires_grad and output.ndim > 1:
-            # A tensor's hook goes by its value at this point, whatever an operation in place makes of it later.
+            # The hook belongs to the value at this point, also if an operation in place changes the tensor later.
             output.register_hook(partial(self.share, bias.detach(), -1 if func is F.linear else 1))
         return output
 

@@ -221,7 +221,7 @@ def _up(values: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _down(values: Tensor) -> Tensor:
-    """Sum up what `_up` would hand out: its transpose."""
+    """Apply the transpose of `_up`."""
     for axis in range(2, values.ndim):
         if values.shape[axis] > 1:
             even, odd = (values[(slice(None),) * axis + (slice(start, None, 2),)] for start in (0, 1))

@@ -11,7 +11,7 @@ from torchcam._checks import positive_integer
 
 from ._statistics import harmonic_mean, pearson, relative_fall
 from .core import POSITIVE, UNBOUNDED, UNIT, CAMMetric, Explained, Extractor, Keys, LogitsFn
-from .faithfulness import Removal, masking
+from .faithfulness import changes_by_removal, masking, removal_options
 
 
 class _CoherencyMetric(CAMMetric):
@@ -207,11 +207,10 @@ class ARCC(_CoherencyMetric):
         **kwargs: Any,
     ) -> None:
         super().__init__(cam_extractor, logits_fn, batch_size=batch_size, **kwargs)
-        removal = Removal(percentiles, noise, seed)
-        self.percentiles, self.noise, self.seed = removal.percentiles, removal.noise, removal.seed
+        vars(self).update(removal_options(percentiles, noise, seed))
 
     def _change(self, explained: Explained) -> Tensor:
-        morf, lerf = Removal(self.percentiles, self.noise, self.seed).changes(explained, self.batch_size)
+        morf, lerf = changes_by_removal(explained, self.percentiles, self.noise, self.seed, self.batch_size)
         return (lerf - morf) / 2
 
     @staticmethod

@@ -306,8 +306,7 @@ class ROAD(CAMMetric):
         **kwargs: Any,
     ) -> None:
         super().__init__(cam_extractor, logits_fn, **kwargs)
-        removal = Removal(percentiles, noise, seed)
-        self.percentiles, self.noise, self.seed = removal.percentiles, removal.noise, removal.seed
+        vars(self).update(removal_options(percentiles, noise, seed))
         self.batch_size = positive_integer("batch_size", batch_size)
 
     def compute(self) -> dict[str, Tensor]:
@@ -316,7 +315,7 @@ class ROAD(CAMMetric):
         return {**means, "road": (means["lerf"] - means["morf"]) / 2}
 
     def _measure(self, explained: Explained) -> dict[str, Tensor]:
-        morf, lerf = Removal(self.percentiles, self.noise, self.seed).changes(explained, self.batch_size)
+        morf, lerf = changes_by_removal(explained, self.percentiles, self.noise, self.seed, self.batch_size)
         return {"morf": morf, "lerf": lerf}
 
 
@@ -351,49 +350,44 @@ def _ranked_between(cam: Tensor, first: list[int], last: list[int]) -> Callable[
     return mask
 
 
-class Removal:
-    """The positions that ROAD replaces, and by what.
-
-    Args:
-        percentiles: the shares of positions to replace, in percent
-        noise: the standard deviation of the noise
-        seed: its seed
+def removal_options(percentiles: Sequence[float], noise: float, seed: int) -> dict[str, Any]:
+    """Check what ROAD takes: the shares of positions to replace, and the standard deviation and seed of the noise.
 
     Raises:
         TypeError: if the percentiles or ``noise`` are not numbers, or the seed is not an integer
         ValueError: if a percentile is not above 0 and below 100, ``noise`` is negative or not finite, or no generator
             takes the seed
     """
+    listed = percentiles.tolist() if hasattr(percentiles, "tolist") else percentiles
+    if isinstance(listed, str) or not isinstance(listed, Iterable):
+        raise TypeError(f"`percentiles` must be a sequence of numbers, such as (20, 40), got {percentiles!r}")
+    shares = tuple(finite_number("percentiles", percentile) for percentile in listed)
+    if not shares or not all(0 < percentile < 100 for percentile in shares):
+        raise ValueError(
+            f"`percentiles` must be shares above 0 and below 100 percent, as something must be left to impute "
+            f"from, got {percentiles!r}"
+        )
+    return {"percentiles": shares, "noise": finite_number("noise", noise, lowest=0), "seed": check_seed(seed)}
 
-    def __init__(self, percentiles: Sequence[float], noise: float, seed: int) -> None:
-        listed = percentiles.tolist() if hasattr(percentiles, "tolist") else percentiles
-        if isinstance(listed, str) or not isinstance(listed, Iterable):
-            raise TypeError(f"`percentiles` must be a sequence of numbers, such as (20, 40), got {percentiles!r}")
-        self.percentiles = tuple(finite_number("percentiles", percentile) for percentile in listed)
-        if not self.percentiles or not all(0 < percentile < 100 for percentile in self.percentiles):
-            raise ValueError(
-                f"`percentiles` must be shares above 0 and below 100 percent, as something must be left to impute "
-                f"from, got {percentiles!r}"
-            )
-        self.noise = finite_number("noise", noise, lowest=0)
-        self.seed = check_seed(seed)
 
-    def changes(self, explained: Explained, batch_size: int) -> tuple[Tensor, Tensor]:
-        """Return the mean change of each sample's score, most and least relevant positions first: (N,) each."""
-        image = explained.image
-        positions = image[0, 0].numel()
-        counts = [math.floor(percentile * positions / 100 + 1e-9) for percentile in self.percentiles]
-        first = [0] * len(counts) + [positions - count for count in counts]
-        to_remove = _ranked_between(explained.cam, first, counts + [positions] * len(counts))
-        # Drawn where it comes out the same for every device.
-        generator = torch.Generator().manual_seed(self.seed)
-        noise = torch.randn((len(first), *image.shape[1:]), generator=generator).to(image) * self.noise
+def changes_by_removal(
+    explained: Explained, percentiles: Sequence[float], std: float, seed: int, batch_size: int
+) -> tuple[Tensor, Tensor]:
+    """Return the mean change of each sample's score, most and least relevant positions first: (N,) each."""
+    image = explained.image
+    positions = image[0, 0].numel()
+    counts = [math.floor(percentile * positions / 100 + 1e-9) for percentile in percentiles]
+    first = [0] * len(counts) + [positions - count for count in counts]
+    to_remove = _ranked_between(explained.cam, first, counts + [positions] * len(counts))
+    # Drawn where it comes out the same for every device.
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn((len(first), *image.shape[1:]), generator=generator).to(image) * std
 
-        def imputed(samples: Tensor, variants: Tensor) -> Tensor:
-            removed = to_remove(samples, variants)
-            filled = impute(image[samples], removed)
-            return torch.where(removed.unsqueeze(1), filled + noise[variants], filled)
+    def imputed(samples: Tensor, variants: Tensor) -> Tensor:
+        removed = to_remove(samples, variants)
+        filled = impute(image[samples], removed)
+        return torch.where(removed.unsqueeze(1), filled + noise[variants], filled)
 
-        scores = explained.replay(imputed, len(first), batch_size)
-        morf, lerf = (scores - explained.score.unsqueeze(1)).chunk(2, dim=1)
-        return morf.mean(1), lerf.mean(1)
+    scores = explained.replay(imputed, len(first), batch_size)
+    morf, lerf = (scores - explained.score.unsqueeze(1)).chunk(2, dim=1)
+    return morf.mean(1), lerf.mean(1)

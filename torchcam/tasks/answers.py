@@ -205,13 +205,14 @@ def _given(processor: Any, answers: Sequence[Any]) -> list[list[int]]:
     found = []
     for one in answers:
         ids = processor.tokenizer(one, add_special_tokens=False)["input_ids"] if isinstance(one, str) else one
-        ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids
+        size = len(processor.tokenizer)
+        is_list = isinstance(ids, (list, tuple))
+        if not is_list or not all(isinstance(token, int) and 0 <= token < size for token in ids):
+            raise ValueError(f"`answer` must be a text, or token ids in [0, {size}), got {one!r}")
         if not ids:
             raise ValueError("`answer` is empty: pass a text with a word at least, or leave it out")
-        size = len(processor.tokenizer)
-        if not all(isinstance(token, int) and 0 <= token < size for token in ids):
-            raise ValueError(f"`answer` must be a text, or token ids in [0, {size}), got {one!r}")
-        found.append(ids)
+        found.append(list(ids))
     return found
 
 

@@ -27,8 +27,8 @@ THRESHOLDS: Mapping[str, tuple[float, float]] = MappingProxyType(
 
 * ``evidence``: fall of the probability of the class when the input, or one window of it, is blurred or painted in its
   mean colour or its mean grey, the largest of these: at least
-* ``relative evidence``: the same as a share of the probability: the better of the two outcomes counts. Of targets,
-  this one alone
+* ``relative evidence``: the same as a share of the probability: the better of the two outcomes counts. For targets,
+  only this one counts
 * ``removal``: correlation of the map with the falls of the log-odds when one window after the other is removed: at
   least
 * ``region``: log-odds of the class less those of the next best class, with the highest tenth of the map alone: at least
@@ -292,8 +292,8 @@ _COUNTED: dict[Verdict, Outcome] = {"believe": "passed", "with care": "doubtful"
 def verdict_of(checks: Iterable[Check]) -> Verdict:
     """Conclude from the checks of one map.
 
-    A map is not believed if a check has failed, and taken with care if one is doubtful. The weak points that a
-    diagnosis finds are told, and do not count.
+    A map is not believed if a check has failed, and taken with care if one is doubtful. A diagnosis that found only
+    weak points does not count.
     """
     outcomes = {check.outcome for check in checks if check.name != "diagnosis" or check.outcome == "failed"}
     return "do not believe" if "failed" in outcomes else "with care" if "doubtful" in outcomes else "believe"

@@ -94,8 +94,8 @@ def examined(recorded: ExtractorView, class_idx: Any, targets: Any) -> Iterator[
 class Facts:
     """A recorded pass, its repetition in evaluation mode, and the maps of the latter. Facts are computed when read.
 
-    Facts build on each other: a broken input has no scores to speak of, a method that fails no maps, a blank map no
-    comparison with that of another class. A fact whose cause is missing is None or empty.
+    Facts build on each other: without a sound input there are no scores, without a method that succeeds no maps, and a
+    blank map is not compared with that of another class. A fact without its basis is None or empty.
 
     Attributes:
         recorded: the extractor with the recorded pass

@@ -204,7 +204,7 @@ def check_peak(facts: Facts) -> Iterator[Finding]:
         return
     try:
         facts.repeated.extractor.check_positions()
-    except ValueError:  # there is no telling which part of the input is under the peak
+    except ValueError:  # the part of the input under the peak is not known
         return
     cam = resize(cam.unsqueeze(1), image.shape[2:]).flatten(1)
     if cam.shape[1] < 10:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from torchcam._tensors import tensors_in, to_float
@@ -54,6 +55,8 @@ class PassWatch:
         handles = []
         try:
             for name, module in model.named_modules():
+                if isinstance(module, torch.jit.ScriptModule):  # which runs no hooks
+                    continue
                 handles.append(module.register_forward_pre_hook(partial(self._before, name)))
                 handles.append(module.register_forward_hook(partial(self._after, name)))
             yield
