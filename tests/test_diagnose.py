@@ -916,7 +916,9 @@ def test_a_part_of_torchscript_is_passed_over(method: Any) -> None:
         model.between = torch.jit.script(nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU()).eval())
     shuffled(model)
     assert look(model, "stage1", method=method).codes == ()
-    model.after = Apply(lambda logits: logits + (0 * logits).square().sum(1, keepdim=True).sqrt())  # its gradient is NaN
+    model.after = Apply(
+        lambda logits: logits + (0 * logits).square().sum(1, keepdim=True).sqrt()
+    )  # its gradient is NaN
     if method is GradCAM:
         (finding,) = look(model, "stage1")
         assert finding.code == "gradient_not_finite"

@@ -105,8 +105,6 @@ class TestResult:
         }
         with pytest.raises(AttributeError):
             result.method = "CAM"  # type: ignore[misc]
-        with pytest.raises(TypeError):
-            result.cams[0] = ()  # type: ignore[index]
 
     def test_expected_class_that_is_the_predicted_one_is_explained_once(self, x: Tensor) -> None:
         model = make_model("GradCAM", CPU)

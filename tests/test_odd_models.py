@@ -442,6 +442,10 @@ def test_a_model_that_cannot_run_with_gradients_says_who_turned_them_on() -> Non
     with pytest.raises(RuntimeError) as caught:
         model(X)
     assert not hasattr(caught.value, "__notes__")
+    model.fc = nn.Linear(5, 3)  # an error of another kind is the model's own
+    with methods.GradCAM(model, "block2"), torch.no_grad(), pytest.raises(RuntimeError) as caught:
+        model(X)
+    assert not hasattr(caught.value, "__notes__")
 
 
 # Scores ---------------------------------------------------------------------------------------------------------------

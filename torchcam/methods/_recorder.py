@@ -493,7 +493,7 @@ class _ModelCall(SharedWrapper):
             with followed() if hooked else nullcontext():
                 return self._recorded(module, recorders, args, kwargs, detached=True)
         except RuntimeError as error:
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() and any(word in str(error) for word in ("grad", "graph", "backward")):
                 error.add_note(
                     "An extractor on the model has turned gradients on behind its target layer. If the model cannot "
                     "run with gradients there, take a method that needs none, or disable the extractor's hooks."
