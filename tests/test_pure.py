@@ -98,3 +98,19 @@ def test_attention() -> None:
 def test_a_method_without_weights_says_so() -> None:
     with pytest.raises(NotImplementedError, match="EigenCAM does not define its weights"):
         methods.EigenCAM(torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1)), "0").weights(A)
+
+
+def test_scaling_leaves_a_map_as_it_is() -> None:
+    held = torch.tensor([[[1.0, 3.0, 2.0]]])
+
+    class Held(_CAM):
+        class_agnostic = True
+
+        def map(self, activation: Tensor) -> Tensor:
+            return held
+
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1))
+    with torch.no_grad(), Held(model, "0") as extractor:
+        model(torch.ones(1, 3, 1, 3))
+        assert extractor()[0].tolist() == [[[0, 1, 0.5]]]
+    assert held.tolist() == [[[1, 3, 2]]]

@@ -634,6 +634,24 @@ def test_replicas_are_kept_between_calls_and_no_longer() -> None:
     assert {reference() for reference in made} == {model[2], None}
 
 
+def test_inputs_of_a_kept_replica_are_not_held() -> None:
+    from torchcam.methods import ScoreCAM
+
+    x, seen = images(torch.device("cpu"), 1, 8), []
+
+    class First(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(weakref.ref(x))
+            return super().forward(x)
+
+    model = nn.Sequential(First(3, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 4)).eval()
+    with ScoreCAM(model, "0") as extractor, torch.no_grad():
+        for _ in range(3):
+            model(x)
+            extractor(1)
+        assert {reference() for reference in seen} == {x, None}
+
+
 @pytest.mark.parametrize("where", ["attribute", "mapping", "list"])
 @pytest.mark.parametrize("method", ["ScoreCAM", "AblationCAM"])
 def test_what_a_model_keeps_of_variants_is_not_held(method: str, where: str) -> None:
