@@ -154,7 +154,7 @@ def may_be_hooked(layer: nn.Module) -> bool:
 
 def _may_be_kept(output: Tensor, layer: nn.Module) -> bool:
     """Check whether a layer's output may be used by others than those that it is handed on to."""
-    return any(_has_hooks(one) or any(value is output for value in vars(one).values()) for one in modules_of(layer))
+    return any(_has_hooks(one) or id(output) in map(id, vars(one).values()) for one in modules_of(layer))
 
 
 def _has_hooks(module: nn.Module) -> bool:
