@@ -111,9 +111,9 @@ class ScoreCAM(_ChannelCAM):
             inputs = image if num_samples == 1 else image[samples[chunk]]
             for perturb in perturbations[:-1]:
                 yield perturb(inputs, masks)
-            inputs = perturbations[-1](inputs, masks)
-            del masks  # the passes need the memory
-            yield inputs
+            last = [perturbations[-1](inputs, masks)]
+            del masks, inputs  # the passes need the memory
+            yield last.pop()
 
         found = replay.averaged(variants, samples).to(activation)
         if found.shape[0] == num_samples * num_channels:
