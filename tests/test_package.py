@@ -26,6 +26,7 @@ HEAVY = {"torch", "torchvision", "torchmetrics", "matplotlib", "numpy", "PIL"}
 FLOORS = {
     "__init__": 0,
     "_architecture": 0,
+    "_cached": 0,
     "_certainty": 3,
     "_monitor_checks": 2,
     "_checks": 0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import gc
 import queue
@@ -10,10 +11,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from itertools import cycle, pairwise, product
+from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 import pytest
@@ -22,6 +25,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torchvision.models import VisionTransformer
 
+import torchcam
 from tests.models import shuffled
 from torchcam import methods
 from torchcam.explain import explain
@@ -30,6 +34,7 @@ TIMEOUT = 20.0  # seconds until a thread that waits counts as hanging
 THREADS = 8
 PASSES = 2  # of each thread
 CLASSES = 5
+PACKAGE = str(Path(torchcam.__file__).parent)
 
 SITUATIONS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "grad": torch.enable_grad,
@@ -748,6 +753,86 @@ def test_extractors_come_and_go_while_others_call(method: str) -> None:
     check_plain(results[4:6])
 
 
+class Meanwhile:
+    """Runs a callable on another thread at each line of the package that this thread reaches, once for each line."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self.call = call
+        self.lines: set[tuple[str, int]] = set()
+        self.errors: list[Exception] = []
+        self.pool = ThreadPoolExecutor(1)
+        self.running: Future[Any] | None = None
+
+    def __enter__(self) -> Meanwhile:
+        self.pool.submit(bool).result(TIMEOUT)  # the thread lives from now on
+        sys.settrace(self.trace)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(None)
+        self.pool.shutdown()
+
+    def trace(self, frame: FrameType, event: str, _: Any) -> Any:
+        if not frame.f_code.co_filename.startswith(PACKAGE):
+            return None
+        line = frame.f_code.co_filename, frame.f_lineno
+        if event == "line" and line not in self.lines and self.has_ended():
+            self.lines.add(line)
+            self.running = self.pool.submit(self.run)
+            self.has_ended()
+        return self.trace
+
+    def has_ended(self) -> bool:
+        """Wait for the callable, but not for long: it may wait for a lock of this thread."""
+        with contextlib.suppress(TimeoutError):
+            if self.running is not None:
+                self.running.result(0.05)
+        return self.running is None or self.running.done()
+
+    def run(self) -> None:
+        try:
+            self.call()
+        except Exception as error:  # noqa: BLE001 - raised again below
+            self.errors.append(error)
+
+    def check(self) -> None:
+        assert len(self.lines) > 100
+        if self.errors:
+            raise ExceptionGroup(f"at {len(self.errors)} of {len(self.lines)} lines", self.errors)
+
+
+@pytest.mark.parametrize("method", ["GradCAM", "AblationCAM", "LeGrad"])
+def test_others_call_at_each_line_of_an_extractor(method: str) -> None:
+    model = make_model(method)
+    question = make_question(1, "no_grad")
+    expected = expect(model, method, [question])
+    others = [make_question(1000 + number, situation) for number, situation in enumerate(SITUATIONS)]
+    outputs = plain_outputs(model, others)
+
+    def call() -> None:
+        assert all(map(same_output, plain_outputs(model, others), outputs))
+
+    with Meanwhile(call) as meanwhile, METHODS[method](model) as extractor:
+        answer = ask(model, extractor, question)
+    meanwhile.check()
+    check([answer], expected)
+
+
+def test_another_extractor_at_each_line_of_an_extractor() -> None:
+    model = make_model("GradCAM")
+    questions = [make_question(1, "no_grad"), make_question(2, "grad")]
+    first, second = expect(model, "GradCAM", questions)
+
+    def call() -> None:
+        with METHODS["GradCAM"](model) as other:
+            check([ask(model, other, questions[1])], [second])
+
+    with Meanwhile(call) as meanwhile, METHODS["GradCAM"](model) as extractor:
+        answer = ask(model, extractor, questions[0])
+    meanwhile.check()
+    check([answer], [first])
+
+
 # asyncio --------------------------------------------------------------------------------------------------------------
 
 
@@ -1198,3 +1283,28 @@ def test_a_diagnosis_hides_no_warning_of_another_thread() -> None:
         codes, _ = run_threads([diagnose_slowly, warn_meanwhile])
     assert codes == ["input_not_finite"]
     assert ["maps of 1 of 1 samples are NaN" in str(one.message) for one in shown] == [True]
+
+
+@pytest.mark.parametrize("passes", range(8))
+def test_a_diagnosis_does_not_wait_for_another_one(passes: int) -> None:
+    class Later(Stop):
+        """Halts after some passes."""
+
+        left = passes
+
+        def wait_at(self, place: int) -> None:
+            self.left -= place == 0
+            if self.left < 0:
+                super().wait_at(0)
+
+    def diagnose(stop: AbstractContextManager[Any]) -> list[str]:
+        with methods.GradCAM(make_model("GradCAM"), "middle", reshape_transform=torch.clone) as extractor:
+            extractor.model(make_question(1).image)
+            with stop:
+                return [finding.code for finding in extractor.diagnose(0)]
+
+    stop = Later()
+    quick, slow = run_within(stop, partial(diagnose, nullcontext()), partial(diagnose, stop))
+    assert stop.reached.is_set()
+    assert stop.left < 0
+    assert quick == slow

@@ -6,9 +6,10 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 from torch import Tensor, nn
+
+from torchcam._cached import cached_property
 
 from ._architecture import Kind, Shown, hint_of, is_apart, is_composed, kind_of, shown_by
 from ._passes import Call, image_shape

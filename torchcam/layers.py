@@ -6,11 +6,13 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+
+from torchcam._cached import cached_property
 
 from ._certainty import Certainty, Verdict
 from ._names import closest

@@ -6,12 +6,14 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import permutations, product
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from torchcam._cached import cached_property
 
 from ._architecture import NOTHING, Kind, Shown
 from ._tensors import map_tensors, tensors_in

@@ -24,9 +24,7 @@ class SharedWrapper(CallWrapper):
     has a wrapper, and a thread that calls the module at this moment must find one both times.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__(module)
-        self.members: tuple[Any, ...] = ()
+    members: tuple[Any, ...] = ()
 
     def leave(self, member: Any) -> None:
         """Remove a member."""

@@ -275,8 +275,8 @@ class Recorder:
         self._leave: list[Callable[[], None]] = []
         weakref.finalize(self, _remove_all, self.handles, self._leave).atexit = False
         try:
+            self._hook_layers()  # first: another thread may run the model as soon as its calls are recorded
             self._leave.append(attached(_ModelCall, unwrapped(model), weakref.ref(self)))
-            self._hook_layers()
         except BaseException:
             self.remove()
             raise
@@ -296,10 +296,10 @@ class Recorder:
 
     def _hook_layers(self) -> None:
         self.layers = [self.modules[name] for name in self.target_names]
+        for module in fused_modules(self.model, self.target_names, self.differentiates or self.reads_attention):
+            self._leave.append(attached(FusedCall, module, weakref.ref(self)))  # before a hook would switch it off
         if self.keeps_outputs:
             self.handles += [layer.register_forward_hook(LayerHook(self, i)) for i, layer in enumerate(self.layers)]
-        for module in fused_modules(self.model, self.target_names, self.differentiates or self.reads_attention):
-            self._leave.append(attached(FusedCall, module, weakref.ref(self)))
 
     def move(self, target_names: Sequence[str]) -> None:
         """Watch other layers from now on."""

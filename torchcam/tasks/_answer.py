@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from torchcam import _page
+from torchcam._cached import cached_property
 from torchcam._displays import Pictures
 from torchcam._figures import Cell, Column, Row, Sheet
 from torchcam._files import atomic_write, free_directory

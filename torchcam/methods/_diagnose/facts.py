@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from torchcam._cached import cached_property
 from torchcam._passes import find_image
 from torchcam._replica import replicated
 from torchcam._tensors import is_constant, is_finite, map_tensors, to_float

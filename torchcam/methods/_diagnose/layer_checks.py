@@ -109,7 +109,7 @@ def _is_in_place(base: Tensor, variants: Sequence[Tensor | None], to_grid: Calla
     for variant in variants:
         if variant is None or variant.shape != base.shape:
             return None
-        change = to_float(to_grid(variant) - grid).abs().sum((0, 1))  # (*spatial)
+        change = to_float(to_grid(variant.detach()) - grid).abs().sum((0, 1))  # (*spatial)
         if not 0 < float(change.sum()) < math.inf:
             return None
         centres.append(_centre(change))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from torchcam._cached import cached_property
 from torchcam._tensors import to_float
 from torchcam.layers import Candidates, candidates_of
 from torchcam.methods._request import Request
