@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tests.lines import at_each_line
 from tests.models import shuffled
 from tests.snapshots import MODES, attributes, check_unchanged, hook_counts, modes, random_state
 from torchcam import methods
@@ -550,3 +551,48 @@ def test_in_a_backward_pass(name: str, error: str, mode: str) -> None:
 @pytest.mark.parametrize("name", ["GradCAM", "ShapleyCAM", "LeGrad"])
 def test_in_a_backward_hook(name: str, error: str) -> None:
     interrupt_a_call(Scene(name, "grad", _backward_hook_on), "backward", error)
+
+
+# Lines of the package -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Python drops those of destructors
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        ("GradCAM", "no_grad"),
+        ("GradCAM", "inference"),
+        ("AblationCAM", "grad"),
+        ("LeGrad", "inference"),
+    ],
+)
+def test_at_each_line(name: str, mode: str) -> None:
+    """From the constructor of an extractor to the end of its block."""
+    model, twin = make_model(name), make_model(name)
+    interrupted: set[tuple[str, int]] = set()
+
+    def interrupt(line: tuple[str, int]) -> None:
+        if line not in interrupted:
+            interrupted.add(line)
+            raise KeyboardInterrupt
+
+    hooks = hook_counts(model)
+    with MODES[mode]():
+        expected, before = twin(X3), modes()
+    known = -1
+    while known < len(interrupted):
+        known = len(interrupted)
+        with MODES[mode]():
+            try:
+                with at_each_line(interrupt):
+                    run(name, model, X2)
+            except KeyboardInterrupt:
+                check_unchanged(modes(), before)
+                scores, maps = run(name, model, X3)
+                assert torch.equal(scores, expected)
+                assert scores.requires_grad == expected.requires_grad
+                close(maps, clean_maps(name, mode, X3))
+                check_unchanged(modes(), before)
+        check_unchanged(hook_counts(model), hooks)
+        assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    assert len(interrupted) > 300

@@ -15,8 +15,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from itertools import cycle, pairwise, product
-from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import pytest
@@ -25,7 +23,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torchvision.models import VisionTransformer
 
-import torchcam
+from tests.lines import at_each_line
 from tests.models import shuffled
 from torchcam import methods
 from torchcam.explain import explain
@@ -34,7 +32,6 @@ TIMEOUT = 20.0  # seconds until a thread that waits counts as hanging
 THREADS = 8
 PASSES = 2  # of each thread
 CLASSES = 5
-PACKAGE = str(Path(torchcam.__file__).parent)
 
 SITUATIONS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "grad": torch.enable_grad,
@@ -765,22 +762,19 @@ class Meanwhile:
 
     def __enter__(self) -> Meanwhile:
         self.pool.submit(bool).result(TIMEOUT)  # the thread lives from now on
-        sys.settrace(self.trace)
+        self.tracing = at_each_line(self.visit)
+        self.tracing.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        sys.settrace(None)
+    def __exit__(self, *raised: Any) -> None:
+        self.tracing.__exit__(*raised)
         self.pool.shutdown()
 
-    def trace(self, frame: FrameType, event: str, _: Any) -> Any:
-        if not frame.f_code.co_filename.startswith(PACKAGE):
-            return None
-        line = frame.f_code.co_filename, frame.f_lineno
-        if event == "line" and line not in self.lines and self.has_ended():
+    def visit(self, line: tuple[str, int]) -> None:
+        if line not in self.lines and self.has_ended():
             self.lines.add(line)
             self.running = self.pool.submit(self.run)
             self.has_ended()
-        return self.trace
 
     def has_ended(self) -> bool:
         """Wait for the callable, but not for long: it may wait for a lock of this thread."""

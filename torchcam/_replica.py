@@ -26,6 +26,10 @@ _MAPPINGS = frozenset({dict, OrderedDict, defaultdict, Counter})
 _EMPTY = frozenset({dict, OrderedDict, list, set, tuple})  # the types whose empty values are copied at once
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
+# A context with gradients and without inference mode. One object of torch's restores both modes, so that an interrupt
+# leaves neither switched, wherever it comes; what is entered inside of it may be cut short.
+normal_mode = functools.partial(torch._C._InferenceMode, False)
+
 
 class ExtractorHook:
     """A module hook of an extractor: replicas have none, and in copies of a model it does nothing and holds nothing."""
@@ -97,7 +101,7 @@ def replicate(model: nn.Module) -> nn.Module:
 def _copied(model: nn.Module) -> tuple[nn.Module, list[tuple[Any, Any]]]:
     """Return a replica, and all that was copied for it: pairs of an original and its copy."""
     copier = _Copier()
-    with torch.inference_mode(False), torch.no_grad():
+    with normal_mode(), torch.no_grad():
         replica: nn.Module = copier(model)
     return replica, list(copier.copies.values())
 
@@ -138,7 +142,7 @@ class KeptReplica:
         if not self._tensors:
             return True
         try:
-            with torch.inference_mode(False), torch.no_grad():
+            with normal_mode(), torch.no_grad():
                 for original, own in self._tensors:
                     own.copy_(original)
         except (RuntimeError, TypeError):  # of another size, or another kind of tensor, by now

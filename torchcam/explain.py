@@ -23,13 +23,12 @@ from torchcam._method_maps import MethodMaps
 from torchcam._numbers import versions
 from torchcam._passes import Call
 from torchcam._recipes import Recipe, as_recipes, extractors_on, named_errors
-from torchcam._replica import replicated
+from torchcam._replica import normal_mode, replicated
 from torchcam._tensors import over_positions, to_float
 from torchcam._trust_request import TrustRequest
 from torchcam._views import FULL
 from torchcam.layers import TargetLayer
 from torchcam.methods import GradCAM, HiResCAM
-from torchcam.methods.core import plain_tensors
 from torchcam.targets import Selector, read_logits
 from torchcam.tasks.boxes import as_boxes, is_detector
 from torchcam.tasks.texts import as_images, as_texts, own_scores
@@ -217,7 +216,7 @@ def explain(
     method = (HiResCAM if about_boxes else GradCAM) if method is None else method
     recipes = as_recipes(method, target_layer, method_kwargs, relu)
     boxes, compared = None, None
-    with plain_tensors():
+    with normal_mode(), torch.no_grad():
         if about_boxes:
             boxes = as_boxes(
                 model,

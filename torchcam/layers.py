@@ -18,7 +18,7 @@ from ._certainty import Certainty, Verdict
 from ._names import closest
 from ._passes import Call, to_model
 from ._planted import Seen, seen_at_places
-from ._replica import freeze, replicated
+from ._replica import freeze, normal_mode, replicated
 from ._templates import render
 from ._tensors import map_tensors, tensors_in
 from .layout import Layout, input_axes, primary_tensors, replace_tensors
@@ -200,7 +200,7 @@ def candidates_of(model: nn.Module, call: Call, select: Callable[[Any], Tensor] 
             return torch.randn(value.shape, generator=generator).mul_(0.02).to(value)
         return value
 
-    with replicated(model) as replica, torch.inference_mode(False), torch.enable_grad():
+    with replicated(model) as replica, normal_mode():
         modules = {name: module for name, module in replica.named_modules() if name}
         outputs, calls = watch(modules)
         freeze(replica, filled)
@@ -268,7 +268,7 @@ def candidates_of(model: nn.Module, call: Call, select: Callable[[Any], Tensor] 
         chosen = next((one for one in found if one.name == found.choice), None)
         if chosen is None or signal is None:
             break
-        with torch.inference_mode(False), torch.enable_grad():
+        with normal_mode():
             seen, axes = _seen(chosen.layout, outputs[chosen.name][0], signal)
         if axes != chosen.layout.axes:
             found = Candidates(

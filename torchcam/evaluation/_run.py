@@ -22,10 +22,9 @@ from torchcam import __version__
 from torchcam._checks import callable_object, one_of, positive_integer, torch_module
 from torchcam._methods import takes
 from torchcam._passes import model_device
-from torchcam._replica import replicated
+from torchcam._replica import normal_mode, replicated
 from torchcam._tensors import map_tensors
 from torchcam.layers import TargetLayer
-from torchcam.methods.core import plain_tensors
 from torchcam.metrics.core import explaining, maps_of, with_logits
 from torchcam.targets import class_scores
 
@@ -115,7 +114,7 @@ def evaluate(
         positive_integer("batch_size", batch_size)
     model = getattr(model, "_orig_mod", model)
     team = Team(distributed)
-    with ExitStack() as stack, plain_tensors():
+    with ExitStack() as stack, normal_mode(), torch.no_grad():
         with team.telling_errors():
             stream = Stream(loader, team.rank, team.size)
             contestants = make_contestants(
@@ -306,7 +305,7 @@ class _Run:
 
     def _explain(self, one: Contestant, image: Tensor, classes: list[int], logits_fn: LogitsFn | None) -> Tensor:
         """Return the maps of a batch, (N, *spatial)."""
-        with plain_tensors(), explaining(one.extractor, logits_fn) as extractor:
+        with normal_mode(), torch.no_grad(), explaining(one.extractor, logits_fn) as extractor:
             return maps_of(extractor, extractor.model(image), image, class_idx=classes)
 
     def _now(self) -> float:

@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
 
 from torchcam._passes import Call, image_shape, without_inference
-from torchcam._replica import CallWrapper, KeptReplica
+from torchcam._replica import CallWrapper, KeptReplica, normal_mode
 from torchcam._tensors import map_tensors, tensors_in
 from torchcam.layout import Layout, axes_of, replace_tensors, unusual_axes
 
@@ -33,14 +33,11 @@ ChooseLayers = Callable[[tuple[Any, ...], dict[str, Any]], list[str]]
 _numbers = itertools.count()
 
 
-class _Key:
+class _Key(NamedTuple):
     """Held by the contexts that a pass belongs to: threads and asyncio tasks, and copies of their contexts."""
 
-    __slots__ = ("number", "recorder")
-
-    def __init__(self, recorder: weakref.ref[Recorder], number: int) -> None:
-        self.recorder = recorder
-        self.number = number
+    recorder: weakref.ref[Recorder]
+    number: int
 
     def __del__(self) -> None:
         recorder = self.recorder()
@@ -474,13 +471,17 @@ class _ModelCall(SharedWrapper):
             if recorder.choose_layers is not None:
                 recorder.prepare(recorder.choose_layers, args, kwargs)
         in_inference_mode = torch.is_inference_mode_enabled()
-        if thread.private or not differentiates or (torch.is_grad_enabled() and not in_inference_mode):
-            return self._recorded(module, recorders, args, kwargs)
-        if not in_inference_mode:
-            return self._recorded_privately(module, recorders, args, kwargs)
-        with torch.inference_mode(False):  # a graph may use none of its tensors
-            args, kwargs = without_inference((args, kwargs))
-            return self._recorded_privately(module, recorders, args, kwargs)
+        is_outermost = not thread.passes
+        try:
+            if thread.private or not differentiates or (torch.is_grad_enabled() and not in_inference_mode):
+                return self._recorded(module, recorders, args, kwargs)
+            with normal_mode():
+                if in_inference_mode:
+                    args, kwargs = without_inference((args, kwargs))  # a graph may use none of its tensors
+                return self._recorded_privately(module, recorders, args, kwargs)
+        finally:
+            if is_outermost:  # an interrupt may have come while a pass ended
+                thread.reset()
 
     def _recorded_privately(self, module: nn.Module, recorders: list[Recorder], args: Any, kwargs: Any) -> Any:
         containers = [value for value in (*args, *kwargs.values()) if isinstance(value, (list, dict))]

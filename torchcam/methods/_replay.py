@@ -15,12 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchcam._chunks import run_chunks
 from torchcam._passes import Call, forwards_replaced
-from torchcam._replica import KeptReplica, has_hooks, modules_of, replicated
+from torchcam._replica import KeptReplica, has_hooks, modules_of, normal_mode, replicated
 from torchcam._tensors import map_tensors, tensors_in, to_float
 from torchcam.layout import first_tensor, replace_tensors
 from torchcam.targets import Selector
 
-from ._running import plain_tensors, warn
+from ._running import warn
 
 Edit = Callable[[Tensor, Tensor], Tensor]
 
@@ -138,7 +138,12 @@ class Replay:
             variants: yields one form after the other of the inputs (B, C, *spatial) of a slice of the variants
             samples: the sample of the recorded batch that each variant belongs to, (V,)
         """
-        with replicated(self.model, self.kept) as replica, plain_tensors(), self.call.as_recorded(self.autocast):
+        with (
+            replicated(self.model, self.kept) as replica,
+            normal_mode(),
+            torch.no_grad(),
+            self.call.as_recorded(self.autocast),
+        ):
             modules = modules_of(self.model)
             run = VariantRunner(replica, self.call, fast_formats(modules))
             if self.compiled:
@@ -190,7 +195,12 @@ class Replay:
         Returns:
             the scores without an edit, (N,), and those of the variants, (N, V)
         """
-        with replicated(self.model, self.kept) as replica, plain_tensors(), self.call.as_recorded(self.autocast):
+        with (
+            replicated(self.model, self.kept) as replica,
+            normal_mode(),
+            torch.no_grad(),
+            self.call.as_recorded(self.autocast),
+        ):
             self.call.prove_rows(replica)
             unedited, scorer = self._scorer(replica, replica.get_submodule(layer), batch)
             rows = torch.arange(len(unedited) * num_variants, device=unedited.device)

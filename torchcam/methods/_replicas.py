@@ -10,11 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from torchcam._passes import untouched
-from torchcam._replica import replicated
+from torchcam._replica import normal_mode, replicated
 from torchcam._tensors import map_tensors
 
 from ._request import Request
-from ._running import with_graph
 
 
 @contextmanager
@@ -40,7 +39,7 @@ def gradients_of_copies(extractor: Any, request: Request) -> list[Tensor]:
     """
     call, recorded = extractor._recorded_call(request), request.recorded
     request.check_recorded()
-    with on_replica(extractor) as repeated, call.as_recorded(), with_graph():
+    with on_replica(extractor) as repeated, call.as_recorded(), normal_mode():
         args, kwargs = map_tensors(_copied_with_graph, (call.args, call.kwargs))
         repeated.model(*args, **kwargs)
         again = replace(request, recorded=repeated._recorder.find(), scores=None)

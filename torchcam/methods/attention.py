@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from torchcam._checks import callable_object, integer, one_of
-from torchcam._replica import replicate
+from torchcam._replica import normal_mode, replicate
 from torchcam._tensors import to_float
 from torchcam.layers import TargetLayer
 from torchcam.layout import patch_grid
 
 from ._gradients import differentiate
 from ._recorder import Pass, Recorder, Row
-from ._running import thread, with_graph
+from ._running import thread
 from ._watched import AttentionWatched, BlockStarts, Watch
 from .core import _CAM, Request
 
@@ -239,7 +239,7 @@ class LeGrad(_AttentionCAM):
                     f"`target_layer` '{name}' computes attention of shapes {[tuple(a.shape) for a in noted]}, where "
                     f"LeGrad reads blocks with one, between all tokens of {len(tokens)} samples"
                 )
-            with with_graph():
+            with normal_mode():
                 score = select(self._scores_of(tokens))
                 wanted = [Row(name, name, noted[0], noted[0])]
                 (gradient,) = differentiate(score, wanted, request.retain_graph, request.create_graph)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torchcam._checks import one_of, torch_module
 from torchcam._passes import Call
-from torchcam._replica import has_backward_hooks
+from torchcam._replica import has_backward_hooks, normal_mode
 from torchcam._tensors import min_max, to_float
 from torchcam.layers import TargetLayer, layer_names
 from torchcam.targets import ClassIndex, OutputTarget, Selector, check_one_of, class_columns
@@ -24,10 +24,10 @@ from ._layouts import Layouts
 from ._recorder import Pass, Recorder
 from ._replicas import gradients_of_copies, on_replica
 from ._request import Request
-from ._running import computing, plain_tensors, with_graph
+from ._running import full_precision
 from ._stream import Repeats
 
-__all__ = ["_CAM", "OutputTarget", "Request", "on_replica", "plain_tensors"]
+__all__ = ["_CAM", "OutputTarget", "Request", "on_replica"]
 
 
 class _CAM(Hooked, Repeats):
@@ -382,7 +382,7 @@ class _CAM(Hooked, Repeats):
         request, options = self._request(recorded, class_idx, scores, targets, num_classes=count, **kwargs)
         if scores is not None and not recorded.has_returned(scores):
             self._check_scores(request)
-        with computing(recorded.call, request.create_graph):
+        with normal_mode(), torch.set_grad_enabled(request.create_graph), full_precision(recorded.call.device_type):
             maps = self._finished(self._raw_maps(request, **options), request, normalized)
         recorded.explained = True
         return maps if columns is None else [cam.reshape(-1, count, *cam.shape[1:]) for cam in maps]
@@ -459,7 +459,7 @@ class _CAM(Hooked, Repeats):
         recorded = request.recorded
         if recorded.is_partial:
             return gradients_of_copies(self, request)
-        with with_graph():
+        with normal_mode():
             output = request.attached()
             select = self._selector(request)
             score = select(output)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torchcam._checks import callable_object, finite_number, one_of, positive_integer
 from torchcam._passes import model_device
-from torchcam._replica import replicated
+from torchcam._replica import normal_mode, replicated
 from torchcam._tensors import gaussian_noise, is_constant, is_finite, to_float
 from torchcam.layers import TargetLayer
 
@@ -20,7 +20,6 @@ from ._hooked import Hooked
 from ._replicas import on_replica
 from ._request import Request
 from ._stream import batch_arguments
-from .core import plain_tensors
 from .gradient import _GradientCAM
 from .summary import MeanActivation, _ClassAgnosticCAM
 
@@ -228,7 +227,7 @@ class DeepFeatureFactorization(Hooked):
         Raises:
             AssertionError: if no forward pass was recorded
         """
-        with plain_tensors():
+        with normal_mode(), torch.no_grad():
             (activation,) = self.extractor._activations(Request(self._recorder.find()))
             finite = is_finite(activation).reshape(-1, *[1] * (activation.ndim - 1))
             matrix = torch.where(finite, activation, 0.0).transpose(0, 1).flatten(1)  # (C, N * positions)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchcam._checks import finite_number, positive_integer
 from torchcam._chunks import run_chunks
 from torchcam._names import moved
+from torchcam._replica import normal_mode
 from torchcam._tensors import gaussian_noise
 from torchcam.layers import TargetLayer
 
@@ -364,7 +365,7 @@ def _hessian_product(gradient: Tensor, edge: Any, activation: Any, retain_graph:
     if not gradient.requires_grad:
         return torch.zeros_like(activation)
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with normal_mode():
             (product,) = torch.autograd.grad(
                 gradient,
                 edge,

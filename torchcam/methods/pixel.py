@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from torchcam._replica import modules_of, replicated
+from torchcam._replica import modules_of, normal_mode, replicated
 from torchcam._tensors import is_constant, map_tensors, resize, to_float
 
 from ._gradients import nodes_of
@@ -208,7 +208,7 @@ def _repeated(
     ``prepare`` is called with the replica that runs. If the scores are not those that were recorded, a warning says so.
     """
     model, call, select = extractor.model, extractor._recorded_call(request), extractor._selector(request)
-    with torch.inference_mode(False), torch.enable_grad(), replicated(model) as replica, call.as_recorded():
+    with normal_mode(), replicated(model) as replica, call.as_recorded():
         call.prove_rows(replica)
         if prepare is not None:
             prepare(replica)

@@ -16,11 +16,11 @@ from torchmetrics import Metric
 from torchcam._checks import callable_object, integer
 from torchcam._chunks import run_chunks
 from torchcam._passes import Call, forwards_replaced
-from torchcam._replica import replicated
+from torchcam._replica import normal_mode, replicated
 from torchcam._tensors import map_tensors, over_positions, resize, to_float
 from torchcam.layout import axes_of
 from torchcam.methods._replay import VariantRunner
-from torchcam.methods.core import _CAM, on_replica, plain_tensors
+from torchcam.methods.core import _CAM, on_replica
 from torchcam.targets import ClassIndex, OutputTarget, Selector, check_one_of, class_scores, read_logits
 
 LogitsFn = Callable[[Any], Any]
@@ -311,7 +311,7 @@ class CAMMetric(Metric):
             RuntimeError: if there is neither an extractor nor ``maps``
         """
         image = as_image(input_tensor)
-        with plain_tensors():
+        with normal_mode(), torch.no_grad():
             explained = self._explain(image, class_idx, targets, maps)
             parts = self._measure(explained)
             self._add(parts, explained.valid)

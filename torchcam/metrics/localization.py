@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from torchcam._checks import finite_number
-from torchcam.methods.core import plain_tensors
+from torchcam._replica import normal_mode
 from torchcam.targets import ClassIndex, OutputTarget
 
 from ._statistics import energy
@@ -146,7 +146,7 @@ class Localization(CAMMetric):
             raise ValueError(
                 "provide exactly one of `masks` and `boxes`, got " + ("neither" if masks is None else "both")
             )
-        with plain_tensors():
+        with normal_mode(), torch.no_grad():
             evidence = _mask_of_boxes(boxes, image) if masks is None else _checked_mask("masks", masks, image)
             if region is not None:
                 region = _checked_mask("region", region, image)

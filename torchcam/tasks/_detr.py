@@ -14,7 +14,7 @@ from torch import nn
 from torchcam._detections import Detections
 from torchcam._detector_rows import corners
 from torchcam._inputs import read_inputs, split_processor
-from torchcam._replica import replicated
+from torchcam._replica import normal_mode, replicated
 
 from ._found import Found, match_rows
 
@@ -45,7 +45,7 @@ def find(model: Any, _given: Any, picture: Image.Image, threshold: float | None,
         inputs = replace(inputs, kwargs=None)
     size = picture.size
     try:
-        with replicated(model) as replica, torch.inference_mode(False), torch.no_grad():
+        with replicated(model) as replica, normal_mode(), torch.no_grad():
             output = inputs.call(replica, slice(0, 1))
         (answer,) = processor.post_process_object_detection(
             output,

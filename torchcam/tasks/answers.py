@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torchcam._checks import one_of, torch_module
 from torchcam._inputs import as_rgb, read_picture
 from torchcam._numbers import versions
-from torchcam._replica import freeze, random_states_kept, replicated
+from torchcam._replica import freeze, normal_mode, random_states_kept, replicated
 from torchcam.layout import Cells
-from torchcam.methods._running import with_graph
 from torchcam.targets import token_scores
 
 from ._answer import AnswerExplanation
@@ -124,7 +123,7 @@ def explain_answer(
     pictures = _pictures(_per_prompt("images", images, count))
     given = None if answer is None else _given(processor, _per_prompt("answer", answer, count))
 
-    with random_states_kept(), with_graph(), replicated(model) as replica:
+    with random_states_kept(), normal_mode(), replicated(model) as replica:
         freeze(replica)
         inputs, texts = encode(replica, processor, pictures, prompts)
         if given is None:

@@ -7,14 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from torchcam._checks import finite_number
 from torchcam._detections import Detections
 from torchcam._inputs import as_rgb, read_picture
 from torchcam._passes import Call
-from torchcam._replica import replicated
+from torchcam._replica import normal_mode, replicated
 from torchcam.layers import candidates_of, dependence, watch
 from torchcam.targets import Box, Selector
 
@@ -126,7 +125,7 @@ def _layer(found: Found, targets: Sequence[Box]) -> str:
         ValueError: if there is none
     """
     inputs = found.inputs
-    with replicated(found.model) as replica, torch.inference_mode(False), torch.enable_grad():
+    with replicated(found.model) as replica, normal_mode():
         outputs, _ = watch({name: replica.get_submodule(name) for name in found.layers})
         output = inputs.call(replica, slice(0, 1))
         scores = [Selector(None, target, 1)(output).sum() for target in targets]

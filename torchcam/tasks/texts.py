@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from torchcam._inputs import split_processor
 from torchcam._passes import model_device
-from torchcam._replica import replicated
+from torchcam._replica import normal_mode, replicated
 from torchcam._tensors import map_tensors
 
 from ._patches import PatchTransform, as_patches, from_patches
@@ -264,7 +264,7 @@ def _embedded(model: nn.Module, tokens: Any, count: int, batch_size: int) -> tup
         readers.add(name.partition(".")[0])
 
     found = []
-    with replicated(model) as replica, torch.inference_mode(False), torch.no_grad():
+    with replicated(model) as replica, normal_mode(), torch.no_grad():
         for name, module in _holder(replica).named_modules():
             if name:
                 module.register_forward_hook(partial(note, name))

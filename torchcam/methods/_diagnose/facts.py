@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from torchcam._cached import cached_property
 from torchcam._passes import find_image
-from torchcam._replica import replicated
+from torchcam._replica import normal_mode, replicated
 from torchcam._tensors import is_constant, is_finite, map_tensors, to_float
 from torchcam.layers import watch
 from torchcam.methods._replicas import on_replica
@@ -85,7 +85,7 @@ def examined(recorded: ExtractorView, class_idx: Any, targets: Any) -> Iterator[
     with ExitStack() as stack:
         extractor = stack.enter_context(on_replica(recorded.extractor))
         stack.enter_context(quietly())  # their subjects are among the findings
-        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(normal_mode())
         stack.enter_context(torch.set_grad_enabled(recorded.recorder.differentiates and not recorded.found.private))
         stack.enter_context(recorded.call.as_recorded())
         yield Facts(recorded, extractor, class_idx, targets)
