@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -671,6 +672,13 @@ os._exit(0)
 
 
 class TestProcesses:
+    def test_several_discard_a_checkpoint_at_once(self, tmp_path: Path) -> None:
+        with ThreadPoolExecutor(4) as pool:
+            for _ in range(100):
+                Checkpoint(tmp_path / "saved").save({})
+                list(pool.map(discard_checkpoint, [tmp_path / "saved"] * 4))
+                assert not (tmp_path / "saved").exists()
+
     def test_two(self, tmp_path: Path) -> None:
         code = WORKER.format(root=str(Path(__file__).parents[1]))
         both = [

@@ -17,6 +17,7 @@ from functools import partial
 from itertools import cycle, pairwise, product
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -825,6 +826,28 @@ def test_another_extractor_at_each_line_of_an_extractor() -> None:
         answer = ask(model, extractor, questions[0])
     meanwhile.check()
     check([answer], [first])
+
+
+def test_an_extractor_arrives_while_a_replica_is_made() -> None:
+    """Of a module that has no wrapper yet; an attribute of it stands in for the other thread."""
+    model, arrived = make_model("LeGrad"), []
+
+    class Arrival(np.ndarray):
+        def copy(self, *_: Any) -> Any:
+            if not arrived:
+                arrived.append(METHODS["LeGrad"](model))
+            return self
+
+    attention = model.get_submodule("encoder.layers.encoder_layer_0.self_attention")
+    layer, question = "encoder.layers.encoder_layer_1", make_question(1)
+    with methods.ScoreCAM(model, layer) as extractor:
+        expected = ask(model, extractor, question)
+    attention.note = np.zeros(1).view(Arrival)
+    assert "_compiled_call_impl" not in vars(attention)
+    with methods.ScoreCAM(model, layer) as extractor:
+        answer = ask(model, extractor, question)
+    check([answer], [expected])
+    arrived[0].remove_hooks()
 
 
 # asyncio --------------------------------------------------------------------------------------------------------------

@@ -164,7 +164,7 @@ class _Attributes:
     def __init__(self, fields: Iterable[dict[Any, Any]]) -> None:
         self._now = list(fields)
         self._before = [dict(now) for now in self._now]
-        values = [value for now in self._now for value in now.values()]
+        values = [value for before in self._before for value in before.values()]
         self._empty = [value for value in values if type(value) in _EMPTY and not value]
 
     def have_changed(self) -> bool:
@@ -276,7 +276,10 @@ def random_states_kept() -> Iterator[None]:
 
 
 class _Copier:
-    """Copies values of attributes, each once: modules, tensors and containers; others are shared."""
+    """Copies values of attributes, each once: modules, tensors and containers; others are shared.
+
+    Other threads may run the model or put extractors on it meanwhile: containers are read in one step.
+    """
 
     def __init__(self) -> None:
         self.copies: dict[int, tuple[Any, Any]] = {}  # with the original, which must outlive its key
@@ -299,17 +302,17 @@ class _Copier:
             return value if isinstance(value, nn.Parameter) else self._keep(value, value.detach().clone())
         if kind in {list, deque}:
             copied = self._keep(value, kind() if kind is list else deque(maxlen=value.maxlen))
-            copied.extend(map(self, value))
+            copied.extend(map(self, [*value]))
             return copied
         if kind is dict and _SHARED.issuperset(map(type, value)) and _SHARED.issuperset(map(type, value.values())):
             return self._keep(value, value.copy())
         if kind in _MAPPINGS:
             copied = self._keep(value, defaultdict(value.default_factory) if kind is defaultdict else kind())
-            for key, item in value.items():
+            for key, item in [*value.items()]:
                 copied[key if type(key) is str else self(key)] = self(item)
             return copied
         if kind in {set, tuple}:
-            return self._keep(value, kind(map(self, value)))
+            return self._keep(value, kind(map(self, [*value])))
         if isinstance(value, np.ndarray):
             return self._keep(value, value.copy())
         if kind is FunctionType:
@@ -359,7 +362,7 @@ class _Copier:
             return self._handing_on(module, "_orig_mod")
         replica: nn.Module = self._keep(module, object.__new__(type(module)))
         attributes = vars(replica)
-        for name, value in vars(module).items():
+        for name, value in vars(module).copy().items():
             kind = type(value)
             if kind in _SHARED or (kind is tuple and _SHARED.issuperset(map(type, value))):
                 attributes[name] = value
@@ -412,11 +415,11 @@ class _LastCall(CallWrapper):
             inner._forward_hooks.clear()
             inner._forward_pre_hooks.clear()
         watch = _DrawsWatched()  # type: ignore[no-untyped-call]  # torch's
-        with watch, torch.no_grad():
-            try:
+        try:
+            with watch, torch.no_grad():
                 self.run(module, *self.arguments)
-            except Exception:  # noqa: BLE001 - whatever a call raises that has raised before
-                return True
+        except Exception:  # noqa: BLE001 - whatever a call raises that has raised before
+            return True
         return bool(watch.seen)
 
 

@@ -94,8 +94,9 @@ class Checkpoint:
 
     def remove(self) -> None:
         """Remove the files of all processes, and the folder if nothing else is in it."""
-        for path in (*self.files(), *self.folder.glob(".process-*.part")):  # a killed process leaves the latter
-            path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another process may do the same
+            for path in (*self.files(), *self.folder.glob(".process-*.part")):  # a killed process leaves the latter
+                path.unlink(missing_ok=True)
         with suppress(OSError):
             self.folder.rmdir()
 

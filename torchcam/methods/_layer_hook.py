@@ -160,7 +160,7 @@ def _may_be_kept(output: Tensor, layer: nn.Module) -> bool:
 def _has_hooks(module: nn.Module) -> bool:
     """Check whether forward hooks other than those of extractors are on a module."""
     hooks = module._forward_hooks
-    return bool(hooks) and not all(isinstance(hook, ExtractorHook) for hook in hooks.values())
+    return bool(hooks) and not all(isinstance(hook, ExtractorHook) for hook in [*hooks.values()])
 
 
 def _storage(tensor: Tensor) -> int:
