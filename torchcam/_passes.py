@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ._replica import AS_IT_IS
 from ._tensors import map_structure, map_tensors, tensors_in
-
-_AS_IT_IS = nullcontext()
 
 
 @contextmanager
@@ -246,7 +245,7 @@ class Call:
         """Return a context with the autocast state of the call, or with autocast to another type."""
         dtype = self.autocast if autocast is None else autocast
         if dtype is None and not torch._C._is_any_autocast_enabled():
-            return _AS_IT_IS
+            return AS_IT_IS
         return torch.autocast(self.device_type, dtype=dtype, enabled=dtype is not None)
 
     @property

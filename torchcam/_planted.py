@@ -122,7 +122,7 @@ def changes_of(
         args, kwargs = call.with_signal(rows, torch.zeros(len(rows), dtype=torch.long, device=rows.device))
         replica(*args, **kwargs)
 
-    with normal_mode(), torch.no_grad(), call.as_recorded(), replicated(model) as replica:
+    with normal_mode(graph=False), call.as_recorded(), replicated(model) as replica:
         for layer in layers:
             replica.get_submodule(layer).register_forward_hook(partial(watch, layer))
         run_chunks(run, len(inputs) - 1, _ROWS)

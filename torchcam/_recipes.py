@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ._methods import CALL_OPTIONS, by_method, find_method, takes
@@ -125,7 +124,7 @@ def extractors_on(
             return value if owner is value.__self__ else MethodType(value.__func__, owner)
         return type(value)(map(on_replica, value)) if type(value) in {list, tuple} else value
 
-    with normal_mode(), torch.no_grad(), ExitStack() as stack:
+    with normal_mode(graph=False), ExitStack() as stack:
         made = []
         for recipe in recipes:
             options = {name: on_replica(value) for name, value in recipe.options.items()}

@@ -25,10 +25,18 @@ _SHARED = frozenset({bool, int, float, str, bytes, NoneType, type, torch.dtype, 
 _MAPPINGS = frozenset({dict, OrderedDict, defaultdict, Counter})
 _EMPTY = frozenset({dict, OrderedDict, list, set, tuple})  # the types whose empty values are copied at once
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+AS_IT_IS = contextlib.nullcontext()
 
-# A context with gradients and without inference mode. One object of torch's restores both modes, so that an interrupt
-# leaves neither switched, wherever it comes; what is entered inside of it may be cut short.
-normal_mode = functools.partial(torch._C._InferenceMode, False)
+
+def normal_mode(graph: bool = True) -> contextlib.AbstractContextManager[Any]:
+    """Return a context without inference mode, and with gradients on or off.
+
+    An interrupt leaves no mode switched, wherever it comes: one object of torch's restores both modes when it goes, and
+    no frame that a traceback keeps holds it.
+    """
+    if torch.is_grad_enabled() == graph and not torch.is_inference_mode_enabled():
+        return AS_IT_IS
+    return (torch._C._InferenceMode(False), torch._C._set_grad_enabled(graph))[0]  # type: ignore[func-returns-value]
 
 
 class ExtractorHook:
@@ -101,7 +109,7 @@ def replicate(model: nn.Module) -> nn.Module:
 def _copied(model: nn.Module) -> tuple[nn.Module, list[tuple[Any, Any]]]:
     """Return a replica, and all that was copied for it: pairs of an original and its copy."""
     copier = _Copier()
-    with normal_mode(), torch.no_grad():
+    with normal_mode(graph=False):
         replica: nn.Module = copier(model)
     return replica, list(copier.copies.values())
 
@@ -142,7 +150,7 @@ class KeptReplica:
         if not self._tensors:
             return True
         try:
-            with normal_mode(), torch.no_grad():
+            with normal_mode(graph=False):
                 for original, own in self._tensors:
                     own.copy_(original)
         except (RuntimeError, TypeError):  # of another size, or another kind of tensor, by now

@@ -216,7 +216,7 @@ def explain(
     method = (HiResCAM if about_boxes else GradCAM) if method is None else method
     recipes = as_recipes(method, target_layer, method_kwargs, relu)
     boxes, compared = None, None
-    with normal_mode(), torch.no_grad():
+    with normal_mode(graph=False):
         if about_boxes:
             boxes = as_boxes(
                 model,

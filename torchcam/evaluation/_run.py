@@ -114,7 +114,7 @@ def evaluate(
         positive_integer("batch_size", batch_size)
     model = getattr(model, "_orig_mod", model)
     team = Team(distributed)
-    with ExitStack() as stack, normal_mode(), torch.no_grad():
+    with ExitStack() as stack, normal_mode(graph=False):
         with team.telling_errors():
             stream = Stream(loader, team.rank, team.size)
             contestants = make_contestants(
@@ -305,7 +305,7 @@ class _Run:
 
     def _explain(self, one: Contestant, image: Tensor, classes: list[int], logits_fn: LogitsFn | None) -> Tensor:
         """Return the maps of a batch, (N, *spatial)."""
-        with normal_mode(), torch.no_grad(), explaining(one.extractor, logits_fn) as extractor:
+        with normal_mode(graph=False), explaining(one.extractor, logits_fn) as extractor:
             return maps_of(extractor, extractor.model(image), image, class_idx=classes)
 
     def _now(self) -> float:

@@ -140,8 +140,7 @@ class Replay:
         """
         with (
             replicated(self.model, self.kept) as replica,
-            normal_mode(),
-            torch.no_grad(),
+            normal_mode(graph=False),
             self.call.as_recorded(self.autocast),
         ):
             modules = modules_of(self.model)
@@ -197,8 +196,7 @@ class Replay:
         """
         with (
             replicated(self.model, self.kept) as replica,
-            normal_mode(),
-            torch.no_grad(),
+            normal_mode(graph=False),
             self.call.as_recorded(self.autocast),
         ):
             self.call.prove_rows(replica)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+
+from torchcam._passes import Call
+from torchcam._replica import AS_IT_IS
 
 
 class _ThreadState(threading.local):
@@ -55,6 +58,6 @@ def warn(message: str, category: type[Warning] = UserWarning, *, stacklevel: int
         warnings.warn(message, category, stacklevel=stacklevel + 1)
 
 
-def full_precision(device_type: str) -> AbstractContextManager[Any]:
-    """Return the context that maps are computed in: without autocast, if it is on."""
-    return torch.autocast(device_type, enabled=False) if torch._C._is_any_autocast_enabled() else nullcontext()
+def full_precision(call: Call) -> AbstractContextManager[Any]:
+    """Return the context that the maps of a call are computed in: without autocast, if it is on."""
+    return torch.autocast(call.device_type, enabled=False) if torch._C._is_any_autocast_enabled() else AS_IT_IS

@@ -382,7 +382,7 @@ class _CAM(Hooked, Repeats):
         request, options = self._request(recorded, class_idx, scores, targets, num_classes=count, **kwargs)
         if scores is not None and not recorded.has_returned(scores):
             self._check_scores(request)
-        with normal_mode(), torch.set_grad_enabled(request.create_graph), full_precision(recorded.call.device_type):
+        with normal_mode(request.create_graph), full_precision(recorded.call):
             maps = self._finished(self._raw_maps(request, **options), request, normalized)
         recorded.explained = True
         return maps if columns is None else [cam.reshape(-1, count, *cam.shape[1:]) for cam in maps]

@@ -227,7 +227,7 @@ class DeepFeatureFactorization(Hooked):
         Raises:
             AssertionError: if no forward pass was recorded
         """
-        with normal_mode(), torch.no_grad():
+        with normal_mode(graph=False):
             (activation,) = self.extractor._activations(Request(self._recorder.find()))
             finite = is_finite(activation).reshape(-1, *[1] * (activation.ndim - 1))
             matrix = torch.where(finite, activation, 0.0).transpose(0, 1).flatten(1)  # (C, N * positions)

@@ -311,7 +311,7 @@ class CAMMetric(Metric):
             RuntimeError: if there is neither an extractor nor ``maps``
         """
         image = as_image(input_tensor)
-        with normal_mode(), torch.no_grad():
+        with normal_mode(graph=False):
             explained = self._explain(image, class_idx, targets, maps)
             parts = self._measure(explained)
             self._add(parts, explained.valid)

@@ -146,7 +146,7 @@ class Localization(CAMMetric):
             raise ValueError(
                 "provide exactly one of `masks` and `boxes`, got " + ("neither" if masks is None else "both")
             )
-        with normal_mode(), torch.no_grad():
+        with normal_mode(graph=False):
             evidence = _mask_of_boxes(boxes, image) if masks is None else _checked_mask("masks", masks, image)
             if region is not None:
                 region = _checked_mask("region", region, image)

@@ -45,7 +45,7 @@ def find(model: Any, _given: Any, picture: Image.Image, threshold: float | None,
         inputs = replace(inputs, kwargs=None)
     size = picture.size
     try:
-        with replicated(model) as replica, normal_mode(), torch.no_grad():
+        with replicated(model) as replica, normal_mode(graph=False):
             output = inputs.call(replica, slice(0, 1))
         (answer,) = processor.post_process_object_detection(
             output,

@@ -30,7 +30,7 @@ def find(
     """Ask a detector about a picture, or a tensor (1, C, H, W) in place of one."""
     transform = None if picture is None else options["transform"] or _unit_tensor
     inputs = read_inputs(model, given if picture is None else picture, transform, options["weights"])
-    with replicated(model) as replica, normal_mode(), torch.no_grad():
+    with replicated(model) as replica, normal_mode(graph=False):
         (answer,) = replica(inputs.tensor)
         view = _padded(replica, inputs.tensor)
     height, width = inputs.tensor.shape[2:]

@@ -51,7 +51,7 @@ def find(wrapper: Any, given: Any, picture: Image.Image, threshold: float | None
     answers = result.boxes.data.detach().float().cpu()
     boxes, scores, labels = answers[:, :4], answers[:, 4], answers[:, 5].long()
     tensor = to_model(model, prepared.detach().clone())
-    with replicated(model) as replica, normal_mode(), torch.no_grad():
+    with replicated(model) as replica, normal_mode(graph=False):
         read = read_rows(sample_of(replica(tensor), 0, 1))
     seen = (tensor.shape[3], tensor.shape[2])
     view = FULL if stretched else _letterbox(size, seen)

@@ -264,7 +264,7 @@ def _embedded(model: nn.Module, tokens: Any, count: int, batch_size: int) -> tup
         readers.add(name.partition(".")[0])
 
     found = []
-    with replicated(model) as replica, normal_mode(), torch.no_grad():
+    with replicated(model) as replica, normal_mode(graph=False):
         for name, module in _holder(replica).named_modules():
             if name:
                 module.register_forward_hook(partial(note, name))
