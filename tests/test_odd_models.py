@@ -21,7 +21,8 @@ from tests.snapshots import MODES
 from torchcam import methods
 
 RUN_AGAIN = ["ScoreCAM", "AblationCAM", "ReciproCAM", "SmoothGradCAMpp", "AugmentedCAM", "GuidedBackprop", "FullGrad"]
-REPEATED = ["GuidedBackprop", "GuidedGradCAM", "FullGrad"]
+AT_A_LAYER = ["GuidedGradCAM", "SmoothGradCAMpp", "AugmentedCAM", "SESS"]
+REPEATED = ["GuidedBackprop", "FullGrad", *AT_A_LAYER]
 X = torch.rand((2, 3, 12, 12), generator=torch.Generator().manual_seed(3))
 
 every_mode = pytest.mark.parametrize("mode", MODES)
@@ -497,6 +498,35 @@ def test_backward_hooks_see_plain_gradients_of_several_classes() -> None:
     assert seen == [2.0, 2.0]
 
 
+# Training mode --------------------------------------------------------------------------------------------------------
+
+
+@every_mode
+@pytest.mark.parametrize("name", ["GradCAM", "LayerCAM", "ShapleyCAM"])
+def test_batch_normalization_that_mixes_samples_is_warned_of(name: str, mode: str) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Softplus(), nn.Conv2d(4, 4, 3), nn.InstanceNorm2d(4))
+    model = shuffled(net.append(nn.AdaptiveAvgPool2d(1)).append(nn.Flatten()).append(nn.Linear(4, 3))).train()
+    make = getattr(methods, name)
+    with make(model, "0") as extractor, MODES[mode]():
+        model(X)
+        with pytest.warns(UserWarning, match="batch normalization makes the score of a sample depend on all"):
+            extractor(1)
+        model(X)
+        model.eval()  # too late for that pass
+        with pytest.warns(UserWarning, match="explain one sample at a time"):
+            extractor(1)
+        model.train()
+        model(X[:1])
+        extractor(1)
+    for layer in ("1", "3"):  # nothing behind them mixes samples
+        with make(model, layer) as extractor, MODES[mode]():
+            model(X)
+            extractor(1)
+    with make(model.eval(), "0") as extractor, MODES[mode]():
+        model(X)
+        extractor(1)
+
+
 # Passes that are repeated ---------------------------------------------------------------------------------------------
 
 
@@ -509,7 +539,7 @@ class Noisy(Smooth):
 @pytest.mark.parametrize("why", ["random numbers", "other weights", "functional call"])
 def test_a_pass_that_does_not_come_again_is_warned_of(why: str, name: str) -> None:
     model = made(Noisy if why == "random numbers" else Smooth)
-    options = {"target_layer": "block2"} if name == "GuidedGradCAM" else {}
+    options = {"target_layer": "block2"} if name in AT_A_LAYER else {}
     with torch.random.fork_rng(devices=[]), getattr(methods, name)(model, **options) as extractor, torch.no_grad():
         if why == "functional call":
             torch.func.functional_call(model, {key: 2 * value for key, value in model.named_parameters()}, X)
@@ -539,7 +569,7 @@ def test_a_pass_that_comes_again_is_not(name: str, training: bool) -> None:
     """Warnings are errors; a pass in training mode is repeated in evaluation mode, as is documented."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     model.append(nn.Linear(4, 3)).train(training)
-    with getattr(methods, name)(model, **({"target_layer": "2"} if name == "GuidedGradCAM" else {})) as extractor:
+    with getattr(methods, name)(model, **({"target_layer": "2"} if name in AT_A_LAYER else {})) as extractor:
         model(X)
         assert extractor(1)[0].isfinite().all()
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
 
 from ._balanced import balanced_grad
 from ._recorder import Row
@@ -86,9 +86,9 @@ def differentiate(
     ]
 
 
-def nodes_of(score: Tensor) -> Iterator[Node]:
-    """Go through the nodes of the graph of a score."""
-    seen: set[Node | None] = {None}
+def nodes_of(score: Tensor, rows: Sequence[Row] = ()) -> Iterator[Node]:
+    """Go through the nodes of the graph of a score, back to where target layers returned what is in some rows."""
+    seen: set[Node | None] = {None, *(row.edge.node for row in rows if isinstance(row.edge, GradientEdge))}
     ahead = [score.grad_fn]
     while ahead:
         node = ahead.pop()
@@ -96,6 +96,14 @@ def nodes_of(score: Tensor) -> Iterator[Node]:
             seen.add(node)
             yield node
             ahead += [following for following, _ in node.next_functions]
+
+
+def mixes_samples(score: Tensor, rows: Sequence[Row]) -> bool:
+    """Check whether batch normalization in training mode, behind the target layers, makes samples depend on others."""
+    found = [node for node in nodes_of(score, rows) if "BatchNorm" in node.name()]
+    training: list[Any] = [node for node in found if getattr(node, "_saved_training", True)]
+    # Instance normalization is one of a batch of one.
+    return any(len(node._saved_input) > 1 if hasattr(node, "_saved_input") else True for node in training)
 
 
 def reaches(score: Tensor, leaves: Iterable[Tensor]) -> bool:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import GradientEdge
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from torchcam._passes import Call, image_shape, without_inference
@@ -86,6 +87,7 @@ class Pass:
             to differentiate for
         rows: the same in the order of the target layers, with a row without values for one that was not reached
         grids: these in grid form, once somebody has asked
+        in_training: whether batch normalization of the model was in training mode
         is_partial: whether some use of a layer's output lies outside of the graph: it is the caller's input, or a view
         others: leaves in the place of what else the layers returned: the graph of a score that they are in is partial
         gradients: those of the score that was explained last, as the layers returned their outputs
@@ -127,6 +129,7 @@ class Pass:
         self._layouts = recorder.layouts
         self._modules = recorder.modules.values()
         self._reads_layers = recorder.keeps_outputs
+        self.in_training = any(module.training for module in recorder.normalizations)
 
     @property
     def names(self) -> list[str]:
@@ -254,6 +257,7 @@ class Recorder:
         self.model = model
         self.layouts = Layouts(model) if layouts is None else layouts
         self.modules = dict(model.named_modules())
+        self.normalizations = [one for one in self.modules.values() if isinstance(one, _BatchNorm)]
         self.target_names = list(target_names)
         self.differentiates = differentiates
         self.reads_attention = reads_attention

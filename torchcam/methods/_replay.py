@@ -65,6 +65,30 @@ class VariantRunner:
             self._formats = {}  # if it was not for the format, the error comes again
         return self(image, samples)
 
+    def check(self, extractor: Any, recorded: Any, select: Selector) -> None:
+        """Warn if the first sample as it is does not get its recorded score.
+
+        Args:
+            extractor: the extractor that recorded
+            recorded: the recorded pass
+            select: the explained scores
+        """
+        expected = recorded_scores(modules_of(extractor.model), recorded.output, select)
+        if expected is None or not len(expected):
+            return
+        first = torch.zeros(1, dtype=torch.long, device=self.call.image.device)
+        check_repeated(extractor, select.of(first)(self(self.call.image[:1], first)), expected[:1])
+
+
+def check_repeated(extractor: Any, found: Tensor, expected: Tensor | None) -> None:
+    """Warn if the scores of a repeated pass are not those that were recorded, unless these are not known."""
+    if expected is not None and not is_repeated(found.detach(), expected):
+        warn(
+            f"{type(extractor).__name__} explains the model as it runs again, but its scores are not those of the "
+            "recorded pass: it draws random numbers, or its weights or arguments have changed since",
+            stacklevel=3,
+        )
+
 
 def fast_formats(modules: Iterable[nn.Module]) -> dict[int, torch.memory_format]:
     """Return the memory format, by the number of dimensions of a tensor, in which convolutions on a CPU are fastest.

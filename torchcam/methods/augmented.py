@@ -32,7 +32,8 @@ class AugmentedCAM(Wrapper):
     one of {nothing, mirroring the last axis} and a multiplication of the input by 0.9, 1 or 1.1. The transformed
     passes run in evaluation mode.
 
-    Cost: the user's forward pass and, for each transform, a forward pass and what the base method needs.
+    Cost: the user's forward pass and, for each transform, a forward pass and what the base method needs; and a forward
+    pass of the first sample, which must get its recorded score.
 
     Args:
         model: the model to explain
@@ -141,7 +142,8 @@ class SESS(Wrapper):
     which is smoothed by a Gaussian (11 positions, :math:`\sigma = 5`). Maps have the input's resolution.
 
     Cost: the user's forward pass, a forward pass per window, and for each window that the filter leaves a forward pass
-    and what the base method needs. Twelve scales of a square image make 122 windows.
+    and what the base method needs; and one of the first sample, which must get its recorded score. Twelve scales of a
+    square image make 122 windows.
 
     Args:
         model: the model to explain

@@ -124,8 +124,11 @@ class Wrapper(_CAM):
         call = self._recorded_call(request)
         unasked = request.class_idx is None and request.targets is None
         select = None if unasked else self._selector(request)
-        with quietly(), on_replica(self.base_cam) as base:
+        with on_replica(self.base_cam) as base:
             run = VariantRunner(base.model, call)
+            if select is not None:
+                with call.as_recorded():
+                    run.check(self, request.recorded, select)
 
             def explain(chunk: slice) -> list[Tensor]:
                 rows = samples[chunk]
@@ -137,7 +140,8 @@ class Wrapper(_CAM):
                 request.recorded.unbalanced |= of_rows.recorded.unbalanced
                 return maps
 
-            chunks = run_chunks(explain, len(samples), batch_size)
+            with quietly():
+                chunks = run_chunks(explain, len(samples), batch_size)
         return [torch.cat(maps) for maps in zip(*chunks, strict=True)]
 
 

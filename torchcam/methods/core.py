@@ -18,13 +18,13 @@ from torchcam.targets import ClassIndex, OutputTarget, Selector, check_one_of, c
 
 from ._default_layer import DefaultLayer
 from ._finish import all_finite, broken_samples, scale_signed, to_one_shape, weighted_sum
-from ._gradients import differentiate, reaches, share_of_score
+from ._gradients import differentiate, mixes_samples, reaches, share_of_score
 from ._hooked import Hooked
 from ._layouts import Layouts
 from ._recorder import Pass, Recorder
 from ._replicas import gradients_of_copies, on_replica
 from ._request import Request
-from ._running import full_precision
+from ._running import full_precision, warn
 from ._stream import Repeats
 
 __all__ = ["_CAM", "OutputTarget", "Request", "on_replica"]
@@ -465,6 +465,13 @@ class _CAM(Hooked, Repeats):
             score = select(output)
             if recorded.others and reaches(score, recorded.others):
                 return gradients_of_copies(self, request)
+            if recorded.in_training and len(score) > 1 and mixes_samples(score, recorded.rows):
+                warn(
+                    "the model is in training mode: behind the `target_layer`, batch normalization makes the score of "
+                    "a sample depend on all samples, so a map shows what its sample did to the scores of all. Call "
+                    "`model.eval()` before the forward pass, or explain one sample at a time",
+                    stacklevel=2,
+                )
             balanced: tuple[Any, set[str]] | None = None
             if self.gradients == "balanced":
                 recorded.unbalanced = set()

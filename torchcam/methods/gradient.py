@@ -151,7 +151,8 @@ class SmoothGradCAMpp(_OneSignCAM):
     The same noise goes to every sample of a batch, so that a sample's map does not depend on its neighbours, and the
     noisy passes run in evaluation mode. The call takes ``eps=1e-8``, as Grad-CAM++ does.
 
-    Cost: the user's forward pass, then ``num_samples`` forward passes and as many backward passes to the target layer.
+    Cost: the user's forward pass, then ``num_samples`` forward passes and as many backward passes to the target layer;
+    and a forward pass of the first sample, which must get its recorded score.
 
     Args:
         model: the model to explain
@@ -218,6 +219,7 @@ class SmoothGradCAMpp(_OneSignCAM):
 
         with on_replica(self) as noisy, call.as_recorded():
             run = VariantRunner(noisy.model, call)
+            run.check(self, request.recorded, select)
 
             def accumulate(chunk: slice) -> None:
                 rows = samples[chunk]

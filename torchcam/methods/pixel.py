@@ -18,8 +18,7 @@ from torchcam._tensors import is_constant, map_tensors, resize, to_float
 
 from ._gradients import nodes_of
 from ._recorder import Pass, Recorder
-from ._replay import is_repeated, recorded_scores
-from ._running import warn
+from ._replay import check_repeated, recorded_scores
 from .core import _CAM, Request
 from .gradient import GradCAM
 
@@ -216,13 +215,7 @@ def _repeated(
         args, kwargs = call.with_image(image.clone(), torch.arange(len(image), device=image.device))
         args, kwargs = map_tensors(lambda t: t.clone() if t.is_inference() else t, (args, kwargs))
         score = select(replica(*args, **kwargs))
-        expected = recorded_scores(modules_of(model), request.recorded.output, select)
-        if expected is not None and not is_repeated(score.detach(), expected):
-            warn(
-                f"{type(extractor).__name__} explains the model as it runs again, but its scores are not those of the "
-                "recorded pass: it draws random numbers, or its weights or arguments have changed since",
-                stacklevel=2,
-            )
+        check_repeated(extractor, score, recorded_scores(modules_of(model), request.recorded.output, select))
         yield image, score
 
 
