@@ -101,7 +101,7 @@ class Call:
         values = (*args, *kwargs.values())
         tensors = values if set(map(type, values)) == {Tensor} else tuple(tensors_in(values))
         if any(map(Tensor.is_inference, tensors)):  # no later change to such a tensor could be noticed
-            args, kwargs = without_inference((args, kwargs))
+            args, kwargs = without_inference((args, kwargs), shared=True)
             tensors = tuple(tensors_in((args, kwargs)))
         if tensors is not values:  # the model may add to a list of the caller's
             args, kwargs = map_structure(_unless_built_in, (args, kwargs))
@@ -259,16 +259,19 @@ def _unless_built_in(value: Any) -> Any:
     return NotImplemented if type(value) in {tuple, list, dict} else value
 
 
-def without_inference(arguments: Any) -> Any:
+def without_inference(arguments: Any, *, shared: bool = False) -> Any:
     """Return the arguments of a call with copies of the tensors that were made in inference mode.
 
-    A list or mapping without such tensors is the same object: the model may add to it.
+    Args:
+        arguments: the arguments
+        shared: whether a list or mapping without such tensors stays the same object, which the model may add to
     """
 
     def plain(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value.clone() if value.is_inference() else value
-        return NotImplemented if any(tensor.is_inference() for tensor in tensors_in(value)) else value
+        stays = shared and not any(tensor.is_inference() for tensor in tensors_in(value))
+        return value if stays else NotImplemented
 
     return map_structure(plain, arguments)
 

@@ -481,7 +481,8 @@ class _ModelCall(SharedWrapper):
                 return self._recorded(module, recorders, args, kwargs)
             with normal_mode():
                 if in_inference_mode:
-                    args, kwargs = without_inference((args, kwargs))  # a graph may use none of its tensors
+                    # A graph may use none of its tensors.
+                    args, kwargs = without_inference((args, kwargs), shared=True)
                 return self._recorded_privately(module, recorders, args, kwargs)
         finally:
             if is_outermost:  # an interrupt may have come while a pass ended

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from torchcam._passes import without_inference
 from torchcam._replica import modules_of, normal_mode, replicated
-from torchcam._tensors import is_constant, map_tensors, resize, to_float
+from torchcam._tensors import is_constant, resize, to_float
 
 from ._gradients import nodes_of
 from ._recorder import Pass, Recorder
@@ -213,7 +214,7 @@ def _repeated(
             prepare(replica)
         image = call.image.detach().clone().requires_grad_()
         args, kwargs = call.with_image(image.clone(), torch.arange(len(image), device=image.device))
-        args, kwargs = map_tensors(lambda t: t.clone() if t.is_inference() else t, (args, kwargs))
+        args, kwargs = without_inference((args, kwargs))
         score = select(replica(*args, **kwargs))
         check_repeated(extractor, score, recorded_scores(modules_of(model), request.recorded.output, select))
         yield image, score

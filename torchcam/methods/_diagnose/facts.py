@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from torchcam._cached import cached_property
-from torchcam._passes import find_image
+from torchcam._passes import find_image, without_inference
 from torchcam._replica import normal_mode, replicated
-from torchcam._tensors import is_constant, is_finite, map_tensors, to_float
+from torchcam._tensors import is_constant, is_finite, to_float
 from torchcam.layers import watch
 from torchcam.methods._replicas import on_replica
 from torchcam.methods._running import quietly
@@ -156,7 +156,7 @@ class Facts:
         arguments = call.args, call.kwargs
         if image is not None:
             arguments = call.with_image(image, torch.arange(len(image), device=image.device))
-        args, kwargs = map_tensors(lambda t: t.clone() if t.is_inference() else t, arguments)
+        args, kwargs = without_inference(arguments)
         try:
             return model(*args, **kwargs)
         except Exception as error:
