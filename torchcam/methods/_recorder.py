@@ -300,13 +300,13 @@ class Recorder:
         for module in fused_modules(self.model, self.target_names, self.differentiates or self.reads_attention):
             self._leave.append(attached(FusedCall, module, weakref.ref(self)))  # before a hook would switch it off
         if self.keeps_outputs:
-            self.handles += [layer.register_forward_hook(LayerHook(self, i)) for i, layer in enumerate(self.layers)]
+            for index, layer in enumerate(self.layers):
+                self.handles.append(layer.register_forward_hook(LayerHook(self, index)))
 
     def move(self, target_names: Sequence[str]) -> None:
         """Watch other layers from now on."""
         with self._lock:
-            while self.handles:
-                self.handles.pop().remove()
+            _remove_all(self.handles, [])
             self.target_names = list(target_names)
             self._hook_layers()
 
@@ -431,10 +431,12 @@ def _output_gone(recorder: weakref.ref[Recorder], number: int, _reference: Any) 
 
 
 def _remove_all(handles: list[RemovableHandle], leave: list[Callable[[], None]]) -> None:
-    while handles:
-        handles.pop().remove()
-    while leave:
-        leave.pop()()
+    for handle in [*handles]:
+        handle.remove()
+    handles.clear()
+    for leave_one in [*reversed(leave)]:
+        leave_one()
+    leave.clear()
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
