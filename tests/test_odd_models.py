@@ -509,7 +509,7 @@ def test_batch_normalization_that_mixes_samples_is_warned_of(name: str, mode: st
     make = getattr(methods, name)
     with make(model, "0") as extractor, MODES[mode]():
         model(X)
-        with pytest.warns(UserWarning, match="batch normalization makes the score of a sample depend on all"):
+        with pytest.warns(UserWarning, match="makes the score of a sample depend on all samples"):
             extractor(1)
         model(X)
         model.eval()  # too late for that pass
@@ -525,6 +525,14 @@ def test_batch_normalization_that_mixes_samples_is_warned_of(name: str, mode: st
     with make(model.eval(), "0") as extractor, MODES[mode]():
         model(X)
         extractor(1)
+    model[1] = nn.BatchNorm2d(4, track_running_stats=False).eval()
+    with make(model, "0") as extractor, MODES[mode]():
+        model(X)
+        with pytest.warns(UserWarning, match="statistics of the batch"):
+            extractor(1)
+        with pytest.raises(RuntimeError, match="second time") as caught:
+            extractor(1)
+        assert "retain_graph=True" in caught.value.__notes__[0]
 
 
 # Passes that are repeated ---------------------------------------------------------------------------------------------

@@ -99,11 +99,13 @@ def nodes_of(score: Tensor, rows: Sequence[Row] = ()) -> Iterator[Node]:
 
 
 def mixes_samples(score: Tensor, rows: Sequence[Row]) -> bool:
-    """Check whether batch normalization in training mode, behind the target layers, makes samples depend on others."""
-    found = [node for node in nodes_of(score, rows) if "BatchNorm" in node.name()]
-    training: list[Any] = [node for node in found if getattr(node, "_saved_training", True)]
-    # Instance normalization is one of a batch of one.
-    return any(len(node._saved_input) > 1 if hasattr(node, "_saved_input") else True for node in training)
+    """Check whether batch normalization by the statistics of the batch is between target layers and a score."""
+    nodes: list[Any] = [node for node in nodes_of(score, rows) if "BatchNorm" in node.name()]
+    found = [node for node in nodes if getattr(node, "_saved_training", True)]
+    try:  # instance normalization is that of a batch of one
+        return any(not hasattr(node, "_saved_input") or len(node._saved_input) > 1 for node in found)
+    except RuntimeError:  # the graph is used up, as the backward pass will say
+        return False
 
 
 def reaches(score: Tensor, leaves: Iterable[Tensor]) -> bool:

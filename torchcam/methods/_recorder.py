@@ -87,7 +87,7 @@ class Pass:
             to differentiate for
         rows: the same in the order of the target layers, with a row without values for one that was not reached
         grids: these in grid form, once somebody has asked
-        in_training: whether batch normalization of the model was in training mode
+        normalizes_batch: whether batch normalization of the model may have used the statistics of the batch
         is_partial: whether some use of a layer's output lies outside of the graph: it is the caller's input, or a view
         others: leaves in the place of what else the layers returned: the graph of a score that they are in is partial
         gradients: those of the score that was explained last, as the layers returned their outputs
@@ -129,7 +129,7 @@ class Pass:
         self._layouts = recorder.layouts
         self._modules = recorder.modules.values()
         self._reads_layers = recorder.keeps_outputs
-        self.in_training = any(module.training for module in recorder.normalizations)
+        self.normalizes_batch = any(one.training or not one.track_running_stats for one in recorder.normalizations)
 
     @property
     def names(self) -> list[str]:

@@ -465,11 +465,12 @@ class _CAM(Hooked, Repeats):
             score = select(output)
             if recorded.others and reaches(score, recorded.others):
                 return gradients_of_copies(self, request)
-            if recorded.in_training and len(score) > 1 and mixes_samples(score, recorded.rows):
+            if recorded.normalizes_batch and len(score) > 1 and mixes_samples(score, recorded.rows):
                 warn(
-                    "the model is in training mode: behind the `target_layer`, batch normalization makes the score of "
-                    "a sample depend on all samples, so a map shows what its sample did to the scores of all. Call "
-                    "`model.eval()` before the forward pass, or explain one sample at a time",
+                    "behind the `target_layer`, batch normalization by the statistics of the batch makes the score of "
+                    "a sample depend on all samples, so a map shows what its sample did to the scores of all. If the "
+                    "model is in training mode, call `model.eval()` before the forward pass; else explain one sample "
+                    "at a time",
                     stacklevel=2,
                 )
             balanced: tuple[Any, set[str]] | None = None
