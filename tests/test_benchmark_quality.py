@@ -268,7 +268,7 @@ class TestContestants:
         [
             ("GradCAM", "1 F + 1 B"),
             ("EigenCAM", "1 F"),
-            ("SmoothGradCAMpp", "5 F + 4 B"),
+            ("SmoothGradCAMpp", "5.5 F + 4 B"),
             ("ScoreCAM", "97.5 F"),
             ("edges", "0"),
         ],

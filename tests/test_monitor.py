@@ -142,7 +142,11 @@ class TestTrainingIsUndisturbed:
             (GradCAM, {"target_layer": "7"}),
             (GradCAM, {}),
             (LayerCAM, {"target_layer": ["2", "7"]}),
-            (SmoothGradCAMpp, {"target_layer": "7"}),
+            pytest.param(
+                SmoothGradCAMpp,
+                {"target_layer": "7"},
+                marks=pytest.mark.filterwarnings("ignore:SmoothGradCAMpp explains the model as it runs"),
+            ),
             pytest.param(
                 ScoreCAM,
                 {"target_layer": "2"},

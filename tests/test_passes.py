@@ -401,6 +401,7 @@ def check_gradients(model: nn.Module, training: bool) -> None:
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("layer", ["stem", "block", "inside", "last"])
+@pytest.mark.filterwarnings("ignore:behind the `target_layer`")  # samples are mixed in training mode
 @pytest.mark.parametrize("name", ["GradCAM", "EigenCAM"])
 def test_checkpointing(name: str, layer: str, training: bool, reentrant: bool) -> None:
     """The user's own backward pass runs layers again, before the call of the extractor or after it."""

@@ -401,6 +401,7 @@ def test_explain_in_threads(method: str) -> None:
     assert wrong == 0, f"{wrong} of {len(answers)} maps are wrong"
 
 
+@pytest.mark.filterwarnings("ignore:behind the `target_layer`")  # samples are mixed in training mode
 @own_or_shared
 @every_method
 def test_training_mode_is_right_or_refused(method: str, shared: bool) -> None:

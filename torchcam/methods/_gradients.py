@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import Node, get_gradient_edge
 
 from ._balanced import balanced_grad
 from ._recorder import Row
@@ -86,9 +87,9 @@ def differentiate(
     ]
 
 
-def nodes_of(score: Tensor, rows: Sequence[Row] = ()) -> Iterator[Node]:
-    """Go through the nodes of the graph of a score, back to where target layers returned what is in some rows."""
-    seen: set[Node | None] = {None, *(row.edge.node for row in rows if isinstance(row.edge, GradientEdge))}
+def nodes_of(score: Tensor) -> Iterator[Node]:
+    """Go through the nodes of the graph of a score."""
+    seen: set[Node | None] = {None}
     ahead = [score.grad_fn]
     while ahead:
         node = ahead.pop()
@@ -99,11 +100,19 @@ def nodes_of(score: Tensor, rows: Sequence[Row] = ()) -> Iterator[Node]:
 
 
 def mixes_samples(score: Tensor, rows: Sequence[Row]) -> bool:
-    """Check whether batch normalization by the statistics of the batch is between target layers and a score."""
-    nodes: list[Any] = [node for node in nodes_of(score, rows) if "BatchNorm" in node.name()]
-    found = [node for node in nodes if getattr(node, "_saved_training", True)]
+    """Check whether batch normalization by the statistics of the batch is on a way from a target layer to a score."""
+    uses: dict[Node | None, list[Any]] = defaultdict(list)
+    for node in nodes_of(score):
+        for following, _ in node.next_functions:
+            uses[following].append(node)
+    edges = [get_gradient_edge(row.edge) if isinstance(row.edge, Tensor) else row.edge for row in rows]
+    ahead, behind = [edge.node for edge in edges if edge is not None], []
+    while ahead:
+        found = uses.pop(ahead.pop(), [])
+        ahead += found
+        behind += [node for node in found if "BatchNorm" in node.name() and getattr(node, "_saved_training", True)]
     try:  # instance normalization is that of a batch of one
-        return any(not hasattr(node, "_saved_input") or len(node._saved_input) > 1 for node in found)
+        return any(not hasattr(node, "_saved_input") or len(node._saved_input) > 1 for node in behind)
     except RuntimeError:  # the graph is used up, as the backward pass will say
         return False
 
