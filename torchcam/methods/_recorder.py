@@ -103,6 +103,7 @@ class Pass:
     explained = False
     superseded = False
     is_partial = False
+    normalizes_batch = False
     others: Sequence[Tensor] = ()
     watch: Any = None
     rows: Sequence[Row] = ()
@@ -129,7 +130,8 @@ class Pass:
         self._layouts = recorder.layouts
         self._modules = recorder.modules.values()
         self._reads_layers = recorder.keeps_outputs
-        self.normalizes_batch = any(one.training or not one.track_running_stats for one in recorder.normalizations)
+        if recorder.normalizations:
+            self.normalizes_batch = any(one.training or not one.track_running_stats for one in recorder.normalizations)
 
     @property
     def names(self) -> list[str]:
@@ -487,7 +489,8 @@ class _ModelCall(SharedWrapper):
                     args, kwargs = without_inference((args, kwargs), shared=True)
                 return self._recorded_privately(module, recorders, args, kwargs)
         finally:
-            if is_outermost:  # an interrupt may have come while a pass ended
+            # An interrupt may have come while a pass ended.
+            if is_outermost and (thread.passes or thread.private or thread.written or thread.watches):
                 thread.reset()
 
     def _recorded_privately(self, module: nn.Module, recorders: list[Recorder], args: Any, kwargs: Any) -> Any:
