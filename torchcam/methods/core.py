@@ -382,8 +382,12 @@ class _CAM(Hooked, Repeats):
         request, options = self._request(recorded, class_idx, scores, targets, num_classes=count, **kwargs)
         if scores is not None and not recorded.has_returned(scores):
             self._check_scores(request)
-        with normal_mode(request.create_graph), full_precision(recorded.call):
+        # What differentiates the recorded pass turns gradients on in any case; what it makes maps of is detached.
+        graph = self._differentiates and not self._runs_model
+        with normal_mode(graph), full_precision(recorded.call):
             maps = self._finished(self._raw_maps(request, **options), request, normalized)
+        if graph and not request.create_graph:
+            maps = [cam.detach() if cam.requires_grad else cam for cam in maps]
         recorded.explained = True
         return maps if columns is None else [cam.reshape(-1, count, *cam.shape[1:]) for cam in maps]
 
