@@ -9,9 +9,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from torchcam._cached import cached_property
-
 from ._architecture import Kind, Shown, hint_of, is_apart, is_composed, kind_of, shown_by
+from ._cached import cached_property
 from ._passes import Call, image_shape
 from ._planted import Changes, Trial, changes_of, try_reading
 from ._tensors import tensors_in

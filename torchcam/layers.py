@@ -12,8 +12,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from torchcam._cached import cached_property
-
+from ._cached import cached_property
 from ._certainty import Certainty, Verdict
 from ._names import closest
 from ._passes import Call, to_model

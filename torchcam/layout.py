@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torchcam._cached import cached_property
-
 from ._architecture import NOTHING, Kind, Shown
+from ._cached import cached_property
 from ._tensors import map_tensors, tensors_in
 
 __all__ = [

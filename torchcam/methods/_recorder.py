@@ -259,7 +259,7 @@ class Recorder:
         self.model = model
         self.layouts = Layouts(model) if layouts is None else layouts
         self.modules = dict(model.named_modules())
-        self.normalizations = [one for one in self.modules.values() if isinstance(one, _BatchNorm)]
+        self.normalizations = [m for m in self.modules.values() if differentiates and isinstance(m, _BatchNorm)]
         self.target_names = list(target_names)
         self.differentiates = differentiates
         self.reads_attention = reads_attention

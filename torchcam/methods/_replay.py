@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -20,13 +19,12 @@ from torchcam._tensors import map_tensors, tensors_in, to_float
 from torchcam.layout import first_tensor, replace_tensors
 from torchcam.targets import Selector
 
+from ._repeated import TF32, is_close, recorded_scores, warn_unless_repeated
 from ._running import warn
 
 Edit = Callable[[Tensor, Tensor], Tensor]
 
 _SHORT = frozenset({torch.bfloat16, torch.float16})  # scores of these types round away what variants differ by
-_TF32 = 2**-10  # the rounding of what a GPU may compute float32 in
-_SAME_IN_TRAINING = frozenset({nn.Linear, nn.Conv2d, nn.ReLU, nn.Identity, nn.Sequential})  # of a head that is new
 _LITTLE = 0.01  # of the largest effect of a variant: no map shows it
 
 
@@ -77,17 +75,7 @@ class VariantRunner:
         if expected is None or not len(expected):
             return
         first = torch.zeros(1, dtype=torch.long, device=self.call.image.device)
-        check_repeated(extractor, select.of(first)(self(self.call.image[:1], first)), expected[:1])
-
-
-def check_repeated(extractor: Any, found: Tensor, expected: Tensor | None) -> None:
-    """Warn if the scores of a repeated pass are not those that were recorded, unless these are not known."""
-    if expected is not None and not is_repeated(found.detach(), expected):
-        warn(
-            f"{type(extractor).__name__} explains the model as it runs again, but its scores are not those of the "
-            "recorded pass: it draws random numbers, or its weights or arguments have changed since",
-            stacklevel=3,
-        )
+        warn_unless_repeated(extractor, select.of(first)(self(self.call.image[:1], first)), expected[:1])
 
 
 def fast_formats(modules: Iterable[nn.Module]) -> dict[int, torch.memory_format]:
@@ -262,7 +250,7 @@ class Replay:
         """
         kinds = [self.autocast, self.call.autocast, self.image.dtype]
         eps = max(torch.finfo(kind).eps for kind in kinds if kind is not None)
-        eps = max(eps, _TF32) if found.is_cuda else eps
+        eps = max(eps, TF32) if found.is_cuda else eps
         effect = (variants - expected).abs().nan_to_num(0.0).amax()
         rounding = eps**0.5 * torch.maximum(expected.abs(), effect)
         differs = (found - expected).abs() > torch.maximum(rounding, _LITTLE * effect)
@@ -315,30 +303,6 @@ class Replay:
                     if unedited is not None:
                         return unedited if widened else recorded.scores, head
         return recorded.scores, _WholeModel(self, replica, layer, recorded.layer_calls)
-
-
-def recorded_scores(modules: Iterable[nn.Module], output: Any, select: Selector) -> Tensor | None:
-    """Return the scores that were recorded, (N,); None if they are not known, or of training mode."""
-    if output is None or any(one.training and type(one) not in _SAME_IN_TRAINING for one in modules):
-        return None
-    return select(output)
-
-
-def is_repeated(found: Tensor, expected: Tensor) -> bool:
-    """Check whether another pass has given the same scores, by kernels that may be others."""
-    return is_close(found, expected, _TF32 if found.is_cuda else 0.0)
-
-
-def is_close(found: Tensor, expected: Tensor, eps: float = 0.0) -> bool:
-    """Check whether numbers are the same, up to what another order of the same operations makes of them."""
-    if not expected.is_floating_point():
-        return torch.equal(found, expected)
-    tolerance = max(eps, torch.finfo(found.dtype).eps, torch.finfo(expected.dtype).eps) ** 0.5
-    if expected.numel() == 1 and math.isclose(found.item(), expected.item(), rel_tol=tolerance):
-        return True
-    scale = torch.where(expected.isfinite(), expected.abs(), 0.0).amax() if expected.numel() else 0.0
-    near = (found == expected) | ((found - expected).abs() <= tolerance * scale)
-    return bool((near | (found.isnan() & expected.isnan())).all())
 
 
 def _rows(tensor: Tensor, dimension: int | None, samples: Tensor) -> Tensor:

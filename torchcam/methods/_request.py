@@ -12,7 +12,7 @@ from torchcam._tensors import map_tensors, tensors_in
 from torchcam.targets import Selector
 
 from ._recorder import Pass
-from ._replay import is_repeated
+from ._repeated import is_repeated
 
 
 @dataclass(slots=True)

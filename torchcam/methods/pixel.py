@@ -19,7 +19,7 @@ from torchcam._tensors import is_constant, resize, to_float
 
 from ._gradients import nodes_of
 from ._recorder import Pass, Recorder
-from ._replay import check_repeated, recorded_scores
+from ._repeated import recorded_scores, warn_unless_repeated
 from .core import _CAM, Request
 from .gradient import GradCAM
 
@@ -216,7 +216,7 @@ def _repeated(
         args, kwargs = call.with_image(image.clone(), torch.arange(len(image), device=image.device))
         args, kwargs = without_inference((args, kwargs))
         score = select(replica(*args, **kwargs))
-        check_repeated(extractor, score, recorded_scores(modules_of(model), request.recorded.output, select))
+        warn_unless_repeated(extractor, score, recorded_scores(modules_of(model), request.recorded.output, select))
         yield image, score
 
 

@@ -85,8 +85,7 @@ def examined(recorded: ExtractorView, class_idx: Any, targets: Any) -> Iterator[
     with ExitStack() as stack:
         extractor = stack.enter_context(on_replica(recorded.extractor))
         stack.enter_context(quietly())  # their subjects are among the findings
-        stack.enter_context(normal_mode())
-        stack.enter_context(torch.set_grad_enabled(recorded.recorder.differentiates and not recorded.found.private))
+        stack.enter_context(normal_mode(recorded.recorder.differentiates and not recorded.found.private))
         stack.enter_context(recorded.call.as_recorded())
         yield Facts(recorded, extractor, class_idx, targets)
 
